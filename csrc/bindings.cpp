@@ -1,0 +1,271 @@
+// The Python module dream_kernels._native. Tensors come as (address, shape, strides in elements);
+// everything is checked here, so that a wrong call raises ValueError and never reads stray memory.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "cpu/kernel/kernel.h"
+#include "problem.h"
+
+namespace py = pybind11;
+
+namespace dream {
+namespace {
+
+using Shape = std::vector<int64_t>;
+using Array = std::tuple<uintptr_t, Shape, Shape>;
+
+std::string to_string(const Shape& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+// Checks what holds for every tensor, whatever its shape should be.
+Operand to_operand(const char* name, const Array& array, size_t dimensions, size_t element_size) {
+  const auto& [address, shape, strides] = array;
+  if (shape.size() != dimensions || strides.size() != dimensions) {
+    fail(std::string(name) + " must have " + std::to_string(dimensions) +
+         " dimensions, got shape " + to_string(shape) + " and strides " + to_string(strides));
+  }
+  Operand operand{};
+  bool empty = false;
+  for (size_t i = 0; i < dimensions; ++i) {
+    if (shape[i] < 0) fail(std::string(name) + " has a negative size: " + to_string(shape));
+    empty |= shape[i] == 0;
+    operand.shape[i] = shape[i];
+    operand.strides[i] = strides[i];
+  }
+  if (!empty && (address == 0 || address % element_size != 0)) {
+    fail(std::string(name) + " must have a non-null, aligned address, got " +
+         std::to_string(address));
+  }
+  operand.data = reinterpret_cast<void*>(address);
+  return operand;
+}
+
+Operand checked(const char* name, const Array& array, const Shape& expected, size_t element_size) {
+  const Operand operand = to_operand(name, array, expected.size(), element_size);
+  if (std::get<1>(array) != expected) {
+    fail(std::string(name) + " must have shape " + to_string(expected) + ", got " +
+         to_string(std::get<1>(array)));
+  }
+  return operand;
+}
+
+Operand checked_contiguous(const char* name, const Array& array, const Shape& expected) {
+  const Operand operand = checked(name, array, expected, sizeof(float));
+  int64_t stride = 1;
+  for (size_t i = expected.size(); i-- > 0;) {
+    if (expected[i] != 1 && operand.strides[i] != stride) {
+      fail(std::string(name) + " must be contiguous, got strides " +
+           to_string(std::get<2>(array)));
+    }
+    stride *= expected[i];
+  }
+  return operand;
+}
+
+// A tensor that is written must not overlap itself.
+Operand checked_output(const char* name, const Array& array, const Shape& expected,
+                       size_t element_size) {
+  const Operand operand = checked(name, array, expected, element_size);
+  for (size_t i = 0; i < expected.size(); ++i) {
+    if (expected[i] > 1 && operand.strides[i] == 0) {
+      fail(std::string(name) + " is written and must not be expanded, got strides " +
+           to_string(std::get<2>(array)));
+    }
+  }
+  return operand;
+}
+
+DType parse_dtype(const std::string& dtype) {
+  if (dtype == "float32") return DType::kFloat32;
+  if (dtype == "bfloat16") return DType::kBFloat16;
+  if (dtype == "float16") return DType::kFloat16;
+  fail("dtype must be float32, bfloat16 or float16, got " + dtype);
+}
+
+Mode parse_mode(const std::string& mode) {
+  if (mode == "reweight") return Mode::kReweight;
+  if (mode == "bias") return Mode::kBias;
+  fail("mode must be reweight or bias, got " + mode);
+}
+
+size_t element_size(const Problem& p) { return p.dtype == DType::kFloat32 ? 4 : 2; }
+
+int checked_threads(int threads) {
+  if (threads < 1) fail("threads must be at least 1, got " + std::to_string(threads));
+  return threads;
+}
+
+// A prefix [1 or B, Hkv, P, D]; one that the batch shares gets a batch stride of 0.
+Operand checked_prefix(const char* name, const Array& array, const Problem& p, int64_t batch) {
+  Operand operand = checked(name, array, {batch, p.key_heads, p.prefix_length, p.head_dim},
+                            element_size(p));
+  if (batch == 1) operand.strides[0] = 0;
+  return operand;
+}
+
+Problem make_problem(const std::string& dtype, const Array& query, const Array& key,
+                     const Array& value, const std::optional<Array>& prefix_key,
+                     const std::optional<Array>& prefix_value, const Array& scores,
+                     const Array& spans, const std::optional<Array>& mask, const Array& heads,
+                     const std::string& mode, std::optional<float> document_mass, float scale,
+                     bool causal) {
+  Problem p{};
+  p.dtype = parse_dtype(dtype);
+  p.mode = parse_mode(mode);
+  p.query = to_operand("query", query, 4, element_size(p));
+  p.key = to_operand("key", key, 4, element_size(p));
+  p.batch = p.query.shape[0];
+  p.query_heads = p.query.shape[1];
+  p.rows = p.query.shape[2];
+  p.head_dim = p.query.shape[3];
+  p.key_heads = p.key.shape[1];
+  p.local_length = p.key.shape[2];
+  if (p.batch < 1 || p.query_heads < 1 || p.rows < 1 || p.head_dim < 1) {
+    fail("query must have no empty dimension, got " + to_string(std::get<1>(query)));
+  }
+  if (p.head_dim > cpu::kMaxHeadDim) {
+    fail("query must have a head size of at most " + std::to_string(cpu::kMaxHeadDim) + ", got " +
+         std::to_string(p.head_dim));
+  }
+  if (p.key_heads < 1 || p.query_heads % p.key_heads != 0) {
+    fail("key must have a number of heads that divides query's " + std::to_string(p.query_heads) +
+         ", got " + std::to_string(p.key_heads));
+  }
+  const Shape local{p.batch, p.key_heads, p.local_length, p.head_dim};
+  checked("key", key, local, element_size(p));
+  p.value = checked("value", value, local, element_size(p));
+
+  if (prefix_key.has_value() != prefix_value.has_value()) {
+    fail("prefix_key and prefix_value must both be given or both be None");
+  }
+  if (prefix_key) {
+    const Operand operand = to_operand("prefix_key", *prefix_key, 4, element_size(p));
+    p.prefix_length = operand.shape[2];
+    const int64_t batch = operand.shape[0];
+    if (batch != 1 && batch != p.batch) {
+      fail("prefix_key must have batch 1 or " + std::to_string(p.batch) + ", got " +
+           std::to_string(batch));
+    }
+    p.prefix_key = checked_prefix("prefix_key", *prefix_key, p, batch);
+    p.prefix_value = checked_prefix("prefix_value", *prefix_value, p, batch);
+  }
+  const int64_t length = p.prefix_length + p.local_length;
+  if (std::max(length, p.rows) > std::numeric_limits<int32_t>::max()) {
+    fail("more than 2^31 - 1 keys or rows are not supported");
+  }
+
+  p.spans = to_operand("spans", spans, 3, sizeof(int64_t));
+  p.documents = p.spans.shape[1];
+  if (p.documents < 1) fail("spans must name at least one document");
+  checked("spans", spans, {p.batch, p.documents, 2}, sizeof(int64_t));
+  p.scores = to_operand("scores", scores, 3, sizeof(float));
+  const int64_t score_heads = p.scores.shape[1] == 1 ? 1 : p.query_heads;
+  checked("scores", scores, {p.batch, score_heads, p.documents}, sizeof(float));
+  if (mask) p.mask = checked("mask", *mask, {p.batch, length}, 1);
+  p.heads = checked("heads", heads, {p.query_heads}, 1);
+
+  p.fixed_mass = document_mass.has_value();
+  p.document_mass = document_mass.value_or(0.0f);
+  if (p.fixed_mass && p.mode != Mode::kReweight) fail("document_mass needs mode reweight");
+  if (p.fixed_mass && !(p.document_mass > 0.0f && p.document_mass <= 1.0f)) {
+    fail("document_mass must lie in (0, 1], got " + std::to_string(p.document_mass));
+  }
+  if (!std::isfinite(scale)) fail("scale must be finite, got " + std::to_string(scale));
+  p.scale = scale;
+  p.causal = causal;
+  return p;
+}
+
+Shape shape_of(const Operand& operand, size_t dimensions) {
+  return Shape(operand.shape, operand.shape + dimensions);
+}
+
+Shape state_shape(const Problem& p) {
+  return {p.batch, p.query_heads, p.rows, p.documents + 1};
+}
+
+void forward(const Problem& p, const Array& output, const Array& state, int threads) {
+  const Operand out =
+      checked_output("output", output, shape_of(p.query, 4), element_size(p));
+  const Operand saved = checked_contiguous("state", state, state_shape(p));
+  checked_threads(threads);
+  const py::gil_scoped_release release;
+  cpu::forward(p, out, static_cast<float*>(saved.data), threads);
+}
+
+void backward(const Problem& p, const Array& state, const Array& grad_output,
+              const std::optional<Array>& query, const std::optional<Array>& key,
+              const std::optional<Array>& value, const std::optional<Array>& scores,
+              const std::optional<Array>& prefix_key, const std::optional<Array>& prefix_value,
+              int threads) {
+  const Operand saved = checked_contiguous("state", state, state_shape(p));
+  const Operand grad = checked("grad_output", grad_output, shape_of(p.query, 4), element_size(p));
+  checked_threads(threads);
+  const auto wanted = [&](const char* name, const std::optional<Array>& array, const Operand& like,
+                          size_t dimensions, size_t size) {
+    if (!array) return Operand{};
+    if (like.data == nullptr && dimensions == 4 && like.shape[3] == 0) {
+      fail(std::string(name) + " was asked for, but the problem has no prefix");
+    }
+    return checked_output(name, *array, shape_of(like, dimensions), size);
+  };
+  Gradients gradients{};
+  gradients.query = wanted("grad_query", query, p.query, 4, element_size(p));
+  gradients.key = wanted("grad_key", key, p.key, 4, element_size(p));
+  gradients.value = wanted("grad_value", value, p.value, 4, element_size(p));
+  gradients.scores = wanted("grad_scores", scores, p.scores, 3, sizeof(float));
+  gradients.prefix_key =
+      wanted("grad_prefix_key", prefix_key, p.prefix_key, 4, element_size(p));
+  gradients.prefix_value =
+      wanted("grad_prefix_value", prefix_value, p.prefix_value, 4, element_size(p));
+  const py::gil_scoped_release release;
+  cpu::backward(p, static_cast<const float*>(saved.data), grad, gradients, threads);
+}
+
+void document_mass(const Problem& p, const Array& mass, int threads) {
+  const Operand out = checked_contiguous(
+      "mass", mass, {p.batch, p.query_heads, p.rows, p.documents});
+  checked_threads(threads);
+  const py::gil_scoped_release release;
+  cpu::document_mass(p, static_cast<float*>(out.data), threads);
+}
+
+}  // namespace
+}  // namespace dream
+
+PYBIND11_MODULE(_native, m) {
+  using namespace dream;
+  m.doc() = "Native implementations of dream_kernels. Internal: use dream_kernels.";
+  py::class_<Problem>(m, "Problem")
+      .def(py::init(&make_problem), py::kw_only(), py::arg("dtype"), py::arg("query"),
+           py::arg("key"), py::arg("value"), py::arg("prefix_key"), py::arg("prefix_value"),
+           py::arg("scores"), py::arg("spans"), py::arg("mask"), py::arg("heads"),
+           py::arg("mode"), py::arg("document_mass"), py::arg("scale"), py::arg("causal"));
+  m.def("forward", &forward, py::arg("problem"), py::kw_only(), py::arg("output"),
+        py::arg("state"), py::arg("threads"));
+  m.def("backward", &backward, py::arg("problem"), py::kw_only(), py::arg("state"),
+        py::arg("grad_output"), py::arg("query"), py::arg("key"), py::arg("value"),
+        py::arg("scores"), py::arg("prefix_key"), py::arg("prefix_value"), py::arg("threads"));
+  m.def("document_mass", &document_mass, py::arg("problem"), py::kw_only(), py::arg("mass"),
+        py::arg("threads"));
+  m.def("instruction_set", [] { return cpu::selected_kernel().name; },
+        "The instruction set in use: portable, avx2 or avx512.");
+  m.attr("max_head_dim") = cpu::kMaxHeadDim;
+}

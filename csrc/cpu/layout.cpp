@@ -1,0 +1,189 @@
+#include "layout.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace dream::cpu {
+namespace {
+
+struct Span {
+  int64_t start;
+  int64_t end;
+  int64_t document;
+};
+
+int64_t total_length(const Problem& p) { return p.prefix_length + p.local_length; }
+
+// The present documents of one batch element, by document.
+std::vector<Span> read_spans(const Problem& p, int64_t b) {
+  const auto* data = static_cast<const int64_t*>(p.spans.data);
+  const int64_t* s = p.spans.strides;
+  std::vector<Span> spans;
+  for (int64_t c = 0; c < p.documents; ++c) {
+    const int64_t start = data[b * s[0] + c * s[1]];
+    const int64_t end = data[b * s[0] + c * s[1] + s[2]];
+    if (start < 0 || end < start || end > total_length(p)) {
+      throw std::invalid_argument("spans must satisfy 0 <= start <= end <= " +
+                                  std::to_string(total_length(p)) + ", got spans[" +
+                                  std::to_string(b) + ", " + std::to_string(c) + "] = [" +
+                                  std::to_string(start) + ", " + std::to_string(end) + "]");
+    }
+    if (end > start) spans.push_back({start, end, c});
+  }
+  return spans;
+}
+
+// Appends the stretches of [begin, end) that are no padding.
+void append_runs(const Problem& p, int64_t b, int64_t begin, int64_t end, std::vector<Run>* runs) {
+  if (p.mask.data == nullptr) {
+    if (end > begin) runs->push_back({begin, end});
+    return;
+  }
+  const auto* mask = static_cast<const uint8_t*>(p.mask.data) + b * p.mask.strides[0];
+  int64_t open = -1;
+  for (int64_t j = begin; j < end; ++j) {
+    const bool token = mask[j * p.mask.strides[1]] != 0;
+    if (token && open < 0) open = j;
+    if (!token && open >= 0) {
+      runs->push_back({open, j});
+      open = -1;
+    }
+  }
+  if (open >= 0) runs->push_back({open, end});
+}
+
+}  // namespace
+
+Layout::Layout(const Problem& problem) : problem_(problem) {
+  const int64_t group = problem.query_heads / problem.key_heads;
+  const auto* receives = static_cast<const uint8_t*>(problem.heads.data);
+  for (int64_t kv = 0; kv < problem.key_heads; ++kv) {
+    int64_t scored = 0;
+    for (const bool wanted : {true, false}) {
+      for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+        if ((receives[h * problem.heads.strides[0]] != 0) != wanted) continue;
+        heads_.push_back(static_cast<int32_t>(h));
+        scored += wanted;
+      }
+    }
+    scored_heads_.push_back(scored);
+  }
+  runs_.reserve(problem.batch);
+  segments_.reserve(problem.batch);
+  batches_.reserve(problem.batch);
+  for (int64_t b = 0; b < problem.batch; ++b) add_batch(b);
+}
+
+void Layout::add_batch(int64_t b) {
+  const int64_t length = total_length(problem_);
+  const std::vector<Span> documents = read_spans(problem_, b);
+  std::vector<Span> by_position = documents;
+  std::sort(by_position.begin(), by_position.end(),
+            [](const Span& a, const Span& c) { return a.start < c.start; });
+
+  // Runs of each document, of the rest, of all keys; pointers are set once the vector is complete.
+  std::vector<Run>& runs = runs_.emplace_back();
+  std::vector<int64_t> bounds{0};
+  for (const Span& d : documents) {
+    append_runs(problem_, b, d.start, d.end, &runs);
+    bounds.push_back(static_cast<int64_t>(runs.size()));
+  }
+  int64_t last_end = 0;
+  for (const Span& d : by_position) {
+    if (d.start < last_end) {
+      throw std::invalid_argument("spans must be disjoint, but in batch element " +
+                                  std::to_string(b) + " document " + std::to_string(d.document) +
+                                  " starts at " + std::to_string(d.start) +
+                                  ", before another one ends at " + std::to_string(last_end));
+    }
+    append_runs(problem_, b, last_end, d.start, &runs);
+    last_end = d.end;
+  }
+  append_runs(problem_, b, last_end, length, &runs);
+  bounds.push_back(static_cast<int64_t>(runs.size()));
+  append_runs(problem_, b, 0, length, &runs);
+  bounds.push_back(static_cast<int64_t>(runs.size()));
+
+  std::vector<Segment>& segments = segments_.emplace_back();
+  int64_t documents_end = 0;  // 0 when no document is present
+  for (size_t i = 0; i < documents.size(); ++i) {
+    const int64_t count = bounds[i + 1] - bounds[i];
+    if (count == 0) continue;  // a document of padding only counts as absent
+    documents_end = std::max(documents_end, documents[i].end);
+    segments.push_back({runs.data() + bounds[i], count, documents[i].document});
+  }
+  const size_t rest = documents.size();
+  segments.push_back({runs.data() + bounds[rest], bounds[rest + 1] - bounds[rest],
+                      problem_.documents});
+  BatchLayout& batch = batches_.emplace_back();
+  batch.segments = segments.data();
+  batch.segment_count = static_cast<int64_t>(segments.size());
+  batch.all = {runs.data() + bounds[rest + 1], bounds[rest + 2] - bounds[rest + 1],
+               problem_.documents};
+
+  // Row m stands at position T - M + m and is scored when that is at or past the last end.
+  const int64_t first = documents_end - (length - problem_.rows);
+  batch.first_scored = documents_end == 0 ? problem_.rows
+                       : problem_.causal  ? std::min(std::max<int64_t>(first, 0), problem_.rows)
+                                          : 0;
+}
+
+int64_t Layout::row_count(int64_t b, int64_t key_head, RowKind kind) const {
+  const int64_t group = problem_.query_heads / problem_.key_heads;
+  const int64_t all = group * problem_.rows;
+  const int64_t scored =
+      scored_heads_[key_head] * (problem_.rows - batches_[b].first_scored);
+  if (kind == RowKind::kScored) return scored;
+  return kind == RowKind::kPlain ? all - scored : all;
+}
+
+void Layout::append_row_blocks(int64_t b, int64_t key_head, RowKind kind,
+                               std::vector<RowBlockIndex>* blocks) const {
+  const int64_t count = row_count(b, key_head, kind);
+  for (int64_t first = 0; first < count; first += kMaxLanes) {
+    blocks->push_back({b, key_head, kind, first});
+  }
+}
+
+void Layout::fill(const RowBlockIndex& index, RowBlock* block) const {
+  const int64_t group = problem_.query_heads / problem_.key_heads;
+  const int32_t* heads = heads_.data() + index.key_head * group;
+  const int64_t scored = scored_heads_[index.key_head];
+  const int64_t first_scored = batches_[index.batch].first_scored;
+  const int64_t left = row_count(index.batch, index.key_head, index.kind) - index.first;
+  const int64_t length = total_length(problem_);
+
+  block->batch = index.batch;
+  block->key_head = index.key_head;
+  block->kind = index.kind;
+  block->count = static_cast<int>(std::min<int64_t>(left, kMaxLanes));
+  block->lanes = (block->count + kLaneUnit - 1) / kLaneUnit * kLaneUnit;
+  for (int i = 0; i < block->count; ++i) {
+    // Rows run before heads, so that a block's rows see nearly the same keys.
+    int64_t r = index.first + i;
+    int64_t row, head;
+    if (index.kind == RowKind::kScored) {
+      row = first_scored + r / scored;
+      head = r % scored;
+    } else if (index.kind == RowKind::kAll || r < first_scored * group) {
+      row = r / group;
+      head = r % group;
+    } else {
+      r -= first_scored * group;
+      row = first_scored + r / (group - scored);
+      head = scored + r % (group - scored);
+    }
+    block->row[i] = static_cast<int32_t>(row);
+    block->head[i] = heads[head];
+    block->limit[i] = static_cast<int32_t>(
+        problem_.causal ? std::max<int64_t>(length - problem_.rows + row, -1) : length - 1);
+  }
+  for (int i = block->count; i < block->lanes; ++i) {
+    block->limit[i] = block->limit[block->count - 1];
+  }
+  block->min_limit = *std::min_element(block->limit, block->limit + block->lanes);
+  block->max_limit = *std::max_element(block->limit, block->limit + block->lanes);
+}
+
+}  // namespace dream::cpu

@@ -1,0 +1,93 @@
+// Which keys stand where, and which rows are computed together.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../problem.h"
+
+namespace dream::cpu {
+
+// A row block holds at most this many rows; scratch is laid out in multiples of kLaneUnit rows.
+constexpr int kMaxLanes = 48;
+constexpr int kLaneUnit = 16;
+
+// Neighbouring key positions [begin, end) without padding.
+struct Run {
+  int64_t begin;
+  int64_t end;
+};
+
+// Keys that share a softmax: one document, everything outside the documents, or all keys.
+// `slot` is the segment's place in the saved state: the document, or C.
+struct Segment {
+  const Run* runs;
+  int64_t run_count;
+  int64_t slot;
+};
+
+// The keys of one batch element.
+struct BatchLayout {
+  const Segment* segments;  // the present documents in the order of the scores, then the rest
+  int64_t segment_count;
+  Segment all;              // every key that is not padding, for plain rows
+  int64_t first_scored;     // rows from here on are scored in the heads that receive scores
+};
+
+enum class RowKind : int32_t {
+  kScored,  // segments with scores
+  kPlain,   // one segment of all keys
+  kAll      // every row, by segments, without scores: for the masses
+};
+
+// Up to kMaxLanes rows that share their keys: rows of all query heads over one key head.
+struct RowBlock {
+  int64_t batch;
+  int64_t key_head;
+  RowKind kind;
+  int count;
+  int lanes;                    // count rounded up to kLaneUnit
+  int32_t head[kMaxLanes];      // query head of each row
+  int32_t row[kMaxLanes];
+  int32_t limit[kMaxLanes];     // last visible key position; -1 or less: none
+  int32_t min_limit;
+  int32_t max_limit;
+};
+
+// Where a row block starts in the rows of its kind; small enough to list all of them.
+struct RowBlockIndex {
+  int64_t batch;
+  int64_t key_head;
+  RowKind kind;
+  int64_t first;
+};
+
+class Layout {
+ public:
+  // Throws std::invalid_argument for spans that are out of range or overlap.
+  explicit Layout(const Problem& problem);
+
+  const BatchLayout& batch(int64_t b) const { return batches_[b]; }
+
+  // Number of rows of one kind over one key head.
+  int64_t row_count(int64_t b, int64_t key_head, RowKind kind) const;
+
+  // The row blocks of one batch element and key head, appended in a fixed order.
+  void append_row_blocks(int64_t b, int64_t key_head, RowKind kind,
+                         std::vector<RowBlockIndex>* blocks) const;
+
+  void fill(const RowBlockIndex& index, RowBlock* block) const;
+
+ private:
+  void add_batch(int64_t b);
+
+  const Problem& problem_;
+  // Query heads of each key head, those that receive scores first.
+  std::vector<int32_t> heads_;
+  std::vector<int64_t> scored_heads_;  // per key head, how many receive scores
+  std::vector<std::vector<Run>> runs_;
+  std::vector<std::vector<Segment>> segments_;
+  std::vector<BatchLayout> batches_;
+};
+
+}  // namespace dream::cpu

@@ -1,0 +1,111 @@
+#include "workspace.h"
+
+#include <algorithm>
+
+namespace dream::cpu {
+namespace {
+
+constexpr int64_t kAlignment = 64 / sizeof(float);
+
+// What a backward row block keeps between its two sweeps is bounded by 1 MiB, about what a core's
+// own cache holds. Keys beyond that are computed twice.
+constexpr int64_t kRetainedBytes = 1 << 20;
+constexpr int64_t kRetainedKeys = kRetainedBytes / (2 * kMaxLanes * sizeof(float));
+
+int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+int64_t padded_head_dim(const Problem& p) { return round_up(p.head_dim, kLaneUnit); }
+
+KeyRange wanted_range(const Problem& p, bool prefix, bool local) {
+  const int64_t first = prefix ? 0 : p.prefix_length;
+  const int64_t last = local ? p.prefix_length + p.local_length : p.prefix_length;
+  return {first, std::max(first, last)};
+}
+
+// Hands out aligned pieces; with a null base it only adds up their sizes.
+class Carver {
+ public:
+  explicit Carver(float* base) : base_(base) {}
+
+  float* take(int64_t floats) {
+    float* piece = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += round_up(floats, kAlignment);
+    return piece;
+  }
+
+  int64_t used() const { return used_; }
+
+ private:
+  float* base_;
+  int64_t used_ = 0;
+};
+
+void plan_mass(const Problem& p, Carver* carver, Workspace* w) {
+  const int64_t dim = padded_head_dim(p);
+  w->query_columns = carver->take(dim * kMaxLanes);
+  w->query_rows = carver->take(dim * kMaxLanes);
+  w->key = carver->take(kKeyBlock * dim);
+  w->logits = carver->take(kKeyBlock * kMaxLanes);
+  w->lse = carver->take((p.documents + 1) * kMaxLanes);
+  w->factor = carver->take((p.documents + 1) * kMaxLanes);
+}
+
+void plan_forward(const Problem& p, Carver* carver, Workspace* w) {
+  const int64_t dim = padded_head_dim(p);
+  plan_mass(p, carver, w);
+  w->value = carver->take(kKeyBlock * dim);
+  w->segment_sum = carver->take(dim * kMaxLanes);
+  w->documents_sum = carver->take(dim * kMaxLanes);
+  w->scores = carver->take((p.documents + 1) * kMaxLanes);
+}
+
+void plan_backward(const Problem& p, const Gradients& gradients, Carver* carver, Workspace* w) {
+  const int64_t dim = padded_head_dim(p);
+  plan_forward(p, carver, w);
+  w->grad_columns = carver->take(dim * kMaxLanes);
+  w->grad_rows = carver->take(dim * kMaxLanes);
+  w->products = carver->take(kKeyBlock * kMaxLanes);
+  w->key_block_grad = carver->take(kKeyBlock * dim);
+  w->products_mean = carver->take((p.documents + 1) * kMaxLanes);
+  w->correction = carver->take((p.documents + 1) * kMaxLanes);
+  w->shift = carver->take((p.documents + 1) * kMaxLanes);
+
+  w->key_range = wanted_range(p, gradients.prefix_key.data, gradients.key.data);
+  w->value_range = wanted_range(p, gradients.prefix_value.data, gradients.value.data);
+  const int64_t key_grads = w->key_range.last - w->key_range.first;
+  const int64_t value_grads = w->value_range.last - w->value_range.first;
+  w->key_grad = carver->take(key_grads * dim);
+  w->value_grad = carver->take(value_grads * dim);
+  if (gradients.query.data != nullptr || key_grads > 0 || value_grads > 0) {
+    // Padding of blocks at most multiplies the number of keys by kKeyUnit.
+    w->retained_keys =
+        std::min(kRetainedKeys, kKeyUnit * (p.prefix_length + p.local_length));
+    w->retained = carver->take(2 * w->retained_keys * kMaxLanes);
+  }
+}
+
+}  // namespace
+
+template <typename Plan>
+WorkspaceMemory::WorkspaceMemory(const Plan& plan) {
+  Carver size(nullptr);
+  plan(&size, &workspace_);
+  memory_.reset(new float[size.used() + kAlignment]);
+  const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+  Carver carver(memory_.get() + (64 - address % 64) % 64 / sizeof(float));
+  plan(&carver, &workspace_);
+}
+
+WorkspaceMemory WorkspaceMemory::for_forward(const Problem& p) {
+  return WorkspaceMemory([&](Carver* c, Workspace* w) { plan_forward(p, c, w); });
+}
+
+WorkspaceMemory WorkspaceMemory::for_mass(const Problem& p) {
+  return WorkspaceMemory([&](Carver* c, Workspace* w) { plan_mass(p, c, w); });
+}
+
+WorkspaceMemory WorkspaceMemory::for_backward(const Problem& p, const Gradients& gradients) {
+  return WorkspaceMemory([&](Carver* c, Workspace* w) { plan_backward(p, gradients, c, w); });
+}
+
+}  // namespace dream::cpu
