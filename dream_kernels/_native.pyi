@@ -1,0 +1,45 @@
+"""The native extension; csrc/bindings.cpp checks every argument and raises ValueError."""
+
+from collections.abc import Sequence
+
+# Address, shape, strides in elements.
+_Array = tuple[int, Sequence[int], Sequence[int]]
+
+max_head_dim: int
+
+class Problem:
+    def __init__(
+        self,
+        *,
+        dtype: str,
+        query: _Array,
+        key: _Array,
+        value: _Array,
+        prefix_key: _Array | None,
+        prefix_value: _Array | None,
+        scores: _Array,
+        spans: _Array,
+        mask: _Array | None,
+        heads: _Array,
+        mode: str,
+        document_mass: float | None,
+        scale: float,
+        causal: bool,
+    ) -> None: ...
+
+def forward(problem: Problem, *, output: _Array, state: _Array, threads: int) -> None: ...
+def backward(
+    problem: Problem,
+    *,
+    state: _Array,
+    grad_output: _Array,
+    query: _Array | None,
+    key: _Array | None,
+    value: _Array | None,
+    scores: _Array | None,
+    prefix_key: _Array | None,
+    prefix_value: _Array | None,
+    threads: int,
+) -> None: ...
+def document_mass(problem: Problem, *, mass: _Array, threads: int) -> None: ...
+def instruction_set() -> str: ...

@@ -1,0 +1,136 @@
+"""The validated form of one call: what every implementation receives and returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+MODES = ("reweight", "bias")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of the operator after validation.
+
+    Keys stand in two segments that are never joined: the prefix (``P`` keys, possibly shared by
+    the whole batch) and the local keys (``N``). Positions count over both, ``T = P + N``.
+
+    Attributes:
+        query: ``[B, Hq, M, D]``, any strides.
+        key: ``[B, Hkv, N, D]``, any strides, dtype of ``query``.
+        value: as ``key``.
+        prefix_key: ``[1 or B, Hkv, P, D]``, or None when ``P == 0``.
+        prefix_value: as ``prefix_key``.
+        scores: ``[B, 1 or Hq, C]`` in float32, or float64 when ``query`` is float64.
+        spans: ``[B, C, 2]`` int64; absent documents, padding-only ones included, are ``(0, 0)``.
+        mask: ``[B, T]`` bool, True for a token, or None when nothing is padding.
+        heads: ``[Hq]`` bool on the CPU: the heads that receive the scores.
+        mode: ``"reweight"`` or ``"bias"``.
+        document_mass: the fixed mass of all documents together, or None for the reader's own.
+        scale: factor of ``q . k``.
+        causal: whether row ``m`` sees only keys at positions up to ``T - M + m``.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    prefix_key: Tensor | None
+    prefix_value: Tensor | None
+    scores: Tensor
+    spans: Tensor
+    mask: Tensor | None
+    heads: Tensor
+    mode: str
+    document_mass: float | None
+    scale: float
+    causal: bool
+
+    @property
+    def batch(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def query_heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def rows(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.query.shape[3]
+
+    @property
+    def key_heads(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def prefix_length(self) -> int:
+        return 0 if self.prefix_key is None else self.prefix_key.shape[2]
+
+    @property
+    def total_length(self) -> int:
+        return self.prefix_length + self.key.shape[2]
+
+    @property
+    def documents(self) -> int:
+        return self.spans.shape[1]
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+
+class Needs(NamedTuple):
+    """Which gradients the backward has to produce."""
+
+    query: bool
+    key: bool
+    value: bool
+    scores: bool
+    prefix_key: bool
+    prefix_value: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients in the shapes of the problem's tensors; None where they were not asked for."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    scores: Tensor | None
+    prefix_key: Tensor | None
+    prefix_value: Tensor | None
+
+
+class Implementation(Protocol):
+    """One way to compute the operator. All of them agree; they differ in speed and reach."""
+
+    name: str
+
+    def why_not(self, problem: Problem) -> str | None:
+        """Return why this implementation cannot run ``problem``, or None when it can."""
+
+    def forward(self, problem: Problem) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the output ``[B, Hq, M, D]`` and what the backward needs besides the inputs."""
+
+    def backward(
+        self,
+        problem: Problem,
+        output: Tensor,
+        saved: tuple[Tensor, ...],
+        grad_output: Tensor,
+        needs: Needs,
+    ) -> Gradients:
+        """Return the gradients named by ``needs``."""
+
+    def mass(self, problem: Problem) -> Tensor:
+        """Return the plain attention mass of each document, ``[B, Hq, M, C]``.
+
+        In the accumulation dtype; over the keys of the document that the row can see, whatever
+        ``heads`` says.
+        """

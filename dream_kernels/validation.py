@@ -1,0 +1,291 @@
+"""Checks of a call's arguments, and their reduction to a :class:`Problem`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dream_kernels.problem import MODES, Problem
+from dream_kernels.spans import present_documents
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (torch.int32, torch.int64)
+
+_value_checks: bool | None = None
+
+
+def set_value_checks(enabled: bool | None) -> None:
+    """Turn the checks that read the *contents* of tensors on or off.
+
+    They find overlapping or out-of-range spans and NaN scores. By default they run where reading
+    is free, that is for tensors on the CPU, and not on an accelerator, where they would wait for
+    the device. The environment variable ``DREAM_KERNELS_CHECK`` (``0`` or ``1``) sets the default.
+
+    Args:
+        enabled: True for always, False for never, None for the default.
+    """
+    global _value_checks
+    _value_checks = enabled
+
+
+def _checks_values_of(tensor: Tensor) -> bool:
+    if _value_checks is not None:
+        return _value_checks
+    environment = os.environ.get("DREAM_KERNELS_CHECK")
+    if environment in ("0", "1"):
+        return environment == "1"
+    return tensor.device.type == "cpu"
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _require_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def _require_like_query(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.dtype != query.dtype:
+        raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}")
+
+
+def _check_query(query: Tensor) -> None:
+    if query.dim() != 4:
+        raise ValueError(f"query must have shape [B, Hq, M, D], got {_shape(query)}")
+    if query.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"query must be floating point, got {query.dtype}")
+    if 0 in query.shape:
+        raise ValueError(f"query must have no empty dimension, got {_shape(query)}")
+
+
+def _check_keys(
+    query: Tensor, key_name: str, key: Tensor, value_name: str, value: Tensor, *, batches: tuple
+) -> None:
+    for name, tensor in ((key_name, key), (value_name, value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have shape [B, Hkv, N, D], got {_shape(tensor)}")
+        _require_like_query(name, tensor, query)
+    if key.shape != value.shape:
+        raise ValueError(
+            f"{value_name} must have {key_name}'s shape {_shape(key)}, got {_shape(value)}"
+        )
+    if key.shape[0] not in batches:
+        expected = " or ".join(str(b) for b in batches)
+        raise ValueError(f"{key_name} must have batch {expected}, got {_shape(key)}")
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(
+            f"{key_name} must have query's head size {query.shape[3]}, got {_shape(key)}"
+        )
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"{key_name} must have a number of heads that divides query's {query.shape[1]}, "
+            f"got {key.shape[1]}"
+        )
+
+
+def _check_prefix(
+    query: Tensor, key: Tensor, prefix: object
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    if prefix is None:
+        return None, None
+    if not isinstance(prefix, (tuple, list)) or len(prefix) != 2:
+        raise TypeError(
+            f"prefix must be a (key, value) pair or None, got {type(prefix).__name__}"
+            + (f" of {len(prefix)}" if isinstance(prefix, (tuple, list)) else "")
+        )
+    prefix_key = _require_tensor("prefix[0]", prefix[0])
+    prefix_value = _require_tensor("prefix[1]", prefix[1])
+    batch = query.shape[0]
+    _check_keys(
+        query, "prefix[0]", prefix_key, "prefix[1]", prefix_value, batches=tuple({1, batch})
+    )
+    if prefix_key.shape[1] != key.shape[1]:
+        raise ValueError(f"prefix must have key's {key.shape[1]} heads, got {_shape(prefix_key)}")
+    return (None, None) if prefix_key.shape[2] == 0 else (prefix_key, prefix_value)
+
+
+def _check_spans(spans: Tensor, query: Tensor, length: int) -> Tensor:
+    if spans.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"spans must be int32 or int64, got {spans.dtype}")
+    if spans.dim() != 3 or spans.shape[2] != 2 or spans.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"spans must have shape [B, C, 2] with B = {query.shape[0]}, got {_shape(spans)}"
+        )
+    if spans.shape[1] == 0:
+        raise ValueError("spans must name at least one document (C >= 1), got C = 0")
+    if spans.device != query.device and spans.device.type != "cpu":
+        raise ValueError(
+            f"spans must be on the CPU or on query's device {query.device}, got {spans.device}"
+        )
+    spans = spans.long()
+    if _checks_values_of(spans):
+        check_span_values(spans, length)
+    return spans.to(query.device)
+
+
+def check_span_values(spans: Tensor, length: int) -> None:
+    """Raise ``ValueError`` unless the spans ``[B, C, 2]`` are in range and disjoint."""
+    start, end = spans.unbind(-1)
+    bad = (start < 0) | (end < start) | (end > length)
+    if bad.any():
+        b, c = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"spans must satisfy 0 <= start <= end <= {length} (prefix and local keys), "
+            f"got spans[{b}, {c}] = {spans[b, c].tolist()}"
+        )
+    # Absent documents may stand anywhere, so they are moved behind all others before the sort.
+    order = torch.where(end > start, start, length).argsort(dim=1, stable=True)
+    start, end = start.gather(1, order), end.gather(1, order)
+    both_present = (end > start)[:, 1:] & (end > start)[:, :-1]
+    overlap = both_present & (start[:, 1:] < end[:, :-1])
+    if overlap.any():
+        b, i = overlap.nonzero()[0].tolist()
+        first, second = order[b, i : i + 2].tolist()
+        raise ValueError(
+            f"spans must be disjoint, got spans[{b}, {first}] = {spans[b, first].tolist()} and "
+            f"spans[{b}, {second}] = {spans[b, second].tolist()}"
+        )
+
+
+def _check_scores(scores: Tensor, query: Tensor, documents: int) -> Tensor:
+    batch, heads = query.shape[:2]
+    if not scores.is_floating_point():
+        raise TypeError(f"scores must be floating point, got {scores.dtype}")
+    if scores.device != query.device:
+        raise ValueError(f"scores must be on query's device {query.device}, got {scores.device}")
+    if tuple(scores.shape) not in {(batch, documents), (batch, heads, documents)}:
+        raise ValueError(
+            f"scores must have shape [B, C] = [{batch}, {documents}] or [B, Hq, C] = "
+            f"[{batch}, {heads}, {documents}], got {_shape(scores)}"
+        )
+    if _checks_values_of(scores) and not (scores.detach() < torch.inf).all():
+        bad = (~(scores.detach() < torch.inf)).nonzero()[0].tolist()
+        raise ValueError(
+            f"scores must not be NaN or +inf, got {scores[tuple(bad)].item()} at {bad}"
+        )
+    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return (scores if scores.dim() == 3 else scores.unsqueeze(1)).to(accumulate)
+
+
+def head_mask(heads: Sequence[int] | Tensor | None, query_heads: int) -> Tensor:
+    """Return ``[Hq]`` bool on the CPU for the ``heads`` argument.
+
+    Raises:
+        TypeError: ``heads`` is neither a sequence of integers nor bools.
+        ValueError: a head is out of range or named twice, or a bool form has the wrong length.
+    """
+    if heads is None:
+        return torch.ones(query_heads, dtype=torch.bool)
+    values = heads.tolist() if isinstance(heads, Tensor) else list(heads)
+    if (isinstance(heads, Tensor) and heads.dtype == torch.bool) or (
+        values and all(isinstance(v, bool) for v in values)
+    ):
+        if len(values) != query_heads:
+            raise ValueError(f"heads as bool must have length {query_heads}, got {len(values)}")
+        return torch.tensor(values, dtype=torch.bool)
+    mask = torch.zeros(query_heads, dtype=torch.bool)
+    for head in values:
+        if isinstance(head, bool) or not isinstance(head, int):
+            raise TypeError(f"heads must be integers or bools, got {type(head).__name__}")
+        if not 0 <= head < query_heads:
+            raise ValueError(f"heads must lie in 0 .. {query_heads - 1}, got {head}")
+        if mask[head]:
+            raise ValueError(f"heads must name each head once, got {head} twice")
+        mask[head] = True
+    return mask
+
+
+def check_attention_mask(mask: object, batch: int, length: int, device: torch.device) -> Tensor:
+    """Return the padding mask as ``[B, T]`` bool after checking its shape, dtype and device."""
+    mask = _require_tensor("attention_mask", mask)
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(
+            f"attention_mask must be bool or integer (1 = token, 0 = padding), got {mask.dtype}"
+        )
+    if tuple(mask.shape) != (batch, length):
+        raise ValueError(
+            f"attention_mask must have shape [B, P + N] = [{batch}, {length}], got {_shape(mask)}"
+        )
+    if mask.device != device:
+        raise ValueError(f"attention_mask must be on query's device {device}, got {mask.device}")
+    return mask.bool()
+
+
+def check_mode(mode: str, document_mass: float | None) -> None:
+    """Raise unless ``mode`` is known and ``document_mass`` fits it."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
+    if document_mass is None:
+        return
+    if mode != "reweight":
+        raise ValueError(f"document_mass needs mode='reweight', got mode={mode!r}")
+    if isinstance(document_mass, bool) or not isinstance(document_mass, (int, float)):
+        raise TypeError(f"document_mass must be a float, got {type(document_mass).__name__}")
+    if not 0.0 < document_mass <= 1.0:
+        raise ValueError(f"document_mass must lie in (0, 1], got {document_mass}")
+
+
+def build_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    spans: Tensor,
+    *,
+    mode: str,
+    heads: Sequence[int] | Tensor | None,
+    document_mass: float | None,
+    scale: float | None,
+    causal: bool,
+    attention_mask: Tensor | None,
+    prefix: tuple[Tensor, Tensor] | None,
+) -> Problem:
+    """Check every argument of :func:`dream_kernels.document_attention`.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: an argument has the wrong shape, device or content.
+    """
+    query = _require_tensor("query", query)
+    key, value = _require_tensor("key", key), _require_tensor("value", value)
+    _check_query(query)
+    _check_keys(query, "key", key, "value", value, batches=(query.shape[0],))
+    prefix_key, prefix_value = _check_prefix(query, key, prefix)
+    length = key.shape[2] + (0 if prefix_key is None else prefix_key.shape[2])
+    check_mode(mode, document_mass)
+    if scale is None:
+        scale = query.shape[3] ** -0.5
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    spans = _check_spans(_require_tensor("spans", spans), query, length)
+    scores = _check_scores(_require_tensor("scores", scores), query, spans.shape[1])
+    mask = None
+    if attention_mask is not None:
+        mask = check_attention_mask(attention_mask, query.shape[0], length, query.device)
+        if mask.device.type == "cpu" and mask.all():
+            mask = None
+    present = present_documents(spans, mask)
+    return Problem(
+        query=query,
+        key=key,
+        value=value,
+        prefix_key=prefix_key,
+        prefix_value=prefix_value,
+        scores=scores,
+        spans=spans * present[..., None],
+        mask=mask,
+        heads=head_mask(heads, query.shape[1]),
+        mode=mode,
+        document_mass=None if document_mass is None else float(document_mass),
+        scale=float(scale),
+        causal=bool(causal),
+    )

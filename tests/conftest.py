@@ -1,0 +1,54 @@
+"""Fixtures that every test gets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Nothing in the suite may reach for a model hub: real models come from installed packages.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def _poison(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_floating_point():
+        tensor.fill_(float("nan"))
+    return tensor
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill ``torch.empty`` with NaN, so that an element that nobody wrote shows."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        original = getattr(torch, name)
+
+        def poisoned(*args, _original=original, **kwargs):
+            return _poison(_original(*args, **kwargs))
+
+        monkeypatch.setattr(torch, name, poisoned)
+    for name in ("new_empty", "new_empty_strided"):
+        original = getattr(torch.Tensor, name)
+
+        def poisoned_method(self, *args, _original=original, **kwargs):
+            return _poison(_original(self, *args, **kwargs))
+
+        monkeypatch.setattr(torch.Tensor, name, poisoned_method)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def nq_oracle() -> Path:
+    """The real test set in BEIR layout, where it is present beside the checkout."""
+    path = SHARED_DATA / "nq_oracle"
+    if not path.is_dir():
+        pytest.skip(f"{path} is not present")
+    return path
