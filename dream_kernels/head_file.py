@@ -1,0 +1,175 @@
+"""Files that name the attention heads which receive the scores.
+
+Two forms are read and written, both of the QRHead project (Zhang et al., EMNLP 2025): YAML with the
+chosen heads, best first, as ``attn_head_set: "17-3,12-0"`` (a list of ``"layer-head"`` works too),
+and JSON with the score of every head, ``{"17-3": 0.53, ...}`` sorted from the best. Files written
+here also say how they came about, under ``provenance``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HEADS_KEY = "attn_head_set"
+SCORES_KEY = "head_scores"
+PROVENANCE_KEY = "provenance"
+
+
+@dataclass(frozen=True)
+class HeadFile:
+    """The content of a head file.
+
+    Attributes:
+        heads: ``(layer, head)`` pairs, best first.
+        scores: the score of each pair, empty when the file carries none.
+        provenance: how the heads were chosen: reader, criterion, data, null query, ...
+    """
+
+    heads: list[tuple[int, int]]
+    scores: dict[tuple[int, int], float] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def by_layer(self, top_k: int | None = None) -> dict[int, list[int]]:
+        """Return ``{layer: [head, ...]}`` of the first ``top_k`` heads (all by default).
+
+        Raises:
+            ValueError: fewer than ``top_k`` heads are in the file.
+        """
+        if top_k is not None and not 1 <= top_k <= len(self.heads):
+            raise ValueError(f"top_k must lie in 1 .. {len(self.heads)}, got {top_k}")
+        layers: dict[int, list[int]] = {}
+        for layer, head in self.heads[:top_k]:
+            layers.setdefault(layer, []).append(head)
+        return {layer: sorted(heads) for layer, heads in sorted(layers.items())}
+
+
+def head_name(layer: int, head: int) -> str:
+    """Return the ``"layer-head"`` form used in head files."""
+    return f"{layer}-{head}"
+
+
+def _parse_head(name: object, source: str) -> tuple[int, int]:
+    match = re.fullmatch(r"\s*(\d+)-(\d+)\s*", name) if isinstance(name, str) else None
+    if match is None:
+        raise ValueError(f'{source}: a head must be written "layer-head", got {name!r}')
+    return int(match[1]), int(match[2])
+
+
+def _parse_names(names: Iterable[object], source: str) -> list[tuple[int, int]]:
+    heads = [_parse_head(name, source) for name in names]
+    if not heads:
+        raise ValueError(f"{source}: names no head")
+    if len(set(heads)) != len(heads):
+        twice = next(head for head in heads if heads.count(head) > 1)
+        raise ValueError(f"{source}: head {head_name(*twice)} is named twice")
+    return heads
+
+
+def _parse_scores(scores: object, source: str) -> dict[tuple[int, int], float]:
+    # QRHead's detection scripts write a mapping or a list of [name, score] pairs.
+    if isinstance(scores, Mapping):
+        pairs = list(scores.items())
+    elif isinstance(scores, list) and all(isinstance(p, list) and len(p) == 2 for p in scores):
+        pairs = [tuple(pair) for pair in scores]
+    else:
+        raise ValueError(f"{source}: scores must map heads to numbers, got {type(scores).__name__}")
+    parsed: dict[tuple[int, int], float] = {}
+    for name, score in pairs:
+        if isinstance(score, bool) or not isinstance(score, (int, float)):
+            raise ValueError(f"{source}: the score of {name!r} must be a number, got {score!r}")
+        parsed[_parse_head(name, source)] = float(score)
+    if not parsed:
+        raise ValueError(f"{source}: names no head")
+    return parsed
+
+
+def read_heads(path: str | os.PathLike[str]) -> HeadFile:
+    """Read a head file, YAML or JSON by its ending.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the content is neither form; the message names the file.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    source = str(path)
+    if path.suffix == ".json":
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source}: not valid JSON: {error}") from error
+    elif path.suffix in (".yaml", ".yml"):
+        import yaml
+
+        try:
+            content = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{source}: not valid YAML: {error}") from error
+    else:
+        raise ValueError(f"{source}: a head file must end in .yaml, .yml or .json")
+
+    provenance: dict[str, Any] = {}
+    if isinstance(content, Mapping) and HEADS_KEY in content:
+        names = content[HEADS_KEY]
+        heads = _parse_names(names.split(",") if isinstance(names, str) else names, source)
+        scores = {}
+        if SCORES_KEY in content:
+            scores = _parse_scores(content[SCORES_KEY], source)
+        provenance = dict(content.get(PROVENANCE_KEY) or {})
+    elif isinstance(content, list) and content and isinstance(content[0], str):
+        heads, scores = _parse_names(content, source), {}
+    else:
+        if isinstance(content, Mapping) and SCORES_KEY in content:
+            provenance = dict(content.get(PROVENANCE_KEY) or {})
+            content = content[SCORES_KEY]
+        scores = _parse_scores(content, source)
+        heads = sorted(scores, key=lambda head: -scores[head])
+    return HeadFile(heads, scores, provenance)
+
+
+def write_heads(path: str | os.PathLike[str], head_file: HeadFile) -> Path:
+    """Write a head file, YAML or JSON by its ending; an existing file is replaced as a whole.
+
+    YAML holds the heads in :attr:`HeadFile.heads`; JSON holds the score of every head.
+
+    Raises:
+        ValueError: the ending is unknown, or JSON was asked for and there are no scores.
+    """
+    path = Path(path)
+    names = [head_name(*head) for head in head_file.heads]
+    if path.suffix in (".yaml", ".yml"):
+        import yaml
+
+        content: dict[str, Any] = {HEADS_KEY: ",".join(names)}
+        if head_file.scores:
+            content[SCORES_KEY] = {head_name(*h): head_file.scores[h] for h in head_file.heads}
+        content[PROVENANCE_KEY] = head_file.provenance
+        text = yaml.safe_dump(content, sort_keys=False, width=10_000)
+    elif path.suffix == ".json":
+        if not head_file.scores:
+            raise ValueError(f"{path}: JSON head files hold scores, and there are none")
+        ranked = sorted(head_file.scores.items(), key=lambda item: -item[1])
+        content = {
+            SCORES_KEY: {head_name(*head): score for head, score in ranked},
+            PROVENANCE_KEY: head_file.provenance,
+        }
+        text = json.dumps(content, indent=1) + "\n"
+    else:
+        raise ValueError(f"{path}: a head file must end in .yaml, .yml or .json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path

@@ -1,0 +1,7 @@
+"""Putting the operator into a transformers model, and reading with a prefix."""
+
+from dream_kernels.injection.context import Prefix
+from dream_kernels.injection.inject import Injection, inject_attention
+from dream_kernels.injection.reading import read_independently, read_jointly
+
+__all__ = ["Injection", "Prefix", "inject_attention", "read_independently", "read_jointly"]

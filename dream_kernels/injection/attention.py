@@ -1,0 +1,152 @@
+"""The attention function that transformers calls, and its registration.
+
+For every implementation ``base`` that a model may have come with there is one registered name,
+``dream_<base>``: without a document context it calls ``base`` with exactly the arguments that it
+was given, so an injected model that gets no scores computes what it did before, bit for bit.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dream_kernels import api
+from dream_kernels.injection.context import DocumentContext
+
+CONTEXT_KEYWORD = "document_context"
+_NAME = "dream_"
+
+
+def is_injected_name(name: str | None) -> bool:
+    """Whether an ``_attn_implementation`` was registered by this module."""
+    return name is not None and name.startswith(_NAME)
+
+
+def register(base: str) -> str:
+    """Register the attention and mask functions over ``base`` and return their name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    name = _NAME + base
+    AttentionInterface.register(name, _make_attention(base))
+    # Without a mask function of its own a registered attention gets no mask at all, and the
+    # padding would be dropped silently.
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
+
+
+def base_attention(module: nn.Module, base: str) -> Callable[..., Any]:
+    """Return the function that the module itself would call for implementation ``base``."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    namespace = sys.modules[type(module).__module__]
+    if base == "eager":
+        return namespace.eager_attention_forward
+    # A modelling file may declare functions of its own under the same names.
+    return getattr(namespace, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)[base]
+
+
+def _make_attention(base: str) -> Callable[..., Any]:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        context: DocumentContext | None = kwargs.pop(CONTEXT_KEYWORD, None)
+        if context is not None:
+            layer = int(module.layer_idx)  # type: ignore[arg-type]
+            context.reached.add(layer)
+            heads = context.heads.get(layer, [])
+            if context.recorder is not None:
+                _record_mass(context, layer, query, key, kwargs)
+            if context.prefix is not None or (heads and context.scores is not None):
+                return _document_attention(context, layer, heads, query, key, value, kwargs), None
+        return base_attention(module, base)(module, query, key, value, attention_mask, **kwargs)
+
+    attention.__name__ = f"{_NAME}{base}_attention_forward"
+    return attention
+
+
+def _document_attention(
+    context: DocumentContext,
+    layer: int,
+    heads: list[int],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Attend through the operator; returns ``[B, M, Hq, D]`` as transformers expects."""
+    prefix = None if context.prefix is None else context.prefix.layers[layer]
+    _refuse_what_the_operator_cannot(layer, key, prefix, kwargs)
+    scores, spans = context.scores, context.spans
+    if scores is None or spans is None or not heads:
+        # Plain attention over prefix and local keys: one absent document and no scored head.
+        heads = []
+        scores = torch.zeros(len(query), 1, device=query.device)
+        spans = torch.zeros(len(query), 1, 2, dtype=torch.long, device=query.device)
+    mask = context.attention_mask
+    output = api.document_attention(
+        query,
+        key,
+        value,
+        scores.to(query.device),
+        spans.to(query.device),
+        mode=context.mode,
+        heads=heads,
+        document_mass=context.document_mass,
+        scale=kwargs.get("scaling"),
+        attention_mask=None if mask is None else mask.to(query.device),
+        prefix=prefix,
+        impl=context.impl,
+    )
+    return output.transpose(1, 2)
+
+
+def _record_mass(
+    context: DocumentContext, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]
+) -> None:
+    assert context.recorder is not None and context.spans is not None
+    prefix = None if context.prefix is None else context.prefix.layers[layer]
+    _refuse_what_the_operator_cannot(layer, key, prefix, kwargs)
+    mask = context.attention_mask
+    mass = api.document_mass(
+        query,
+        key,
+        context.spans.to(query.device),
+        scale=kwargs.get("scaling"),
+        attention_mask=None if mask is None else mask.to(query.device),
+        prefix=prefix,
+        impl=context.impl,
+    )
+    context.recorder.record(layer, mass)
+
+
+def _refuse_what_the_operator_cannot(
+    layer: int, key: Tensor, prefix: tuple[Tensor, Tensor] | None, kwargs: dict[str, Any]
+) -> None:
+    """Raise where the model asks its attention for something that the operator does not do."""
+    length = key.shape[2] + (0 if prefix is None else prefix[0].shape[2])
+    window = kwargs.get("sliding_window")
+    if window is not None and length > window:
+        raise ValueError(
+            f"layer {layer} attends through a sliding window of {window} keys, which is exact only "
+            f"up to that length; this pass has {length}: shorten the documents, or choose heads "
+            "in layers with full attention and read without a prefix"
+        )
+    if kwargs.get("softcap") is not None:
+        raise ValueError(f"layer {layer} caps its attention logits, which the operator cannot do")
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(f"layer {layer} has attention sinks, which the operator does not support")
+    if kwargs.get("dropout"):
+        raise ValueError(
+            f"layer {layer} drops attention weights (dropout {kwargs['dropout']}): call "
+            "model.eval(), or set attention_dropout to 0 in its config"
+        )

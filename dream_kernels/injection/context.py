@@ -1,0 +1,82 @@
+"""What one forward pass of an injected model carries down to its attention layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of documents that were read once, to be attended to by many suffixes.
+
+    Nothing here is copied, expanded or joined when it is used, and no gradient flows into it.
+
+    Attributes:
+        layers: for every layer ``(key, value)`` of ``[1 or B, Hkv, P, D]``; batch 1 is one pool
+            shared by every row of a suffix batch.
+        spans: ``[1 or B, C, 2]`` int64, where each document stands in the prefix.
+        next_position: ``[1 or B]`` int64, the position id at which a suffix starts.
+        mask: ``[1 or B, P]`` bool, False for padding, or None when there is none.
+    """
+
+    layers: list[tuple[Tensor, Tensor]]
+    spans: Tensor
+    next_position: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.layers[0][0].shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.layers[0][0].shape[2]
+
+    @property
+    def documents(self) -> int:
+        return self.spans.shape[1]
+
+
+class MassRecorder:
+    """Collects the plain attention mass of the documents, averaged over chosen rows."""
+
+    def __init__(self, row_weights: Tensor) -> None:
+        self.row_weights = row_weights  # [B, M], summing to 1 over the rows of each batch element
+        self.layers: dict[int, Tensor] = {}
+
+    def record(self, layer: int, mass: Tensor) -> None:
+        """Add a layer's mass ``[B, Hq, M, C]``."""
+        weights = self.row_weights.to(device=mass.device, dtype=mass.dtype)
+        self.layers[layer] = torch.einsum("bhmc,bm->bhc", mass, weights)
+
+
+@dataclass
+class DocumentContext:
+    """Travels as one keyword argument from the model's forward to every attention layer.
+
+    Attributes:
+        heads: ``{layer: [head, ...]}`` that receive the scores.
+        scores: ``[B, C]`` or ``[B, Hq, C]``, or None when no scores act in this pass.
+        spans: ``[B, C, 2]``, or None when there are no documents in this pass.
+        attention_mask: ``[B, T]`` bool over prefix and local keys, or None.
+        prefix: what stands before the local keys, or None.
+        mode: as in :func:`dream_kernels.document_attention`.
+        document_mass: as in :func:`dream_kernels.document_attention`.
+        impl: as in :func:`dream_kernels.document_attention`.
+        recorder: collects document masses, or None.
+        reached: the layers whose attention has seen this context, to notice models that drop it.
+    """
+
+    heads: dict[int, list[int]]
+    scores: Tensor | None
+    spans: Tensor | None
+    attention_mask: Tensor | None
+    prefix: Prefix | None
+    mode: str
+    document_mass: float | None
+    impl: str
+    recorder: MassRecorder | None = None
+    reached: set[int] = field(default_factory=set)

@@ -1,0 +1,90 @@
+"""Which models can be injected, and the reasons why others are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dream_kernels.injection.attention import is_injected_name
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+# Attention of a layer that is exact under the operator (a window, as long as it holds all keys).
+_SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+
+def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """Return the attention module of every layer, by layer index."""
+    return {
+        module.layer_idx: module  # type: ignore[misc]
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and type(module).__name__.endswith("Attention")
+    }
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """Return why ``model`` cannot be injected, or None when it can."""
+    config = model.config.get_text_config()
+    if is_injected_name(config._attn_implementation):
+        return "it is injected already; call remove() on the first injection, or use that one"
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder, and only decoders are supported"
+    if not type(model)._can_set_attn_implementation():
+        return "it does not dispatch through transformers' AttentionInterface"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return (
+            f"it caps its attention logits (attn_logit_softcapping="
+            f"{config.attn_logit_softcapping}), which the operator does not do"
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention is bidirectional"
+    kinds = set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYER_TYPES
+    if kinds:
+        return f"it has layers of type {', '.join(sorted(kinds))}"
+    modules = attention_modules(model)
+    if sorted(modules) != list(range(config.num_hidden_layers)):
+        return (
+            f"{config.num_hidden_layers} layers with attention were expected, and attention was "
+            f"found in layers {sorted(modules)}"
+        )
+    sinks = [layer for layer, module in modules.items() if hasattr(module, "sinks")]
+    if sinks:
+        return f"layers {sinks} have attention sinks"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "some of its layers share the keys and values of others"
+    return None
+
+
+def check_heads(heads: Mapping[Any, Sequence[int]], model: PreTrainedModel) -> dict[int, list[int]]:
+    """Return ``{layer: [head, ...]}`` after checking it against the model.
+
+    Raises:
+        TypeError: a layer or head is not an integer.
+        ValueError: the model has no such layer or head, or a head is named twice.
+    """
+    config = model.config.get_text_config()
+    layers, query_heads = config.num_hidden_layers, config.num_attention_heads
+    checked: dict[int, list[int]] = {}
+    for layer, layer_heads in heads.items():
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TypeError(f"heads must map layer numbers to lists of heads, got layer {layer!r}")
+        if not 0 <= layer < layers:
+            raise ValueError(
+                f"heads names layer {layer}, and the model has layers 0 .. {layers - 1}"
+            )
+        for head in layer_heads:
+            if isinstance(head, bool) or not isinstance(head, int):
+                raise TypeError(f"heads of layer {layer} must be integers, got {head!r}")
+            if not 0 <= head < query_heads:
+                raise ValueError(
+                    f"heads names head {head} of layer {layer}, and the model has heads "
+                    f"0 .. {query_heads - 1}"
+                )
+        if len(set(layer_heads)) != len(layer_heads):
+            raise ValueError(f"heads names a head of layer {layer} twice: {list(layer_heads)}")
+        if layer_heads:
+            checked[layer] = sorted(layer_heads)
+    return checked

@@ -1,0 +1,309 @@
+"""Injection into every supported model class: exact with scores, invisible without."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from dream_kernels import HeadFile, inject_attention, write_heads
+from models import NAMES, VOCABULARY, make_model, register_oracle, target_loss
+
+HEADS = {0: [1], 1: [0, 3, 5], 2: [2, 4]}
+SPANS = torch.tensor([[[2, 6], [6, 10], [11, 14]]])
+ROWS = 20
+
+every_model = pytest.mark.parametrize("name", NAMES)
+
+
+def _inputs(batch: int = 2, padding: str | None = None):
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (batch, ROWS), generator=g)
+    mask = torch.ones_like(ids)
+    if padding == "left":
+        mask[0, :1] = 0
+    elif padding == "right":
+        mask[1, -3:] = 0
+    elif padding == "document":
+        mask[1, 6:10] = 0
+    scores = 1.5 * torch.randn(batch, 3, generator=g, dtype=torch.float64)
+    return ids, mask, scores.requires_grad_()
+
+
+@pytest.mark.parametrize("attention", ("sdpa", "eager"))
+@every_model
+def test_without_scores_nothing_changes(name: str, attention: str) -> None:
+    model = make_model(name, torch.float32, attention)
+    ids, mask, _ = _inputs(padding="left")
+    before = model(ids, attention_mask=mask).logits
+    injection = inject_attention(model, HEADS)
+    assert torch.equal(model(ids, attention_mask=mask).logits, before)
+    injection.remove()
+    assert torch.equal(model(ids, attention_mask=mask).logits, before)
+    assert model.config._attn_implementation == attention
+    assert not model._forward_pre_hooks and not model._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "padding,mode,mass,per_head",
+    [
+        (None, "reweight", None, False),
+        ("left", "reweight", None, True),
+        ("right", "reweight", 0.7, False),
+        ("document", "reweight", None, False),
+        ("left", "bias", None, False),
+    ],
+)
+@every_model
+def test_scores_act_as_defined(name, padding, mode, mass, per_head) -> None:
+    """Loss and gradient equal a loop over rows and documents under plain autograd."""
+    ids, mask, scores = _inputs(padding=padding)
+    if per_head:
+        scores = torch.randn(2, 6, 3, dtype=torch.float64).requires_grad_()
+    is_target = mask.bool() & (torch.arange(ROWS) >= 17)
+
+    model = make_model(name)
+    with inject_attention(model, HEADS, mode=mode, document_mass=mass):
+        logits = model(
+            ids, attention_mask=mask, document_scores=scores, document_spans=SPANS
+        ).logits
+    loss = target_loss(logits, ids, is_target)
+    (gradient,) = torch.autograd.grad(loss, scores)
+
+    documents = torch.full((2, ROWS), -1)
+    for c, (start, end) in enumerate(SPANS[0].tolist()):
+        documents[:, start:end] = c
+    documents[mask == 0] = -1
+    model.config._attn_implementation = register_oracle(HEADS, mode, mass)
+    expected_logits = model(
+        ids,
+        attention_mask=mask,
+        oracle_scores=scores,
+        oracle_documents=documents,
+        oracle_scored=(torch.arange(ROWS) >= 14).expand(2, -1),
+    ).logits
+    expected = target_loss(expected_logits, ids, is_target)
+    (expected_gradient,) = torch.autograd.grad(expected, scores)
+
+    assert expected_gradient.abs().max() > 1e-4
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_reaches_through_the_models_labels_loss() -> None:
+    model = make_model("Llama", torch.float32)
+    ids, mask, scores = _inputs()
+    with inject_attention(model, HEADS):
+        out = model(
+            ids, attention_mask=mask, labels=ids, document_scores=scores, document_spans=SPANS
+        )
+        out.loss.backward()
+    assert scores.grad.abs().max() > 0
+    # Only differences between scores matter, so the gradient of each row sums to zero.
+    assert scores.grad.sum(1).abs().max() < 1e-6
+
+
+def test_scores_come_from_anywhere_and_the_reader_stays_frozen() -> None:
+    model = make_model("Llama", torch.float32)
+    ids, _, _ = _inputs()
+    encoder = torch.nn.Linear(4, 3)
+    with inject_attention(model, HEADS):
+        out = model(
+            ids, labels=ids, document_scores=encoder(torch.randn(2, 4)), document_spans=SPANS
+        )
+        out.loss.backward()
+    assert encoder.weight.grad.abs().max() > 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+@every_model
+def test_generate_still_works(name: str) -> None:
+    model = make_model(name, torch.float32)
+    ids, mask, _ = _inputs(padding="left")
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    before = model.generate(ids, **options)
+    with inject_attention(model, HEADS):
+        assert torch.equal(model.generate(ids, **options), before)
+
+
+@every_model
+def test_decoding_step_by_step_with_scores_equals_one_pass(name: str) -> None:
+    model = make_model(name)
+    ids, mask, scores = _inputs()
+    documents = {"document_scores": scores, "document_spans": SPANS}
+    with torch.no_grad(), inject_attention(model, HEADS):
+        whole = model(ids, attention_mask=mask, **documents).logits
+        out = model(ids[:, :15], attention_mask=mask[:, :15], use_cache=True, **documents)
+        for step in range(15, ROWS):
+            out = model(
+                ids[:, step : step + 1],
+                attention_mask=mask[:, : step + 1],
+                past_key_values=out.past_key_values,
+                use_cache=True,
+                **documents,
+            )
+    torch.testing.assert_close(out.logits[:, -1], whole[:, -1], rtol=1e-9, atol=1e-9)
+
+
+def test_gradient_checkpointing_gives_the_same_gradient() -> None:
+    model = make_model("Llama")
+    ids, mask, scores = _inputs()
+
+    def gradient() -> torch.Tensor:
+        out = model(
+            ids, attention_mask=mask, labels=ids, document_scores=scores, document_spans=SPANS
+        )
+        return torch.autograd.grad(out.loss, scores)[0]
+
+    with inject_attention(model, HEADS):
+        expected = gradient()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        torch.testing.assert_close(gradient(), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_a_head_file_names_the_heads(tmp_path) -> None:
+    path = write_heads(tmp_path / "heads.yaml", HeadFile([(2, 4), (1, 3), (1, 0)]))
+    model = make_model("Llama", torch.float32)
+    for heads in (path, str(path), HeadFile([(2, 4), (1, 3), (1, 0)])):
+        with inject_attention(model, heads) as injection:
+            assert injection.heads == {1: [0, 3], 2: [4]}
+
+
+def test_a_second_injection_is_refused_and_removal_allows_the_next() -> None:
+    model = make_model("Llama", torch.float32)
+    first = inject_attention(model, HEADS)
+    with pytest.raises(ValueError, match="injected already"):
+        inject_attention(model, HEADS)
+    first.remove()
+    first.remove()
+    inject_attention(model, {0: [0]}).remove()
+
+
+def test_an_error_inside_the_with_statement_restores_the_model() -> None:
+    model = make_model("Llama", torch.float32)
+    with pytest.raises(RuntimeError, match="boom"), inject_attention(model, HEADS):
+        raise RuntimeError("boom")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_removed_injection_keeps_no_reference_to_the_scores() -> None:
+    model = make_model("Llama", torch.float32)
+    ids, _, scores = _inputs()
+    with inject_attention(model, HEADS) as injection:
+        model(ids, document_scores=scores, document_spans=SPANS)
+        assert injection._context is None
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    "heads, error, message",
+    [
+        ({3: [0]}, ValueError, r"layer 3, and the model has layers 0 \.\. 2"),
+        ({0: [6]}, ValueError, r"head 6 of layer 0, and the model has heads 0 \.\. 5"),
+        ({0: [-1]}, ValueError, "head -1"),
+        ({0: [1, 1]}, ValueError, "twice"),
+        ({"0": [1]}, TypeError, "got layer '0'"),
+        ({0: ["1"]}, TypeError, "must be integers, got '1'"),
+        ([(0, 1)], TypeError, "heads must be .* got list"),
+    ],
+)
+def test_heads_that_the_model_does_not_have(heads, error, message) -> None:
+    model = make_model("Llama", torch.float32)
+    with pytest.raises(error, match=message):
+        inject_attention(model, heads)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_head_file_for_a_larger_model_is_refused(tmp_path) -> None:
+    path = write_heads(tmp_path / "heads.yaml", HeadFile([(17, 3)]))
+    with pytest.raises(ValueError, match="layer 17"):
+        inject_attention(make_model("Llama"), path)
+
+
+def test_models_that_cannot_be_exact_are_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match="attn_logit_softcapping=50"):
+        inject_attention(make_model("Gemma2", attn_logit_softcapping=50.0), HEADS)
+    import transformers
+
+    t5 = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4,
+            decoder_start_token_id=0,
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        inject_attention(t5, {})
+    with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
+        inject_attention(torch.nn.Linear(2, 2), HEADS)
+
+
+def test_a_sliding_window_shorter_than_the_sequence_is_refused() -> None:
+    ids, _, scores = _inputs()
+    documents = {"document_scores": scores, "document_spans": SPANS}
+    model = make_model("Mistral", sliding_window=12)
+    with inject_attention(model, HEADS):
+        model(ids)
+        with pytest.raises(ValueError, match=r"sliding window of 12 keys.* this pass has 20"):
+            model(ids, **documents)
+    # Gemma 3 attends fully in its last layer here: heads there are exact under any window.
+    layer_types = ["sliding_attention", "sliding_attention", "full_attention"]
+    model = make_model("Gemma3", sliding_window=12, layer_types=layer_types)
+    with inject_attention(model, {2: [0, 1]}):
+        model(ids, **documents)
+    with inject_attention(model, {1: [0]}), pytest.raises(ValueError, match="sliding window"):
+        model(ids, **documents)
+
+
+def test_attention_dropout_is_refused_in_training_only() -> None:
+    model = make_model("Llama", attention_dropout=0.1)
+    ids, _, scores = _inputs()
+    with inject_attention(model, HEADS):
+        model(ids, document_scores=scores, document_spans=SPANS)
+        with pytest.raises(ValueError, match="drops attention weights"):
+            model.train()(ids, document_scores=scores, document_spans=SPANS)
+
+
+def test_bad_calls_name_what_is_wrong() -> None:
+    model = make_model("Llama")
+    ids, mask, scores = _inputs()
+    overlapping = torch.tensor([[[2, 6], [5, 9], [10, 11]]])
+    with inject_attention(model, HEADS):
+        with pytest.raises(ValueError, match=r"document_scores needs document_spans"):
+            model(ids, document_scores=scores)
+        with pytest.raises(ValueError, match="document_spans needs document_scores"):
+            model(ids, document_spans=SPANS)
+        with pytest.raises(ValueError, match="disjoint"):
+            model(ids, document_scores=scores, document_spans=overlapping)
+        with pytest.raises(ValueError, match="4D masks"):
+            model(
+                ids,
+                attention_mask=torch.zeros(2, 1, ROWS, ROWS),
+                document_scores=scores,
+                document_spans=SPANS,
+            )
+        with pytest.raises(ValueError, match="packed sequences"):
+            model(
+                ids,
+                position_ids=(torch.arange(ROWS) % 10).expand(2, -1),
+                document_scores=scores,
+                document_spans=SPANS,
+            )
+        # A refused call leaves nothing behind.
+        model(ids, attention_mask=mask, document_scores=scores, document_spans=SPANS)
+
+
+def test_read_mass_gives_every_layer_and_head() -> None:
+    model = make_model("Llama", torch.float32, attention="eager")
+    ids, mask, _ = _inputs(padding="left")
+    rows = torch.zeros(2, ROWS)
+    rows[:, 16:20] = 0.25
+    attentions = model(ids, attention_mask=mask, output_attentions=True).attentions
+    with inject_attention(model, {}) as injection:
+        mass = injection.read_mass(rows, input_ids=ids, attention_mask=mask, document_spans=SPANS)
+    assert mass.shape == (3, 2, 6, 3)
+    for layer, probabilities in enumerate(attentions):
+        for c, (start, end) in enumerate(SPANS[0].tolist()):
+            expected = probabilities[:, :, 16:20, start:end].sum(-1).mean(-1)
+            torch.testing.assert_close(mass[layer, :, :, c], expected, rtol=1e-4, atol=1e-5)
