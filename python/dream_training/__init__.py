@@ -1,0 +1,1 @@
+"""What is built on the operator: reader, heads, data, objectives, training, evaluation."""

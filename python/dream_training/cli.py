@@ -1,0 +1,147 @@
+"""The ``dream`` command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    help="Train dense retrievers from a frozen language model's own next-token loss.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time
+    typer.Argument(metavar="[KEY=VALUE]...", help="config keys to set, such as max_steps=200"),
+]
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="where models, metrics and plots go")] = Path(
+        "runs/demo"
+    ),
+    reader: Annotated[
+        str, typer.Option(help="folder or hub name of the frozen language model")
+    ] = "smollm2",
+    steps: Annotated[int, typer.Option(min=1, help="training steps")] = 120,
+    seed: Annotated[int, typer.Option(help="of weights, data order and head selection")] = 0,
+) -> None:
+    """Train a retriever on the documentation of the installed scientific packages."""
+    from dream_training.demo import run_demo
+
+    run_demo(output_dir, reader=reader, steps=steps, seed=seed)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file", exists=True, dir_okay=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Train a retriever as CONFIG says; any key can be set behind it."""
+    from dream_training.config import load_config
+    from dream_training.training import train as run
+
+    settings = load_config(config, overrides or [])
+    result = run(settings)
+    typer.echo(f'\nThe retriever: SentenceTransformer("{result.path}")')
+    typer.echo(f"The curve:     {Path(settings.output_dir) / 'curve.png'}")
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def heads(
+    reader: Annotated[str, typer.Option(help="folder or hub name of the language model")],
+    data: Annotated[
+        Path, typer.Option(help="training JSONL whose lines know their positive", exists=True)
+    ],
+    output: Annotated[Path, typer.Option(help="head file, .yaml or .json")] = Path("heads.yaml"),
+    top_k: Annotated[int, typer.Option(min=1, help="heads to print and outline")] = 16,
+    examples: Annotated[int, typer.Option(min=2, help="training lines to look at")] = 96,
+    pool_size: Annotated[int, typer.Option(min=2, help="documents per pool")] = 16,
+    context: Annotated[str, typer.Option(help="independent or joint reading")] = "independent",
+    passage_max_len: Annotated[int, typer.Option(min=1, help="tokens of a document")] = 128,
+    null_query: Annotated[str, typer.Option(help="the query that says nothing")] = "N/A",
+    seed: Annotated[int, typer.Option(help="of the choice of examples")] = 0,
+) -> None:
+    """Rank the reader's heads by how much a query draws them to its document."""
+    from dream_training.head_command import run_heads
+
+    run_heads(
+        reader=reader,
+        data=data,
+        output=output,
+        top_k=top_k,
+        examples=examples,
+        pool_size=pool_size,
+        context=context,
+        passage_max_len=passage_max_len,
+        null_query=null_query,
+        seed=seed,
+    )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="sentence-transformers model, folder or hub name")],
+    data: Annotated[Path, typer.Argument(help="BEIR folder", exists=True, file_okay=False)],
+    split: Annotated[str, typer.Option(help="qrels/<split>.tsv")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1, help="texts encoded at once")] = 32,
+    bm25: Annotated[bool, typer.Option(help="evaluate BM25 as well")] = True,
+) -> None:
+    """Print nDCG@10 and recall@10 of a retriever on a BEIR folder."""
+    from sentence_transformers import SentenceTransformer
+
+    from dream_training.data.beir_folder import read_beir_folder
+    from dream_training.evaluation import (
+        RetrievalEvaluator,
+        RetrievalTask,
+        score_ranking,
+        search_bm25,
+    )
+
+    corpus, queries, qrels = read_beir_folder(data, split)
+    task = RetrievalTask(queries, corpus, qrels)
+    typer.echo(f"{data} ({split}): {len(queries)} queries, {len(corpus)} documents")
+    rows = {model: RetrievalEvaluator(task, batch_size=batch_size)(SentenceTransformer(model))}
+    if bm25:
+        rows["BM25"] = score_ranking(task, search_bm25(task))
+    for name, scores in rows.items():
+        typer.echo(
+            f"{name}: nDCG@10 {scores['ndcg_at_10']:.4f}  recall@10 {scores['recall_at_10']:.4f}"
+        )
+
+
+def main() -> None:
+    """Run the command; mistakes of the user end in one line, not in a traceback."""
+    _quieten_libraries()
+    try:
+        app()
+    except (FileNotFoundError, ModuleNotFoundError, TypeError, ValueError) as error:
+        if os.environ.get("DREAM_TRACEBACK"):
+            raise
+        sys.exit(f"dream: {error}")
+
+
+def _quieten_libraries() -> None:
+    """Keep bars and notes of libraries out of the command's own output; warnings stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Read when transformers is imported; cut backbones would report every layer left out.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(level=logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The configuration of a training run: a YAML file, any key of which the command line can set."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+OBJECTIVES = ("dream", "infonce")
+
+
+@dataclass
+class TrainConfig:
+    """Everything that decides a training run.
+
+    Attributes:
+        reader: folder or hub name of the frozen language model; ``smollm2`` for the packaged one.
+        heads: head file, or ``auto`` to select heads on the training data first.
+        top_k: how many heads of the head file receive the scores; None for all it names.
+        context: how documents are read, ``independent`` or ``joint``.
+        mode: ``reweight`` or ``bias``.
+        document_mass: fixes the attention that all documents get together; None keeps the reader's.
+        retriever: folder or hub name of a sentence-transformers model or a language model.
+        retriever_layers: keep only the first layers of a language model; None for all.
+        lora_r: rank of the LoRA adapters; 0 trains every weight.
+        lora_alpha: scale of the adapters, twice the rank by default.
+        train_data: JSONL file, or a folder that holds train.jsonl.
+        eval_data: BEIR folder, or None.
+        eval_split: split of the BEIR folder.
+        objective: ``dream``, or ``infonce`` (needs known positives).
+        temperature: divides the cosine similarities.
+        batch_size: queries per step; their documents form one pool.
+        query_max_len: tokens of a query, for retriever and reader.
+        passage_max_len: tokens of a document, for retriever and reader.
+        target_max_len: tokens of a target that are predicted.
+        query_prompt: put before queries by the retriever.
+        document_prompt: put before documents by the retriever.
+        learning_rate: peak learning rate.
+        lr_scheduler: as in transformers: ``linear``, ``cosine``, ``constant_with_warmup``, ...
+        warmup_steps: steps until the peak.
+        max_grad_norm: gradients are clipped to this norm.
+        max_steps: training steps.
+        eval_steps: steps between evaluations; each keeps the best model.
+        log_steps: steps between printed lines where there is no terminal.
+        seed: of weights, data order and head selection.
+        dtype: of reader and backbone weights, ``auto`` as stored.
+        device: ``cpu``, ``cuda``, ...; None for a GPU where there is one.
+        output_dir: where models, metrics and plots go.
+        trust_remote_code: run code that comes with a model.
+    """
+
+    reader: str
+    train_data: str
+    heads: str = "auto"
+    top_k: int | None = 16
+    context: str = "independent"
+    mode: str = "reweight"
+    document_mass: float | None = None
+    retriever: str = "smollm2"
+    retriever_layers: int | None = None
+    lora_r: int = 32
+    lora_alpha: int | None = None
+    eval_data: str | None = None
+    eval_split: str = "test"
+    objective: str = "dream"
+    temperature: float = 0.05
+    batch_size: int = 16
+    query_max_len: int = 32
+    passage_max_len: int = 128
+    target_max_len: int = 32
+    query_prompt: str = ""
+    document_prompt: str = ""
+    learning_rate: float = 3e-4
+    lr_scheduler: str = "linear"
+    warmup_steps: int = 10
+    max_grad_norm: float = 1.0
+    max_steps: int = 100
+    eval_steps: int = 50
+    log_steps: int = 10
+    seed: int = 0
+    dtype: str = "auto"
+    device: str | None = None
+    output_dir: str = "runs/train"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, _coerce(field.name, getattr(self, field.name)))
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        for name in ("batch_size", "query_max_len", "passage_max_len", "target_max_len"):
+            _at_least(name, getattr(self, name), 2 if name == "batch_size" else 1)
+        for name in ("max_steps", "eval_steps", "log_steps"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("lora_r", "warmup_steps"):
+            _at_least(name, getattr(self, name), 0)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML config; ``overrides`` are ``key=value`` and win.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a key is unknown (the nearest one is suggested), a required one is missing, or
+            a value does not fit.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold keys and values, got {type(values).__name__}")
+    for key in values:
+        _check_key(key, str(path))
+    return make_config({**values, **parse_overrides(overrides)}, str(path))
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Turn ``key=value`` texts into config values; a value is read as YAML."""
+    values = {}
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(f"an override must be written key=value, got {override!r}")
+        key = key.lstrip("-").replace("-", "_")
+        _check_key(key, "command line")
+        values[key] = yaml.safe_load(value)
+    return values
+
+
+def make_config(values: dict[str, Any], source: str) -> TrainConfig:
+    """Build the config from values whose keys are known."""
+    required = [
+        field.name
+        for field in dataclasses.fields(TrainConfig)
+        if field.default is dataclasses.MISSING and field.name not in values
+    ]
+    if required:
+        raise ValueError(f"{source}: missing key {', '.join(required)}")
+    return TrainConfig(**values)
+
+
+def _check_key(key: object, source: str) -> None:
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    if key in known:
+        return
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{source}: unknown key {key!r}{hint}")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _coerce(name: str, value: Any) -> Any:
+    """Check ``value`` against the field's type; whole numbers and "1e-4" become floats."""
+    annotation = typing.get_type_hints(TrainConfig)[name]
+    allowed = (
+        typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    )
+    if value is None and type(None) in allowed:
+        return None
+    if float in allowed and not isinstance(value, bool):
+        # YAML 1.1 reads 1e-4, without a dot, as text.
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    for kind in allowed:
+        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return value
+    names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
+    raise ValueError(f"{name} must be {names}, got {value!r}")

@@ -1,0 +1,1 @@
+"""Data sets: what an installation already has, and the forms users already have."""

@@ -1,0 +1,266 @@
+"""BEIR folders: ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/<split>.tsv``, written and read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
+
+Corpus = dict[str, str]
+Queries = dict[str, str]
+Qrels = dict[str, dict[str, int]]
+
+_CORPUS = "corpus.jsonl"
+_QUERIES = "queries.jsonl"
+_TRAIN = "train.jsonl"
+_QRELS_HEADER = "query-id\tcorpus-id\tscore"
+# Stands in every folder written here: such a folder may be replaced.
+_MARKER = ".dream-beir-folder"
+
+
+class Split(Protocol):
+    """Queries by id and, for each, the relevance of documents by id."""
+
+    @property
+    def queries(self) -> Mapping[str, str]: ...
+    @property
+    def qrels(self) -> Mapping[str, Mapping[str, int]]: ...
+
+
+class Example(Protocol):
+    """A training example with its relevant document."""
+
+    @property
+    def query(self) -> str: ...
+    @property
+    def document(self) -> str: ...
+    @property
+    def target(self) -> str: ...
+
+
+def write_beir_folder(
+    path: str | os.PathLike[str],
+    corpus: Mapping[str, str],
+    splits: Mapping[str, Split],
+    train: Iterable[Example] = (),
+) -> Path:
+    """Write a BEIR folder, complete or not at all.
+
+    The files are written to a temporary folder beside ``path``, which then takes its name.
+
+    Args:
+        path: the folder. If it exists it is replaced, provided that it is empty or was written by
+            this function.
+        corpus: document text by id; written with an empty title.
+        splits: queries and relevance by split name, each to ``qrels/<name>.tsv``. Splits share one
+            ``queries.jsonl``.
+        train: if not empty, written to ``train.jsonl`` as ``query``, ``target`` and ``documents``,
+            a list that holds the relevant document.
+
+    Returns:
+        The path of the folder.
+
+    Raises:
+        FileExistsError: if ``path`` is a file, or a folder with other content.
+        ValueError: if an id cannot stand in a tsv file, two splits give one query id different
+            texts, or a relevant document is not in the corpus.
+    """
+    folder = Path(path)
+    queries = _merged_queries(splits)
+    for split in splits.values():
+        _check_qrels(split.qrels, corpus, queries)
+    for key in (*corpus, *queries):
+        if not key or key != key.strip() or any(mark in key for mark in "\t\r\n"):
+            raise ValueError(f"id {key!r}: expected text without tabs, line breaks or outer spaces")
+    _check_replaceable(folder)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        content = temporary / "new"
+        (content / "qrels").mkdir(parents=True)
+        (content / _MARKER).touch()
+        _write_jsonl(
+            content / _CORPUS,
+            ({"_id": key, "title": "", "text": text} for key, text in corpus.items()),
+        )
+        _write_jsonl(
+            content / _QUERIES, ({"_id": key, "text": text} for key, text in queries.items())
+        )
+        for name, split in splits.items():
+            _write_qrels(content / "qrels" / f"{name}.tsv", split.qrels)
+        examples = [
+            {"query": e.query, "target": e.target, "documents": [e.document]} for e in train
+        ]
+        if examples:
+            _write_jsonl(content / _TRAIN, examples)
+        _swap(content, folder, aside=temporary / "old")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def read_beir_folder(
+    path: str | os.PathLike[str], split: str = "test"
+) -> tuple[Corpus, Queries, Qrels]:
+    """Read a BEIR folder, with errors that name the file and the line.
+
+    Args:
+        path: the folder.
+        split: name of the file in ``qrels``, without ``.tsv``.
+
+    Returns:
+        corpus: text by document id; the title, if there is one, precedes the text with a space
+            between, as ``beir`` joins them.
+        queries: text by query id, in the order of the file, only those with a line in the qrels;
+            the number of the others is logged.
+        qrels: relevance by query id and document id; 0 means judged and not relevant.
+
+    Raises:
+        FileNotFoundError: if one of the three files is missing.
+        ValueError: for a line that cannot be read, an id that appears twice, or qrels that name
+            unknown queries or documents.
+    """
+    folder = Path(path)
+    corpus: Corpus = {}
+    for where, row in _read_jsonl(folder / _CORPUS):
+        title = _text(row, "title", where, optional=True)
+        text = _text(row, "text", where, optional=True)
+        _add(corpus, _id(row, where), f"{title} {text}".strip(), where)
+    every_query: Queries = {}
+    for where, row in _read_jsonl(folder / _QUERIES):
+        _add(every_query, _id(row, where), _text(row, "text", where), where)
+    qrels = _read_qrels(folder / "qrels" / f"{split}.tsv")
+    _check_qrels(qrels, corpus, every_query)
+    queries = {key: text for key, text in every_query.items() if key in qrels}
+    if dropped := len(every_query) - len(queries):
+        logger.info("%s: %d queries have no line in qrels/%s.tsv", folder, dropped, split)
+    return corpus, queries, qrels
+
+
+def _merged_queries(splits: Mapping[str, Split]) -> Queries:
+    queries: Queries = {}
+    for name, split in splits.items():
+        for key, text in split.queries.items():
+            if queries.setdefault(key, text) != text:
+                raise ValueError(f"split {name!r}: query {key!r} has another text in another split")
+    return queries
+
+
+def _check_qrels(
+    qrels: Mapping[str, Mapping[str, int]], corpus: Mapping[str, str], queries: Mapping[str, str]
+) -> None:
+    for kind, known, used in (
+        ("queries", queries, qrels),
+        ("documents", corpus, {key for row in qrels.values() for key in row}),
+    ):
+        unknown = sorted(set(used) - known.keys())
+        if unknown:
+            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            raise ValueError(f"qrels name unknown {kind}: {', '.join(unknown[:5])}{more}")
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; expected a folder or nothing")
+    if any(folder.iterdir()) and not (folder / _MARKER).exists():
+        raise FileExistsError(f"{folder} has other content; give an empty or a new folder")
+
+
+def _swap(new: Path, folder: Path, aside: Path) -> None:
+    """Give ``new`` the name ``folder``; what stood there goes to ``aside``, or back on failure."""
+    replaces = folder.exists()
+    if replaces:
+        folder.rename(aside)
+    try:
+        new.rename(folder)
+    except OSError:
+        if replaces and not folder.exists():
+            aside.rename(folder)
+        raise
+
+
+def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _write_qrels(path: Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(_QRELS_HEADER + "\n")
+        for query, documents in qrels.items():
+            for document, score in documents.items():
+                file.write(f"{query}\t{document}\t{score}\n")
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each row with its place, ``corpus.jsonl:17``; empty lines are passed over."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{where}: not a line of JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+            yield where, row
+
+
+def _read_qrels(path: Path) -> Qrels:
+    qrels: Qrels = {}
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            fields = line.rstrip("\r\n").split("\t")
+            if number == 1 or not line.strip():
+                if number == 1 and len(fields) == 3 and fields[2].lstrip("-").isdigit():
+                    raise ValueError(f"{path}:1: expected the header {_QRELS_HEADER!r}")
+                continue
+            try:
+                query, document, score = fields
+                relevance = int(score)
+            except ValueError:
+                raise ValueError(
+                    f"{path}:{number}: expected query id, document id and a whole number, "
+                    f"separated by tabs, got {line.rstrip()!r}"
+                ) from None
+            _add(qrels.setdefault(query, {}), document, relevance, f"{path}:{number}")
+    return qrels
+
+
+def _id(row: Mapping[str, Any], where: str) -> str:
+    value = row.get("_id")
+    # Some published sets have numbers; the qrels file has their digits.
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{where}: '_id': expected text, got {value!r}")
+    return value
+
+
+def _text(row: Mapping[str, Any], key: str, where: str, *, optional: bool = False) -> str:
+    value = row.get(key)
+    # Published sets have `"title": null`.
+    if value is None and optional:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key!r}: expected text, got {value!r}")
+    return value
+
+
+def _add(rows: dict[str, Any], key: str, value: object, where: str) -> None:
+    if key in rows:
+        raise ValueError(f"{where}: {key!r} appears twice")
+    rows[key] = value

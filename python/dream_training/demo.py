@@ -1,0 +1,224 @@
+"""``dream demo``: from an untrained model to a retriever, on data that every installation has."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dream_training.config import TrainConfig
+from dream_training.data.beir_folder import write_beir_folder
+from dream_training.data.docstrings import (
+    DEFAULT_PACKAGES,
+    DocumentationData,
+    RetrievalSplit,
+    load_documentation,
+)
+from dream_training.data.jsonl import to_training_data
+from dream_training.evaluation import Ranking, RetrievalTask, score_ranking, search_bm25
+from dream_training.training import (
+    TrainResult,
+    make_evaluator,
+    make_retriever,
+    resolve_model,
+    train,
+)
+
+RETRIEVER_LAYERS = 10
+CURVE_QUERIES = 150
+SHOWN_QUERIES = 4
+_PACKAGES = ("torch", "transformers", "sentence-transformers", "peft", "dream-kernels")
+
+
+def run_demo(
+    output_dir: Path,
+    *,
+    reader: str = "smollm2",
+    steps: int = 120,
+    seed: int = 0,
+    packages: Sequence[str] = DEFAULT_PACKAGES,
+    test_size: int = 500,
+) -> dict[str, Any]:
+    """Train on documentation, and show how much better the retriever became.
+
+    Writes to ``output_dir``: ``metrics.json``, ``curve.png``, ``heads.yaml``, ``heads.png``, the
+    retriever, and ``beir/``, the data as a BEIR folder.
+
+    Args:
+        output_dir: where everything goes.
+        reader: folder or hub name of the frozen language model; ``smollm2`` is the packaged one.
+            The retriever is made of the first layers of the same model.
+        steps: training steps.
+        seed: of weights, data order and head selection.
+        packages: the packages whose documentation is the data.
+        test_size: number of test queries.
+
+    Returns:
+        What ``metrics.json`` holds.
+    """
+    begin = time.perf_counter()
+    console = Console()
+    config = TrainConfig(
+        reader=reader,
+        retriever=reader,
+        retriever_layers=_layers(reader),
+        train_data="documentation of the installed packages",
+        temperature=0.05,
+        batch_size=16,
+        query_max_len=24,
+        passage_max_len=64,
+        target_max_len=16,
+        learning_rate=5e-4,
+        warmup_steps=5,
+        max_steps=steps,
+        eval_steps=max(1, steps // 3),
+        seed=seed,
+        output_dir=str(output_dir),
+    )
+    console.rule("data")
+    data = load_documentation(packages, seed=seed, test_size=test_size)
+    _print_data(console, data)
+    write_beir_folder(
+        output_dir / "beir",
+        data.corpus,
+        {"test": data.test, "repeats": data.repeats},
+        train=data.train,
+    )
+    test = _task(data, data.test)
+
+    console.rule("before")
+    model = make_retriever(config)
+    evaluator = make_evaluator(config, test)
+    before = evaluator.rank(model)
+    bm25 = search_bm25(test)
+    scores = {"before": score_ranking(test, before), "bm25": score_ranking(test, bm25)}
+    console.print(
+        f"untrained: nDCG@10 {scores['before']['ndcg_at_10']:.3f} on {len(test.queries)} queries"
+    )
+
+    console.rule("training, without relevance labels")
+    rows = to_training_data((e.query, e.target, e.document) for e in data.train)
+    result = train(config, data=rows, task=_first_queries(test), model=model, console=console)
+
+    console.rule("after")
+    after = evaluator.rank(model)
+    scores["after"] = score_ranking(test, after)
+    repeats = _task(data, data.repeats)
+    repeated = make_evaluator(config, repeats)(model)
+    metrics = {
+        **{name: scores[name] for name in ("before", "after", "bm25")},
+        "repeats": {"after": repeated, "bm25": score_ranking(repeats, search_bm25(repeats))},
+        "queries": len(test.queries),
+        "documents": len(test.corpus),
+        "steps": len(result.history.steps),
+        "seed": seed,
+        "interrupted": result.interrupted,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "training_seconds": round(result.seconds, 1),
+        "versions": _versions(data),
+    }
+    _write(output_dir / "metrics.json", metrics)
+    _print_table(console, metrics)
+    _print_examples(console, test, before, after)
+    _print_files(console, output_dir, result, metrics)
+    return metrics
+
+
+def _layers(reader: str) -> int:
+    from transformers import AutoConfig
+
+    return min(
+        RETRIEVER_LAYERS, AutoConfig.from_pretrained(resolve_model(reader)).num_hidden_layers
+    )
+
+
+def _task(data: DocumentationData, split: RetrievalSplit) -> RetrievalTask:
+    return RetrievalTask(split.queries, data.corpus, split.qrels)
+
+
+def _first_queries(task: RetrievalTask) -> RetrievalTask:
+    """A cheaper task for the curve: fewer queries, over every document."""
+    chosen = sorted(task.queries)[:: max(1, len(task.queries) // CURVE_QUERIES)]
+    return RetrievalTask(
+        {q: task.queries[q] for q in chosen}, task.corpus, {q: task.qrels[q] for q in chosen}
+    )
+
+
+def _print_data(console: Console, data: DocumentationData) -> None:
+    packages = ", ".join(f"{name} {version}" for name, version in data.versions.items())
+    console.print(
+        f"The documentation of {packages}.\n"
+        f"{len(data.train)} training examples: a summary line asks, the reader predicts how its "
+        "description begins.\n"
+        f"{len(data.test.queries)} test queries over {len(data.corpus)} documents: See Also lines "
+        "that someone wrote about a function\nin the docstring of another one. None of these "
+        f"functions is trained on. {len(data.repeats.queries)} more lines only repeat the\n"
+        "function's own summary and are reported apart."
+    )
+
+
+def _print_table(console: Console, metrics: dict[str, Any]) -> None:
+    table = Table(
+        title=f"{metrics['queries']} queries, {metrics['documents']} documents", title_style=""
+    )
+    table.add_column("retriever")
+    table.add_column("nDCG@10", justify="right")
+    table.add_column("recall@10", justify="right")
+    names = {"before": "untrained", "after": "DREAM", "bm25": "BM25"}
+    for key, name in names.items():
+        scores = metrics[key]
+        table.add_row(name, f"{scores['ndcg_at_10']:.3f}", f"{scores['recall_at_10']:.3f}")
+    console.print(table)
+    repeats = metrics["repeats"]
+    console.print(
+        f"Queries that repeat the summary: DREAM {repeats['after']['ndcg_at_10']:.3f}, "
+        f"BM25 {repeats['bm25']['ndcg_at_10']:.3f}."
+    )
+
+
+def _print_examples(console: Console, task: RetrievalTask, before: Ranking, after: Ranking) -> None:
+    """Show evenly spread test queries, not chosen by their outcome."""
+    console.rule("some queries, the relevant document marked with *")
+    queries = sorted(task.queries)
+    for query in queries[:: max(1, len(queries) // SHOWN_QUERIES)][:SHOWN_QUERIES]:
+        console.print(f"\n{task.queries[query]}", style="bold", highlight=False, markup=False)
+        for name, ranking in (("before", before), ("after", after)):
+            top = sorted(ranking[query].items(), key=lambda item: -item[1])[:3]
+            marked = [f"{d}{'*' if d in task.qrels[query] else ''}" for d, _ in top]
+            console.print(f"  {name:>6}: {', '.join(marked)}", highlight=False, markup=False)
+
+
+def _print_files(
+    console: Console, output_dir: Path, result: TrainResult, metrics: dict[str, Any]
+) -> None:
+    console.rule("what there is now")
+    console.print(
+        f'retriever  SentenceTransformer("{result.path}")\n'
+        f"curve      {output_dir / 'curve.png'}\n"
+        f"heads      {output_dir / 'heads.png'}\n"
+        f"metrics    {output_dir / 'metrics.json'}\n"
+        f"data       {output_dir / 'beir'}\n"
+        f"{metrics['seconds']:.0f} s in all, {metrics['training_seconds']:.0f} s of them training",
+        highlight=False,
+    )
+
+
+def _versions(data: DocumentationData) -> dict[str, str]:
+    versions = {"python": platform.python_version(), **data.versions}
+    for package in _PACKAGES:
+        versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _write(path: Path, metrics: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,142 @@
+"""nDCG@10 and recall@10 of a retriever, or of BM25, on queries with relevant documents."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sentence_transformers.evaluation import SentenceEvaluator
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+Ranking = dict[str, dict[str, float]]
+TOP_K = 10
+
+
+@dataclass(frozen=True)
+class RetrievalTask:
+    """What a retriever is evaluated on.
+
+    Attributes:
+        queries: text by query id.
+        corpus: document text by id.
+        qrels: relevance by query id and document id; every query has at least one.
+    """
+
+    queries: Mapping[str, str]
+    corpus: Mapping[str, str]
+    qrels: Mapping[str, Mapping[str, int]]
+
+
+def score_ranking(task: RetrievalTask, ranking: Ranking, k: int = TOP_K) -> dict[str, float]:
+    """Return ``ndcg_at_k`` and ``recall_at_k``, averaged over *all* queries of the task.
+
+    Computed by ``beir``. It leaves queries without results out of its mean, drops documents whose
+    id equals the query's, and fails on a single query; here a query without results counts as 0,
+    nothing is dropped, and one query is enough.
+    """
+    from beir.retrieval.evaluation import EvaluateRetrieval
+
+    qrels = {q: dict(relevant) for q, relevant in task.qrels.items()}
+    # A document id that is in no qrels keeps an empty result list, and so its query, in the mean.
+    results = {q: dict(ranking.get(q) or {"": 0.0}) for q in qrels}
+    ndcg, _, recall, _ = EvaluateRetrieval.evaluate(qrels, results, [k], ignore_identical_ids=False)
+    return {f"ndcg_at_{k}": ndcg[f"NDCG@{k}"], f"recall_at_{k}": recall[f"Recall@{k}"]}
+
+
+def search(
+    model: SentenceTransformer,
+    task: RetrievalTask,
+    *,
+    query_max_len: int | None = None,
+    passage_max_len: int | None = None,
+    batch_size: int = 32,
+    k: int = TOP_K,
+) -> Ranking:
+    """Return the ``k`` nearest documents of every query by cosine similarity."""
+    from sentence_transformers.util import semantic_search
+
+    documents, queries = list(task.corpus), list(task.queries)
+    limit = model.max_seq_length
+    options: dict[str, Any] = {"batch_size": batch_size, "convert_to_tensor": True}
+    options |= {"show_progress_bar": False, "normalize_embeddings": True}
+    try:
+        model.max_seq_length = passage_max_len or limit
+        corpus_embeddings = model.encode_document(
+            [task.corpus[d] for d in documents], **options
+        ).float()
+        model.max_seq_length = query_max_len or limit
+        query_embeddings = model.encode_query([task.queries[q] for q in queries], **options).float()
+    finally:
+        model.max_seq_length = limit
+    hits = semantic_search(query_embeddings, corpus_embeddings, top_k=k)
+    return {
+        q: {documents[int(hit["corpus_id"])]: float(hit["score"]) for hit in found}
+        for q, found in zip(queries, hits)
+    }
+
+
+def search_bm25(task: RetrievalTask, k: int = TOP_K) -> Ranking:
+    """Return the ``k`` best documents of every query by BM25 (``bm25s``, English stop words)."""
+    import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs at debug level by default
+    documents, queries = list(task.corpus), list(task.queries)
+    index = bm25s.BM25()
+    options: dict[str, Any] = {"stopwords": "en", "show_progress": False}
+    index.index(bm25s.tokenize([task.corpus[d] for d in documents], **options), show_progress=False)
+    found, scores = index.retrieve(
+        bm25s.tokenize([task.queries[q] for q in queries], **options),
+        k=min(k, len(documents)),
+        show_progress=False,
+    )
+    return {
+        q: {documents[i]: float(s) for i, s in zip(row, row_scores) if s > 0}
+        for q, row, row_scores in zip(queries, found.tolist(), scores.tolist())
+    }
+
+
+class RetrievalEvaluator(SentenceEvaluator):
+    """A :class:`RetrievalTask` as a sentence-transformers evaluator.
+
+    Args:
+        task: queries, corpus and relevance.
+        query_max_len: tokens of a query that are encoded.
+        passage_max_len: tokens of a document that are encoded.
+        batch_size: texts encoded at once.
+    """
+
+    def __init__(
+        self,
+        task: RetrievalTask,
+        query_max_len: int | None = None,
+        passage_max_len: int | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        super().__init__()
+        self.task = task
+        self.query_max_len, self.passage_max_len = query_max_len, passage_max_len
+        self.batch_size = batch_size
+        self.primary_metric = f"ndcg_at_{TOP_K}"
+
+    def __call__(
+        self,
+        model: Any,
+        output_path: str | None = None,
+        epoch: int = -1,
+        steps: int = -1,
+    ) -> dict[str, float]:
+        return score_ranking(self.task, self.rank(model))
+
+    def rank(self, model: SentenceTransformer) -> Ranking:
+        """Return the ranking that the scores are computed from."""
+        return search(
+            model,
+            self.task,
+            query_max_len=self.query_max_len,
+            passage_max_len=self.passage_max_len,
+            batch_size=self.batch_size,
+        )

@@ -1,0 +1,124 @@
+"""Objectives that train a retriever from a reader's next-token loss."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dream_training.reader import Reader
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+class DreamLoss(nn.Module):
+    r"""The DREAM objective as a sentence-transformers loss.
+
+    The candidates' similarities to the query, over a temperature, decide how much attention the
+    reader's chosen heads give to each candidate while it predicts the target:
+
+    .. math:: L = -\frac{1}{T} \sum_t \log p(y_t \mid y_{<t}, q, \mathrm{documents};
+              s_d = \cos(q, d) / \tau)
+
+    There are no relevance labels. The gradient reaches the retriever through the scores :math:`s`
+    alone (Tang & Yang 2026, arXiv 2606.24667).
+
+    Use it in an ordinary ``SentenceTransformerTrainer`` together with
+    :class:`~dream_training.collator.DreamCollator`, which brings the texts along::
+
+        loss = DreamLoss(model, reader)
+        SentenceTransformerTrainer(
+            model, args, train_dataset=data, loss=loss, data_collator=DreamCollator(model)
+        ).train()
+
+    Args:
+        model: the retriever.
+        reader: the frozen language model.
+        temperature: divides the cosine similarities.
+
+    Attributes:
+        metrics: of the last batch, as floats: ``loss`` (nats per target token),
+            ``weight_on_positive`` (mean softmax weight of the known relevant documents; absent
+            when none is known), ``entropy`` (of the weights, nats), ``max_entropy`` (of uniform
+            weights), ``tokens`` (read and encoded).
+
+    Raises:
+        ValueError: ``temperature`` is not positive.
+    """
+
+    def __init__(
+        self, model: SentenceTransformer, reader: Reader, temperature: float = 0.05
+    ) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.model = model
+        self.reader = reader
+        self.temperature = temperature
+        self.metrics: dict[str, float] = {}
+
+    def forward(
+        self, sentence_features: list[dict[str, Any]], labels: Tensor | None = None
+    ) -> Tensor:
+        query, pool = _features(sentence_features)
+        # Read before encoding: the prefix needs no graph, so its peak memory comes first.
+        prefix = self.reader.read(pool["texts"])
+        queries = self.model(_model_inputs(query))["sentence_embedding"].float()
+        documents = self.model(_model_inputs(pool))["sentence_embedding"].float()
+        similarity = nn.functional.normalize(queries, dim=-1) @ nn.functional.normalize(
+            documents, dim=-1
+        ).transpose(0, 1)
+        scores = similarity / self.temperature
+        reading = self.reader(prefix, query["texts"], query["targets"], scores)
+        tokens = reading.target_tokens + prefix.length
+        tokens += sum(int(f["attention_mask"].sum()) for f in (query, pool))
+        self._record(reading.loss, scores, query["positives"], tokens)
+        return reading.loss
+
+    @torch.no_grad()
+    def _record(self, loss: Tensor, scores: Tensor, positives: list[int], tokens: int) -> None:
+        log_weights = torch.log_softmax(scores, -1)
+        weights = log_weights.exp()
+        known = [(row, place) for row, place in enumerate(positives) if place >= 0]
+        self.metrics = {
+            "loss": loss.item(),
+            "entropy": -(weights * log_weights).sum(-1).mean().item(),
+            "max_entropy": math.log(scores.shape[1]),
+            "tokens": tokens,
+        }
+        if known:
+            rows, places = zip(*known)
+            self.metrics["weight_on_positive"] = weights[list(rows), list(places)].mean().item()
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What the model card says of the loss."""
+        return {
+            "temperature": self.temperature,
+            "context": self.reader.context,
+            "heads": {layer: list(h) for layer, h in self.reader.injection.heads.items()},
+        }
+
+    @property
+    def citation(self) -> str:
+        return (
+            "@misc{tang2026dream, title={DREAM: Dense Retrieval Embeddings via Autoregressive "
+            "Modeling}, author={Tang and Yang}, year={2026}, eprint={2606.24667}, "
+            "archivePrefix={arXiv}}"
+        )
+
+
+def _features(sentence_features: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    features = list(sentence_features)
+    if len(features) != 2 or "texts" not in features[1] or "targets" not in features[0]:
+        raise ValueError(
+            "DreamLoss needs the texts beside the tokens: give the trainer "
+            "data_collator=DreamCollator(model)"
+        )
+    return features[0], features[1]
+
+
+def _model_inputs(features: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in features.items() if k not in ("texts", "targets", "positives")}

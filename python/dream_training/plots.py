@@ -1,0 +1,101 @@
+"""Pictures: the training curve, and the map of the reader's heads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from dream_kernels import HeadFile
+from dream_training.callbacks import History
+
+
+def plot_heads(head_file: HeadFile, path: str | os.PathLike[str], top_k: int = 16) -> Path:
+    """Draw the score of every head as a layer x head map, the ``top_k`` best outlined.
+
+    Raises:
+        ValueError: the file carries no scores.
+    """
+    if not head_file.scores:
+        raise ValueError("the head file carries no scores to draw")
+    layers = 1 + max(layer for layer, _ in head_file.scores)
+    heads = 1 + max(head for _, head in head_file.scores)
+    grid = np.full((heads, layers), np.nan)
+    for (layer, head), score in head_file.scores.items():
+        grid[head, layer] = score
+    limit = float(np.nanmax(np.abs(grid))) or 1.0
+    width = min(14.0, 3.0 + 0.32 * layers)
+    figure, axes = plt.subplots(figsize=(width, 1.8 + 0.28 * heads), layout="constrained")
+    image = axes.imshow(grid, aspect="auto", cmap="PuOr_r", vmin=-limit, vmax=limit, origin="lower")
+    for rank, (layer, head) in enumerate(head_file.heads[:top_k]):
+        axes.add_patch(
+            plt.Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, lw=1.5, ec="black")
+        )
+        if rank < 3:
+            axes.text(layer, head, str(rank + 1), ha="center", va="center", fontsize=8)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("head")
+    axes.set_xticks(range(0, layers, max(1, layers // 15)))
+    axes.set_yticks(range(0, heads, max(1, heads // 16)))
+    axes.set_title(f"QR score of each head, the best {top_k} outlined")
+    figure.colorbar(image, ax=axes, label="attention to the gold document\nabove the null query")
+    return _save(figure, path)
+
+
+def plot_curve(
+    history: History, path: str | os.PathLike[str], reference: dict[str, float] | None = None
+) -> Path:
+    """Draw nDCG@10 and the loss over the steps.
+
+    Args:
+        history: of the run.
+        path: PNG file.
+        reference: nDCG@10 of other retrievers by name, drawn as horizontal lines.
+    """
+    figure, left = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
+    lines: list[Any] = []
+    if history.evaluations:
+        steps = [e["step"] for e in history.evaluations]
+        values = [e["ndcg_at_10"] for e in history.evaluations]
+        lines += left.plot(steps, values, "o-", color="#1b4f8a", lw=2, label="nDCG@10 (left)")
+        for step, value in zip(steps, values):
+            left.annotate(
+                f"{value:.3f}", (step, value), textcoords="offset points", xytext=(0, 7),
+                ha="center", fontsize=8,
+            )  # fmt: skip
+    for (name, value), style in zip((reference or {}).items(), (":", "-.", "--")):
+        lines.append(left.axhline(value, color="0.35", ls=style, lw=1.2, label=f"{name} (left)"))
+    left.set_ylim(0, 1.15 * max([0.1, *(line.get_ydata()[-1] for line in lines)]))
+    left.set_xlabel("training step")
+    left.set_ylabel("nDCG@10")
+    losses = [(s["step"], s["loss"]) for s in history.steps if "loss" in s]
+    if losses:
+        right = left.twinx()
+        x, y = np.array(losses).T
+        lines += right.plot(x, y, color="#d08a3a", lw=0.8, alpha=0.45)
+        window = min(len(y), 10)
+        smooth = np.convolve(y, np.ones(window) / window, mode="valid")
+        lines[-1] = right.plot(
+            x[window - 1 :], smooth, color="#d08a3a", lw=2, ls="--",
+            label=f"loss, mean of {window} steps (right)",
+        )[0]  # fmt: skip
+        right.set_ylabel("loss of the reader, nats per target token")
+    left.set_title("A frozen language model teaches a retriever")
+    left.legend(handles=lines, loc="lower right", fontsize=8, framealpha=0.9)
+    left.grid(alpha=0.25)
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp.png")
+    figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+    return temporary.replace(path)

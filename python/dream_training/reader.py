@@ -1,0 +1,297 @@
+"""The reader: a frozen language model that predicts targets from scored documents."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dream_kernels import (
+    HeadFile,
+    Prefix,
+    inject_attention,
+    read_independently,
+    read_jointly,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CONTEXTS = ("independent", "joint")
+
+
+@dataclass(frozen=True)
+class ReaderPrompt:
+    """The text around documents, query and target.
+
+    The pieces are tokenised one by one and joined as tokens, so that the spans of the documents
+    are exact whatever the tokenizer merges.
+
+    Attributes:
+        header: stands before the documents, after the beginning-of-sequence token if there is one.
+        document: one document; must contain ``{document}``.
+        query: what follows the documents; must contain ``{query}``.
+        target: the text to predict; must contain ``{target}``.
+    """
+
+    header: str = "Documents:\n\n"
+    document: str = "{document}\n\n"
+    query: str = "Question: {query}\nAnswer:"
+    target: str = " {target}"
+
+    def __post_init__(self) -> None:
+        for name in ("document", "query", "target"):
+            if getattr(self, name).count(f"{{{name}}}") != 1:
+                raise ValueError(
+                    f"prompt.{name} must contain {{{name}}} once, got {getattr(self, name)!r}"
+                )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What :meth:`Reader.forward` returns.
+
+    Attributes:
+        loss: scalar, mean next-token loss over the target tokens of the batch, in nats.
+        query_losses: ``[B]``, the mean over each query's own target tokens, detached.
+        target_tokens: number of target tokens in the batch.
+    """
+
+    loss: Tensor
+    query_losses: Tensor
+    target_tokens: int
+
+
+class Reader(nn.Module):
+    """A frozen decoder in which document scores act on some attention heads.
+
+    Args:
+        model: a transformers decoder; it is frozen and set to eval mode.
+        tokenizer: its tokenizer.
+        heads: the heads that receive the scores: ``{layer: [head, ...]}``, a head file or its path.
+        context: ``"independent"``: each document is read alone, at the same positions; or
+            ``"joint"``: the documents are read as one sequence.
+        mode: as in :func:`dream_kernels.document_attention`.
+        document_mass: as in :func:`dream_kernels.document_attention`.
+        query_max_len: tokens of a query that are read; longer ones are cut.
+        passage_max_len: tokens of a document that are read.
+        target_max_len: tokens of a target that are predicted.
+        prompt: the text around documents, query and target.
+        impl: as in :func:`dream_kernels.document_attention`.
+
+    Raises:
+        ValueError: an argument is out of range, or the model cannot be injected.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        heads: Mapping[int, Sequence[int]] | HeadFile | str | os.PathLike[str],
+        *,
+        context: str = "independent",
+        mode: str = "reweight",
+        document_mass: float | None = None,
+        query_max_len: int = 32,
+        passage_max_len: int = 128,
+        target_max_len: int = 32,
+        prompt: ReaderPrompt | None = None,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if context not in CONTEXTS:
+            raise ValueError(f"context must be one of {CONTEXTS}, got {context!r}")
+        for name, value in (
+            ("query_max_len", query_max_len),
+            ("passage_max_len", passage_max_len),
+            ("target_max_len", target_max_len),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.context = context
+        self.query_max_len = query_max_len
+        self.passage_max_len = passage_max_len
+        self.target_max_len = target_max_len
+        self.prompt = prompt or ReaderPrompt()
+        self.injection = inject_attention(
+            self.model, heads, mode=mode, document_mass=document_mass, impl=impl
+        )
+        begin = getattr(tokenizer, "bos_token_id", None)
+        self._header = ([] if begin is None else [begin]) + self._ids(self.prompt.header)
+        self._around_document = self._around(self.prompt.document, "{document}")
+        self._around_query = self._around(self.prompt.query, "{query}")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        heads: Mapping[int, Sequence[int]] | HeadFile | str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> Reader:
+        """Load model and tokenizer from a folder or the hub; ``options`` as in the constructor."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        remote = {"trust_remote_code": trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(path, **remote)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **remote)
+        return cls(model if device is None else model.to(device), tokenizer, heads, **options)
+
+    def train(self, mode: bool = True) -> Reader:
+        """Do nothing: the reader stays frozen and in eval mode inside a training loop."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def read(
+        self, documents: Sequence[str], pools: Sequence[Sequence[int]] | None = None
+    ) -> Prefix:
+        """Read the documents once, without gradient.
+
+        Args:
+            documents: texts, at least one, none blank.
+            pools: for each query the indices of its documents; None for one pool of all
+                documents that every query shares.
+
+        Raises:
+            ValueError: there is no document, or a blank one.
+        """
+        tokens = [self._document_ids(text, i) for i, text in enumerate(documents)]
+        if not tokens:
+            raise ValueError("documents must hold at least one text, got none")
+        if self.context == "independent":
+            return read_independently(self.model, tokens, pools, header=self._header)
+        rows = [range(len(tokens))] if pools is None else pools
+        sequences, spans = [], torch.zeros(len(rows), max(map(len, rows)), 2, dtype=torch.long)
+        for b, pool in enumerate(rows):
+            sequence = list(self._header)
+            for c, i in enumerate(pool):
+                spans[b, c, 0] = len(sequence)
+                sequence += tokens[i]
+                spans[b, c, 1] = len(sequence)
+            sequences.append(sequence)
+        ids, mask = _pad(sequences, "right", self.device)
+        return read_jointly(self.model, ids, spans.to(self.device), mask)
+
+    def forward(
+        self, prefix: Prefix, queries: Sequence[str], targets: Sequence[str], scores: Tensor
+    ) -> Reading:
+        """Predict every target from its query and the scored documents.
+
+        Args:
+            prefix: the documents, from :meth:`read`; one pool, or one for each query.
+            queries: ``B`` texts.
+            targets: ``B`` texts, none blank.
+            scores: ``[B, C]`` logits over the documents, any device; gradients flow into them.
+
+        Raises:
+            ValueError: a target is blank, or does not fit into the reader's context.
+        """
+        query_ids = [self._query_ids(query)[0] for query in queries]
+        target_ids = [self._target_ids(target, i) for i, target in enumerate(targets)]
+        self._check_context(prefix, query_ids, target_ids)
+        ids, mask = _pad([q + t for q, t in zip(query_ids, target_ids)], "left", self.device)
+        longest = max(map(len, target_ids))
+        # The rows that predict a target token. As indices, not as a count: a slice is not
+        # contiguous, and its product with the head would copy the vocabulary for every query.
+        predicting = torch.arange(ids.shape[1] - longest - 1, ids.shape[1] - 1, device=ids.device)
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            document_prefix=prefix,
+            document_scores=scores,
+            logits_to_keep=predicting,
+            use_cache=False,
+        ).logits
+        lengths = torch.tensor([len(t) for t in target_ids], device=ids.device)
+        # Targets end at the right edge, so only the last `longest` positions can hold one.
+        is_target = torch.arange(longest, 0, -1, device=ids.device) <= lengths[:, None]
+        losses = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), ids[:, -longest:].flatten(), reduction="none"
+        ).view_as(is_target)
+        losses = losses.masked_fill(~is_target, 0.0)
+        return Reading(
+            loss=losses.sum() / lengths.sum(),
+            query_losses=losses.detach().sum(1) / lengths,
+            target_tokens=int(lengths.sum()),
+        )
+
+    def query_rows(self, queries: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokenise queries alone, for head selection.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` ``[B, M]``, padded on the left, and
+            ``row_weights`` ``[B, M]`` that average over the tokens of the query text.
+        """
+        pieces = [self._query_ids(query) for query in queries]
+        ids, mask = _pad([tokens for tokens, _ in pieces], "left", self.device)
+        weights = torch.zeros(ids.shape, device=self.device)
+        for b, (tokens, (start, end)) in enumerate(pieces):
+            offset = ids.shape[1] - len(tokens)
+            weights[b, offset + start : offset + end] = 1.0 / (end - start)
+        return ids, mask, weights
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _around(self, template: str, placeholder: str) -> tuple[list[int], list[int]]:
+        before, after = template.split(placeholder)
+        return self._ids(before), self._ids(after)
+
+    def _document_ids(self, text: str, index: int) -> list[int]:
+        if not text.strip():
+            raise ValueError(f"documents must not be blank, got {text!r} at {index}")
+        before, after = self._around_document
+        return before + self._ids(text)[: self.passage_max_len] + after
+
+    def _query_ids(self, query: str) -> tuple[list[int], tuple[int, int]]:
+        """Tokens of the query in its prompt, and where the query's own tokens stand."""
+        before, after = self._around_query
+        own = self._ids(query)[: self.query_max_len]
+        if not own:
+            raise ValueError("queries must not be empty")
+        return before + own + after, (len(before), len(before) + len(own))
+
+    def _target_ids(self, target: str, index: int) -> list[int]:
+        if not target.strip():
+            raise ValueError(f"targets must not be empty, got {target!r} at {index}")
+        text = self.prompt.target.replace("{target}", target.strip())
+        return self._ids(text)[: self.target_max_len]
+
+    def _check_context(
+        self, prefix: Prefix, query_ids: list[list[int]], target_ids: list[list[int]]
+    ) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is None:
+            return
+        start = int(prefix.next_position.max())
+        for i, (query, target) in enumerate(zip(query_ids, target_ids)):
+            needed = start + len(query) + len(target)
+            if needed > limit:
+                raise ValueError(
+                    f"target {i} does not fit into the reader's context of {limit} tokens: "
+                    f"documents {start}, query {len(query)}, target {len(target)}"
+                )
+
+
+def _pad(sequences: Sequence[list[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ids and mask ``[B, L]`` of sequences of different lengths."""
+    length = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), length, dtype=torch.long)
+    mask = torch.zeros(len(sequences), length, dtype=torch.long)
+    for b, sequence in enumerate(sequences):
+        place = slice(0, len(sequence)) if side == "right" else slice(length - len(sequence), None)
+        ids[b, place] = torch.tensor(sequence)
+        mask[b, place] = 1
+    return ids.to(device), mask.to(device)

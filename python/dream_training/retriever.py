@@ -1,0 +1,194 @@
+"""The retriever: a sentence-transformers model, or one built from a language model's backbone."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+def build_retriever(
+    path: str | os.PathLike[str],
+    *,
+    layers: int | None = None,
+    lora_r: int = 0,
+    lora_alpha: int | None = None,
+    max_len: int = 128,
+    dtype: str = "auto",
+    device: str | None = None,
+    prompts: dict[str, str] | None = None,
+    trust_remote_code: bool = False,
+) -> SentenceTransformer:
+    """Load a sentence-transformers model, or build one from a language model.
+
+    A language model becomes ``backbone -> last token -> L2 norm``, its tokenizer appending the
+    end-of-sequence token, whose state is the embedding (as in the DREAM paper).
+
+    Args:
+        path: a sentence-transformers model or a transformers decoder, as folder or hub name.
+        layers: keep only the first ``layers`` of a decoder's layers; None for all.
+        lora_r: rank of the LoRA adapters on all linear layers; 0 trains every weight.
+        lora_alpha: LoRA's scale, twice the rank by default.
+        max_len: tokens of a text that are encoded, the end-of-sequence token included.
+        dtype: of the weights: ``"auto"`` as stored, ``"float32"``, ``"bfloat16"``, ... Adapters
+            are kept in float32.
+        device: where to put the model; None for sentence-transformers' choice.
+        prompts: prompt texts by name, such as ``{"query": ..., "document": ...}``.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: ``layers`` does not fit the model.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.util import is_sentence_transformer_model
+
+    model_kwargs = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if is_sentence_transformer_model(str(path)):
+        if layers is not None:
+            raise ValueError(
+                "retriever_layers cuts a language model, and this is a sentence-transformers "
+                f"model: {path}"
+            )
+        model = SentenceTransformer(
+            str(path),
+            device=device,
+            prompts=prompts,
+            model_kwargs=model_kwargs,
+            trust_remote_code=trust_remote_code,
+        )
+        model.max_seq_length = max_len
+    else:
+        model = SentenceTransformer(
+            modules=_modules_of_decoder(path, layers, max_len, model_kwargs, trust_remote_code),
+            device=device,
+            prompts=prompts,
+        )
+    # Widget examples would embed the whole training set's columns, for a card nobody asked for yet.
+    model.model_card_data.generate_widget_examples = False
+    if lora_r:
+        _add_lora(model, lora_r, lora_alpha or 2 * lora_r)
+    return model
+
+
+def _modules_of_decoder(
+    path: str | os.PathLike[str],
+    layers: int | None,
+    max_len: int,
+    model_kwargs: dict[str, Any],
+    trust_remote_code: bool,
+) -> list[Any]:
+    from sentence_transformers.models import Normalize, Pooling, Transformer
+    from transformers import AutoConfig
+
+    remote = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(path, **remote)
+    config_kwargs: dict[str, Any] = dict(remote)
+    if layers is not None:
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise ValueError(
+                f"retriever_layers must lie in 1 .. {config.num_hidden_layers}, got {layers}"
+            )
+        config_kwargs["num_hidden_layers"] = layers
+        if getattr(config, "layer_types", None):
+            config_kwargs["layer_types"] = config.layer_types[:layers]
+    transformer = Transformer(
+        str(path),
+        max_seq_length=max_len,
+        model_kwargs={**model_kwargs, **remote},
+        config_kwargs=config_kwargs,
+        # A tokenizer with a chat template would wrap every text in a conversation.
+        modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        module_output_name="token_embeddings",
+    )
+    transformer.tokenizer.chat_template = None
+    _append_end_of_sequence(transformer.tokenizer)
+    pooling = Pooling(config.hidden_size, pooling_mode="lasttoken")
+    return [transformer, pooling, Normalize()]
+
+
+def _append_end_of_sequence(tokenizer: Any) -> None:
+    """Make the tokenizer end every text with its end-of-sequence token, also when it cuts it."""
+    from tokenizers.processors import TemplateProcessing
+
+    if tokenizer.eos_token is None:
+        raise ValueError("the retriever's tokenizer has no end-of-sequence token to pool on")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    eos = tokenizer.eos_token
+    begin = getattr(tokenizer, "bos_token", None)
+    # Tokenizers that begin with a special token keep doing so.
+    begins = begin and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A {eos}" if begins else f"$A {eos}",
+        special_tokens=[
+            (token, tokenizer.convert_tokens_to_ids(token))
+            for token in ({begin, eos} if begins else {eos})
+        ],
+    )
+
+
+def _add_lora(model: SentenceTransformer, rank: int, alpha: int) -> None:
+    from peft import LoraConfig, TaskType
+
+    model.add_adapter(
+        LoraConfig(
+            task_type=TaskType.FEATURE_EXTRACTION,
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+        )
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # An update of 1e-4 would vanish in a bfloat16 weight.
+            parameter.data = parameter.data.float()
+
+
+def save_retriever(model: SentenceTransformer, path: str | os.PathLike[str]) -> Path:
+    """Save the model, adapters merged into their layers, so that it loads without its backbone.
+
+    The folder appears whole or not at all: it is written beside ``path`` and then renamed. The
+    model itself is left as it is.
+
+    Returns:
+        The folder, for ``SentenceTransformer(path)``.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        _merged(model).save_pretrained(str(temporary / "new"), create_model_card=False)
+        if path.exists():
+            path.rename(temporary / "old")
+        (temporary / "new").rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
+
+
+def _merged(model: SentenceTransformer) -> SentenceTransformer:
+    """Return a copy whose LoRA layers are ordinary layers; the model itself if it has none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+    backbone: Any = model[0].auto_model
+    backbone._hf_peft_config_loaded = False
+    if hasattr(backbone, "peft_config"):
+        del backbone.peft_config
+    return model

@@ -1,0 +1,60 @@
+"""Scores against hand-computed ones, with beir's known defects guarded."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from sentence_transformers.evaluation import SentenceEvaluator
+
+from dream_training.evaluation import (
+    RetrievalEvaluator,
+    RetrievalTask,
+    score_ranking,
+    search_bm25,
+)
+from dream_training.retriever import build_retriever
+
+CORPUS = {"a": "red apples and pears", "b": "blue rivers", "c": "green stones", "q1": "grey clouds"}
+TASK = RetrievalTask(
+    {"q1": "apples", "q2": "rivers or stones"}, CORPUS, {"q1": {"a": 1}, "q2": {"b": 1, "c": 1}}
+)
+
+
+def test_scores_are_those_of_the_definition() -> None:
+    ranking = {"q1": {"b": 3.0, "a": 2.0}, "q2": {"c": 3.0, "a": 2.0, "q1": 1.0, "b": 0.5}}
+    scores = score_ranking(TASK, ranking)
+    ideal = 1 + 1 / math.log2(3)
+    expected = (1 / math.log2(3) + (1 + 1 / math.log2(5)) / ideal) / 2
+    assert scores["ndcg_at_10"] == pytest.approx(expected, abs=1e-5)
+    assert scores["recall_at_10"] == pytest.approx(1.0)
+
+
+def test_a_query_without_results_counts_as_zero() -> None:
+    full = score_ranking(TASK, {"q1": {"a": 1.0}, "q2": {"b": 2.0, "c": 1.0}})
+    half = score_ranking(TASK, {"q1": {"a": 1.0}})
+    empty = score_ranking(TASK, {"q1": {"a": 1.0}, "q2": {}})
+    assert full["ndcg_at_10"] == 1.0
+    assert half["ndcg_at_10"] == empty["ndcg_at_10"] == 0.5
+
+
+def test_one_query_is_enough_and_equal_ids_are_kept() -> None:
+    task = RetrievalTask({"q1": "clouds"}, CORPUS, {"q1": {"q1": 1}})
+    assert score_ranking(task, {"q1": {"q1": 1.0}}) == {"ndcg_at_10": 1.0, "recall_at_10": 1.0}
+
+
+def test_bm25_finds_shared_words() -> None:
+    ranking = search_bm25(TASK)
+    assert max(ranking["q1"], key=ranking["q1"].get) == "a"
+    assert set(ranking["q2"]) == {"b", "c"}
+    assert score_ranking(TASK, ranking)["ndcg_at_10"] == 1.0
+
+
+def test_the_evaluator_ranks_every_query(tiny_model) -> None:
+    model = build_retriever(tiny_model, layers=1, device="cpu", max_len=64)
+    evaluator = RetrievalEvaluator(TASK, query_max_len=8, passage_max_len=16)
+    assert isinstance(evaluator, SentenceEvaluator)
+    ranking = evaluator.rank(model)
+    assert {q: len(found) for q, found in ranking.items()} == {"q1": 4, "q2": 4}
+    assert evaluator(model) == score_ranking(TASK, ranking)
+    assert model.max_seq_length == 64

@@ -1,0 +1,69 @@
+"""A tiny random language model with a byte tokenizer, saved like a real one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = ("apple", "river", "stone", "cloud", "tiger", "lemon", "piano", "rocket", "garden")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, so that every text survives tokenisation."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
+    vocabulary |= {symbol: i + 3 for i, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+def make_decoder(**changes) -> LlamaForCausalLM:
+    """A frozen Llama of three layers, weights large enough for peaked attention."""
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        **{
+            "vocab_size": 259,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            **changes,
+        }
+    )
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(4.0)
+    return model
+
+
+def save_decoder(path: Path, **changes) -> Path:
+    """Save model and tokenizer for ``from_pretrained``."""
+    make_decoder(**changes).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def make_rows(count: int = 12) -> list[dict]:
+    """Training rows in which every document names its own word."""
+    return [
+        {
+            "query": f"Where is the {WORDS[i % len(WORDS)]} {i}?",
+            "target": f"{WORDS[i % len(WORDS)]} place {i}",
+            "documents": [f"The {WORDS[i % len(WORDS)]} {i} is at {i}."],
+            "positive": 0,
+        }
+        for i in range(count)
+    ]
