@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dream_training.retriever import save_retriever
 
 
+@dataclass
 class History:
     """What was measured during a run.
 
@@ -21,9 +23,8 @@ class History:
         evaluations: one dict per evaluation: ``step``, ``ndcg_at_10``, ``recall_at_10``.
     """
 
-    def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
-        self.evaluations: list[dict[str, float]] = []
+    steps: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -78,7 +79,9 @@ class ProgressCallback(TrainerCallback):
         if self.progress is not None:
             self.progress.update(self._task, completed=state.global_step, description=line)
         elif state.global_step % self.log_steps == 0:
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {line}")
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  {line}", soft_wrap=True
+            )
 
     def on_log(
         self,
@@ -100,12 +103,17 @@ class ProgressCallback(TrainerCallback):
 
 
 class KeepBestCallback(TrainerCallback):
-    """After every evaluation, saves the model as ``last``, and the best so far as ``best``."""
+    """After every evaluation, saves the model as ``last``, and the best so far as ``best``.
+
+    Attributes:
+        best_path: the folder of the best model, None while nothing beats the untrained one.
+    """
 
     def __init__(self, model: Any, history: History, output_dir: Path, console: Console) -> None:
         self.model, self.history, self.console = model, history, console
         self.output_dir = output_dir
-        self.best = float("-inf")
+        self.best = max((e["ndcg_at_10"] for e in history.evaluations), default=float("-inf"))
+        self.best_path: Path | None = None
 
     def on_evaluate(
         self,
@@ -137,4 +145,4 @@ class KeepBestCallback(TrainerCallback):
         save_retriever(self.model, self.output_dir / "last")
         if better:
             self.best = values["ndcg_at_10"]
-            save_retriever(self.model, self.output_dir / "best")
+            self.best_path = save_retriever(self.model, self.output_dir / "best")

@@ -39,7 +39,10 @@ def demo(
     """Train a retriever on the documentation of the installed scientific packages."""
     from dream_training.demo import run_demo
 
-    run_demo(output_dir, reader=reader, steps=steps, seed=seed)
+    try:
+        run_demo(output_dir, reader=reader, steps=steps, seed=seed)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -139,6 +142,7 @@ def _quieten_libraries() -> None:
     # Read when transformers is imported; cut backbones would report every layer left out.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
 

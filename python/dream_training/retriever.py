@@ -71,8 +71,6 @@ def build_retriever(
             device=device,
             prompts=prompts,
         )
-    # Widget examples would embed the whole training set's columns, for a card nobody asked for yet.
-    model.model_card_data.generate_widget_examples = False
     if lora_r:
         _add_lora(model, lora_r, lora_alpha or 2 * lora_r)
     return model
@@ -166,7 +164,7 @@ def save_retriever(model: SentenceTransformer, path: str | os.PathLike[str]) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        _merged(model).save_pretrained(str(temporary / "new"), create_model_card=False)
+        _merged(model).save_pretrained(str(temporary / "new"))
         if path.exists():
             path.rename(temporary / "old")
         (temporary / "new").rename(path)
@@ -178,17 +176,25 @@ def save_retriever(model: SentenceTransformer, path: str | os.PathLike[str]) -> 
 def _merged(model: SentenceTransformer) -> SentenceTransformer:
     """Return a copy whose LoRA layers are ordinary layers; the model itself if it has none."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from sentence_transformers import SentenceTransformer
 
     if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         return model
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
+    # Module by module: the model's card points to its trainer, and so to the reader.
+    merged = SentenceTransformer(
+        modules=[copy.deepcopy(module) for module in model],
+        device=str(model.device),
+        prompts=dict(model.prompts),
+        default_prompt_name=model.default_prompt_name,
+        similarity_fn_name=model.similarity_fn_name,
+    )
+    for name, module in list(merged.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())
-    backbone: Any = model[0].auto_model
+            setattr(merged.get_submodule(parent), child, module.get_base_layer())
+    backbone: Any = merged[0].auto_model
     backbone._hf_peft_config_loaded = False
     if hasattr(backbone, "peft_config"):
         del backbone.peft_config
-    return model
+    return merged

@@ -96,12 +96,13 @@ def known_pairs(data: Dataset, examples: int, seed: int) -> list[tuple[str, str]
     return [(row["query"], row["documents"][row["positive"]]) for row in rows]
 
 
-def load_task(config: TrainConfig) -> RetrievalTask | None:
-    """Read the BEIR folder that a config evaluates on, if any."""
+def make_evaluator(config: TrainConfig) -> RetrievalEvaluator | None:
+    """Read the BEIR folder that a config evaluates on, if it names one."""
     if config.eval_data is None:
         return None
     corpus, queries, qrels = read_beir_folder(config.eval_data, config.eval_split)
-    return RetrievalTask(queries, corpus, qrels)
+    task = RetrievalTask(queries, corpus, qrels)
+    return RetrievalEvaluator(task, config.query_max_len, config.passage_max_len)
 
 
 def make_retriever(config: TrainConfig) -> SentenceTransformer:
@@ -120,20 +121,16 @@ def make_retriever(config: TrainConfig) -> SentenceTransformer:
     )
 
 
-def make_evaluator(config: TrainConfig, task: RetrievalTask) -> RetrievalEvaluator:
-    """Evaluate ``task`` with the lengths of a config."""
-    return RetrievalEvaluator(task, config.query_max_len, config.passage_max_len)
-
-
 def train(
     config: TrainConfig,
     *,
     data: Dataset | None = None,
-    task: RetrievalTask | None = None,
+    evaluator: RetrievalEvaluator | None = None,
     heads: HeadFile | None = None,
     model: SentenceTransformer | None = None,
     console: Console | None = None,
     evaluate_first: bool = True,
+    history: History | None = None,
 ) -> TrainResult:
     """Train a retriever.
 
@@ -144,11 +141,12 @@ def train(
     Args:
         config: the run.
         data: training data; read from ``config.train_data`` by default.
-        task: what to evaluate on; read from ``config.eval_data`` by default.
+        evaluator: what to evaluate with; made from ``config.eval_data`` by default.
         heads: the reader's heads; from ``config.heads`` by default.
         model: the untrained retriever; built from the config by default.
         console: where to print.
         evaluate_first: evaluate before the first step too.
+        history: what was measured before; the run adds to it.
 
     Raises:
         FileNotFoundError: a file of the config is missing.
@@ -161,16 +159,16 @@ def train(
         raise ValueError(
             f"train_data must hold at least one batch of {config.batch_size} lines, got {len(data)}"
         )
-    task = load_task(config) if task is None else task
+    if evaluator is None:
+        evaluator = make_evaluator(config)
     output_dir.mkdir(parents=True, exist_ok=True)
     _write_json(output_dir / "config.json", asdict(config))
     if model is None:
         model = make_retriever(config)
     loss, collator, columns = _objective(config, model, data, heads, output_dir, console)
-    history = History()
+    history = history or History()
     progress = ProgressCallback(loss, history, console, config.log_steps)
     keeper = KeepBestCallback(model, history, output_dir, console)
-    evaluator = None if task is None else make_evaluator(config, task)
     trainer = _trainer(config, model, columns, loss, collator, evaluator, evaluate_first)
     for callback in (progress, keeper):
         trainer.add_callback(callback)
@@ -183,8 +181,7 @@ def train(
     finally:
         progress.close()
     save_retriever(model, output_dir / "last")
-    best = output_dir / "best"
-    path = best if best.is_dir() and len(history.evaluations) > 1 else output_dir / "last"
+    path = keeper.best_path or output_dir / "last"
     _write_json(
         output_dir / "history.json",
         {"steps": history.steps, "evaluations": history.evaluations},
@@ -287,6 +284,8 @@ def _trainer(
         prompts={"query": config.query_prompt, "positive": config.document_prompt},
         **evaluate,
     )
+    # A card without widget examples would have the trainer make some from the training columns.
+    model.model_card_data.widget = [{}]
     trainer = SentenceTransformerTrainer(
         model=model,
         args=args,
@@ -296,6 +295,7 @@ def _trainer(
         data_collator=collator,  # type: ignore[arg-type]  # duck-typed by the trainer
     )
     trainer.remove_callback(PrinterCallback)
+    model.model_card_data.widget = []
     return trainer
 
 

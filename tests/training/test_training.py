@@ -17,8 +17,10 @@ from tiny import make_rows
 
 from dream_kernels import HeadFile, read_heads, write_heads
 from dream_training.config import TrainConfig
-from dream_training.data.beir_folder import write_beir_folder
+from dream_training.data.beir_folder import read_beir_folder, write_beir_folder
 from dream_training.data.docstrings import RetrievalSplit
+from dream_training.data.jsonl import to_training_data
+from dream_training.evaluation import RetrievalEvaluator, RetrievalTask
 from dream_training.losses import DreamLoss
 from dream_training.training import train
 
@@ -104,8 +106,6 @@ def test_the_same_seed_gives_the_same_run(run) -> None:
 
 def test_best_is_the_best_evaluation(run, tmp_path: Path, monkeypatch) -> None:
     """The scores are set from outside, so that the middle evaluation is the best."""
-    from dream_training.evaluation import RetrievalEvaluator
-
     scores = iter([0.1, 0.5, 0.3])
     seen = []
 
@@ -177,29 +177,24 @@ def test_mistakes_are_named(run, tmp_path: Path) -> None:
 def test_fifty_steps_on_natural_questions(nq_oracle: Path, tmp_path: Path) -> None:
     """A frozen SmolLM2 teaches its own first layers: nDCG@10 at least 0.35 on unseen queries."""
     pytest.importorskip("gguf")
-    rows = [json.loads(line) for line in (nq_oracle / "qa.jsonl").open(encoding="utf-8")]
-    corpus_rows = [json.loads(line) for line in (nq_oracle / "corpus.jsonl").open(encoding="utf-8")]
-    text = {row["_id"]: f"{row.get('title') or ''}\n{row['text']}".strip() for row in corpus_rows}
-    train_ids = {
-        line.split("\t")[0] for line in (nq_oracle / "qrels" / "train.tsv").open(encoding="utf-8")
-    }
-    data = tmp_path / "train.jsonl"
-    with data.open("w", encoding="utf-8") as lines:
-        for row in rows:
-            if row["_id"] in train_ids:
-                example = {
-                    "query": row["query"],
-                    "target": row["target"],
-                    "documents": [text[row["positive"]]],
-                    "positive": True,
-                }
-                lines.write(json.dumps(example) + "\n")
+    corpus, queries, qrels = read_beir_folder(nq_oracle, "test")
+    _, train_queries, train_qrels = read_beir_folder(nq_oracle, "train")
+    # The passages of the test queries, among others up to 1,122 in all.
+    relevant = {passage for passages in qrels.values() for passage in passages}
+    others = [passage for passage in sorted(corpus) if passage not in relevant]
+    chosen = sorted(relevant) + others[: 1122 - len(relevant)]
+    task = RetrievalTask(queries, {passage: corpus[passage] for passage in chosen}, qrels)
+    with (nq_oracle / "qa.jsonl").open(encoding="utf-8") as lines:
+        targets = {row["query_id"]: row["target"] for row in map(json.loads, lines)}
+    data = to_training_data(
+        (query, targets[q], corpus[next(iter(train_qrels[q]))])
+        for q, query in train_queries.items()
+    )
     config = TrainConfig(
         reader="smollm2",
         retriever="smollm2",
         retriever_layers=10,
-        train_data=str(data),
-        eval_data=str(nq_oracle),
+        train_data="nq_oracle",
         passage_max_len=64,
         query_max_len=24,
         target_max_len=16,
@@ -209,6 +204,7 @@ def test_fifty_steps_on_natural_questions(nq_oracle: Path, tmp_path: Path) -> No
         eval_steps=50,
         output_dir=str(tmp_path / "out"),
     )
-    history = train(config, evaluate_first=False).history
-    assert len(corpus_rows) >= 1000
+    evaluator = RetrievalEvaluator(task, config.query_max_len, config.passage_max_len)
+    history = train(config, data=data, evaluator=evaluator, evaluate_first=False).history
+    assert len(task.corpus) >= 1000 and len(task.queries) == 600
     assert history.evaluations[-1]["ndcg_at_10"] >= 0.35

@@ -1,0 +1,1 @@
+"""Timings against peers; each module is run with ``python -m benchmarks.<name>``."""
