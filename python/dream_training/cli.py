@@ -33,7 +33,7 @@ def demo(
     reader: Annotated[
         str, typer.Option(help="folder or hub name of the frozen language model")
     ] = "smollm2",
-    steps: Annotated[int, typer.Option(min=1, help="training steps")] = 120,
+    steps: Annotated[int, typer.Option(min=1, help="training steps")] = 80,
     seed: Annotated[int, typer.Option(help="of weights, data order and head selection")] = 0,
 ) -> None:
     """Train a retriever on the documentation of the installed scientific packages."""

@@ -37,9 +37,14 @@ def score_ranking(task: RetrievalTask, ranking: Ranking, k: int = TOP_K) -> dict
     Computed by ``beir``. It leaves queries without results out of its mean, drops documents whose
     id equals the query's, and fails on a single query; here a query without results counts as 0,
     nothing is dropped, and one query is enough.
+
+    Raises:
+        ValueError: the task has no query.
     """
     from beir.retrieval.evaluation import EvaluateRetrieval
 
+    if not task.qrels:
+        raise ValueError("the task has no query to average over")
     qrels = {q: dict(relevant) for q, relevant in task.qrels.items()}
     # A document id that is in no qrels keeps an empty result list, and so its query, in the mean.
     results = {q: dict(ranking.get(q) or {"": 0.0}) for q in qrels}

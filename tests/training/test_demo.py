@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 from sentence_transformers import SentenceTransformer
+from tiny import save_decoder
 
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.demo import run_demo
 
 
-def test_the_demo_leaves_its_files(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_demo_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model = save_decoder(tmp_path / "model", num_hidden_layers=4)
     out = tmp_path / "demo"
     metrics = run_demo(
         out, reader=str(tiny_model), steps=2, seed=1, packages=("networkx",), test_size=20

@@ -52,7 +52,10 @@ def test_a_saved_retriever_loads_and_embeds_the_same(tiny_model, tmp_path, dtype
     path = save_retriever(model, tmp_path / "model")
     loaded = SentenceTransformer(str(path), device="cpu")
     tolerance = 1e-5 if dtype == "float32" else 4e-2
-    torch.testing.assert_close(embed(loaded), before, rtol=tolerance, atol=tolerance)
+    # transformers 4.57 loads in float32 whatever is stored
+    torch.testing.assert_close(
+        embed(loaded).float(), before.float(), rtol=tolerance, atol=tolerance
+    )
     assert loaded.prompts["query"] == "ask: "
     assert loaded.preprocess(["a"])["input_ids"][0, -1] == 2
     assert torch.equal(embed(model), before), "saving must leave the model as it is"
