@@ -85,7 +85,7 @@ def run_demo(
         learning_rate=1.5e-3,
         warmup_steps=5,
         max_steps=steps,
-        eval_steps=max(1, steps // 3),
+        eval_steps=-(-steps // 3),  # rounded up, so that the last step is the third evaluation
         seed=seed,
         output_dir=str(output_dir),
     )
@@ -128,8 +128,10 @@ def run_demo(
         raise KeyboardInterrupt
 
     console.rule("after")
+    if result.history.evaluations[-1]["step"] != steps:
+        result.history.evaluations.append({"step": float(steps), **evaluator(result.model)})
     after = evaluator.ranking
-    metrics = {
+    metrics: dict[str, Any] = {
         "before": untrained,
         "after": score_ranking(test, after),
         "bm25": score_ranking(test, bm25),

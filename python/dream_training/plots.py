@@ -87,7 +87,7 @@ def plot_curve(
         )[0]  # fmt: skip
         right.set_ylabel("loss of the reader, nats per target token")
     left.set_title("A frozen language model teaches a retriever")
-    left.legend(handles=lines, loc="lower right", fontsize=8, framealpha=0.9)
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     left.grid(alpha=0.25)
     return _save(figure, path)
 

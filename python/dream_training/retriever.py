@@ -184,7 +184,7 @@ def _merged(model: SentenceTransformer) -> SentenceTransformer:
     merged = SentenceTransformer(
         modules=[copy.deepcopy(module) for module in model],
         device=str(model.device),
-        prompts=dict(model.prompts),
+        prompts=model.prompts,  # type: ignore[arg-type]
         default_prompt_name=model.default_prompt_name,
         similarity_fn_name=model.similarity_fn_name,
     )
