@@ -84,7 +84,6 @@ def read_independently(
     lengths = [len(document) for document in documents]
     if not lengths or min(lengths) == 0:
         raise ValueError(f"documents must hold at least one token each, got lengths {lengths}")
-    shared = pools is None
     rows = [list(range(len(documents)))] if pools is None else [list(pool) for pool in pools]
     if any(not pool for pool in rows):
         raise ValueError("pools must name at least one document each")
@@ -129,7 +128,6 @@ def read_independently(
     next_position = torch.tensor(
         [len(header) + max(lengths[i] for i in pool) for pool in rows], device=device
     )
-    assert not shared or len(rows) == 1
     return Prefix(layers, spans.to(device), next_position, prefix_mask)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -32,7 +30,7 @@ from dream_training.evaluation import (
     search_bm25,
 )
 from dream_training.plots import plot_curve
-from dream_training.training import make_retriever, resolve_model, train
+from dream_training.training import make_retriever, resolve_model, train, write_json
 
 RETRIEVER_LAYERS = 10
 HEADS = 64
@@ -149,7 +147,7 @@ def run_demo(
         "training_seconds": round(result.seconds, 1),
         "versions": _versions(data),
     }
-    _write(output_dir / "metrics.json", metrics)
+    write_json(output_dir / "metrics.json", metrics)
     plot_curve(result.history, output_dir / "curve.png", {"BM25": metrics["bm25"]["ndcg_at_10"]})
     _print_table(console, metrics)
     _print_examples(console, test, before, after)
@@ -249,9 +247,3 @@ def _versions(data: DocumentationData) -> dict[str, str]:
     for package in _PACKAGES:
         versions[package] = importlib.metadata.version(package)
     return versions
-
-
-def _write(path: Path, metrics: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -162,7 +162,7 @@ def train(
     if evaluator is None:
         evaluator = make_evaluator(config)
     output_dir.mkdir(parents=True, exist_ok=True)
-    _write_json(output_dir / "config.json", asdict(config))
+    write_json(output_dir / "config.json", asdict(config))
     if model is None:
         model = make_retriever(config)
     loss, collator, columns = _objective(config, model, data, heads, output_dir, console)
@@ -182,7 +182,7 @@ def train(
         progress.close()
     save_retriever(model, output_dir / "last")
     path = keeper.best_path or output_dir / "last"
-    _write_json(
+    write_json(
         output_dir / "history.json",
         {"steps": history.steps, "evaluations": history.evaluations},
     )
@@ -299,7 +299,8 @@ def _trainer(
     return trainer
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as JSON; an existing file is replaced as a whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)

@@ -32,6 +32,19 @@ def _loss_and_gradient(model, ids, is_target, scores, **inputs):
     return loss, torch.autograd.grad(loss, scores)[0]
 
 
+def _of_full_sequence(model, documents, mask, ids, is_target, scores, spans):
+    """Loss and gradient when documents and suffix stand in one sequence."""
+    logits = model(
+        torch.cat([documents, ids], 1),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        document_scores=scores,
+        document_spans=spans,
+    ).logits
+    loss = target_loss(logits[:, documents.shape[1] :], ids, is_target)
+    return loss, torch.autograd.grad(loss, scores)[0]
+
+
 @pytest.mark.parametrize("mode,mass", (("reweight", None), ("reweight", 1.0), ("bias", None)))
 @every_model
 def test_shared_pool_equals_full_sequences(name: str, mode: str, mass: float | None) -> None:
@@ -45,17 +58,10 @@ def test_shared_pool_equals_full_sequences(name: str, mode: str, mass: float | N
         loss, gradient = _loss_and_gradient(
             model, ids, is_target, scores, attention_mask=mask, document_prefix=prefix
         )
-        whole = torch.cat([documents.expand(2, -1), ids], 1)
         whole_mask = torch.cat([torch.ones(2, 15, dtype=torch.long), mask], 1)
-        logits = model(
-            whole,
-            attention_mask=whole_mask,
-            position_ids=(whole_mask.cumsum(1) - 1).clamp(min=0),
-            document_scores=scores,
-            document_spans=spans,
-        ).logits
-        expected = target_loss(logits[:, 15:], ids, is_target)
-        (expected_gradient,) = torch.autograd.grad(expected, scores)
+        expected, expected_gradient = _of_full_sequence(
+            model, documents.expand(2, -1), whole_mask, ids, is_target, scores, spans
+        )
     assert expected_gradient.abs().max() > 1e-4
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
@@ -75,17 +81,10 @@ def test_per_query_pools_equal_full_sequences(name: str) -> None:
         loss, gradient = _loss_and_gradient(
             model, ids, is_target, scores, attention_mask=mask, document_prefix=prefix
         )
-        whole = torch.cat([documents, ids], 1)
         whole_mask = torch.cat([pool_mask, mask], 1)
-        logits = model(
-            whole,
-            attention_mask=whole_mask,
-            position_ids=(whole_mask.cumsum(1) - 1).clamp(min=0),
-            document_scores=scores,
-            document_spans=spans,
-        ).logits
-        expected = target_loss(logits[:, 15:], ids, is_target)
-        (expected_gradient,) = torch.autograd.grad(expected, scores)
+        expected, expected_gradient = _of_full_sequence(
+            model, documents, whole_mask, ids, is_target, scores, spans
+        )
     assert expected_gradient[0].abs().max() > 1e-4 and expected_gradient[1, 2] == 0
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
