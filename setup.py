@@ -37,6 +37,7 @@ X86_INSTRUCTION_SETS = {
     "portable": "",
     "avx2": "-mavx2 -mfma",
     "avx512": "-mavx2 -mfma -mavx512f -mavx512dq -mavx512bw -mavx512vl",
+    "avx512_bf16": "-mavx2 -mfma -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512bf16",
 }
 
 
@@ -63,13 +64,31 @@ def find_compiler() -> list[str]:
     )
 
 
+def probe(compiler: list[str], program: str, flags: list[str]) -> str | None:
+    """Return why the compiler refuses a program, or None when it takes it."""
+    command = [*compiler, *words("CXXFLAGS"), *flags, "-std=c++17", "-fsyntax-only", "-x", "c++"]
+    result = subprocess.run(
+        [*command, "-"], input=program, capture_output=True, text=True, check=False
+    )
+    if result.returncode == 0:
+        return None
+    return next((x for x in result.stderr.splitlines() if "error" in x), "it gave no reason")
+
+
 def check_compiler(compiler: list[str]) -> None:
-    probe = "#include <optional>\n#include <thread>\nint main() { return 0; }\n"
-    command = [*compiler, *words("CXXFLAGS"), "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
-    result = subprocess.run(command, input=probe, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        reason = next((x for x in result.stderr.splitlines() if "error" in x), "it gave no reason")
+    program = "#include <optional>\n#include <thread>\nint main() { return 0; }\n"
+    reason = probe(compiler, program, [])
+    if reason is not None:
         stop(f"dream-kernels needs a C++17 compiler, and {shlex.join(compiler)} is none: {reason}")
+
+
+def instruction_sets(compiler: list[str]) -> dict[str, list[str]]:
+    """Return the compiler's flags for each instruction set that it knows."""
+    if not targets_x86():
+        return {"portable": []}
+    program = "#include <immintrin.h>\nint main() { return 0; }\n"
+    sets = {name: flags.split() for name, flags in X86_INSTRUCTION_SETS.items()}
+    return {n: f for n, f in sets.items() if not f or probe(compiler, program, f) is None}
 
 
 def find_python_headers() -> str:
@@ -89,11 +108,11 @@ def targets_x86() -> bool:
 
 def ninja_rules(compiler: list[str], includes: list[str], target: Path) -> str:
     """Return the build.ninja that makes ``target``; objects lie beside it in the build folder."""
-    x86 = targets_x86()
+    sets = instruction_sets(compiler)
     compile_command = [
         *compiler,
         *FLAGS,
-        *(["-DDREAM_KERNELS_X86"] if x86 else []),
+        *(f"-DDREAM_KERNELS_HAS_{name}" for name in sets),
         *(f"-I{path}" for path in includes),
         *words("ARCHFLAGS"),
         *words("CPPFLAGS"),
@@ -124,8 +143,10 @@ def ninja_rules(compiler: list[str], includes: list[str], target: Path) -> str:
     for source in SOURCES:
         variants = {"": ""}
         if source == KERNEL:
-            sets = X86_INSTRUCTION_SETS if x86 else {"portable": ""}
-            variants = {f".{n}": f"-DDREAM_KERNELS_ISA={n} {f}" for n, f in sets.items()}
+            variants = {
+                f".{name}": shlex.join([f"-DDREAM_KERNELS_ISA={name}", *flags])
+                for name, flags in sets.items()
+            }
         for suffix, extra in variants.items():
             name = source.replace("/", ".").removesuffix(".cpp") + suffix + ".o"
             lines += [f"build {name}: compile {path(ROOT / source)}", f"  extra = {extra}"]

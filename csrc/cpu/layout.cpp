@@ -34,10 +34,11 @@ std::vector<Span> read_spans(const Problem& p, int64_t b) {
   return spans;
 }
 
-// Appends the stretches of [begin, end) that are no padding.
-void append_runs(const Problem& p, int64_t b, int64_t begin, int64_t end, std::vector<Run>* runs) {
+// Appends the stretches of [begin, end) that are no padding for batch element b.
+void append_runs(const Problem& p, int64_t b, int64_t begin, int64_t end, int64_t tag,
+                 std::vector<Run>* runs) {
   if (p.mask.data == nullptr) {
-    if (end > begin) runs->push_back({begin, end});
+    if (end > begin) runs->push_back({begin, end, tag});
     return;
   }
   const auto* mask = static_cast<const uint8_t*>(p.mask.data) + b * p.mask.strides[0];
@@ -46,12 +47,26 @@ void append_runs(const Problem& p, int64_t b, int64_t begin, int64_t end, std::v
     const bool token = mask[j * p.mask.strides[1]] != 0;
     if (token && open < 0) open = j;
     if (!token && open >= 0) {
-      runs->push_back({open, j});
+      runs->push_back({open, j, tag});
       open = -1;
     }
   }
-  if (open >= 0) runs->push_back({open, end});
+  if (open >= 0) runs->push_back({open, end, tag});
 }
+
+// Appends the stretches of [begin, end) that a group sees: several batch elements see those of the
+// prefix together, and each its own local ones.
+void append_runs(const Problem& p, const RowGroup& group, int64_t begin, int64_t end,
+                 std::vector<Run>* runs) {
+  const int64_t first = group.first_batch;
+  if (group.batches == 1) return append_runs(p, first, begin, end, first, runs);
+  append_runs(p, first, begin, std::min(end, p.prefix_length), kEveryBatch, runs);
+  for (int64_t b = first; b < first + group.batches; ++b) {
+    append_runs(p, b, std::max(begin, p.prefix_length), end, b, runs);
+  }
+}
+
+int64_t round_up_lanes(int64_t rows) { return (rows + kLaneUnit - 1) / kLaneUnit * kLaneUnit; }
 
 }  // namespace
 
@@ -69,15 +84,61 @@ Layout::Layout(const Problem& problem) : problem_(problem) {
     }
     scored_heads_.push_back(scored);
   }
+  const int64_t merged = merged_batches();
   runs_.reserve(problem.batch);
   segments_.reserve(problem.batch);
-  batches_.reserve(problem.batch);
-  for (int64_t b = 0; b < problem.batch; ++b) add_batch(b);
+  groups_.reserve(problem.batch);
+  for (int64_t b = 0; b < problem.batch; b += merged) {
+    add_group(b, std::min(merged, problem.batch - b));
+  }
 }
 
-void Layout::add_batch(int64_t b) {
+// How many batch elements one row block takes in: few rows each, over one long prefix, fill the
+// lanes together and read each of its keys once. The price is that every row passes over the local
+// keys of all.
+int64_t Layout::merged_batches() const {
+  const Problem& p = problem_;
+  const int64_t rows = p.query_heads / p.key_heads * p.rows;
+  int64_t merged = std::min(p.batch, kMaxLanes / rows);
+  if (p.local_length > 0) merged = std::min(merged, kMergedLocalKeys / p.local_length);
+  if (merged < 2) return 1;
+  const int64_t apart = merged * (p.prefix_length + p.local_length) * round_up_lanes(rows);
+  const int64_t together =
+      (p.prefix_length + merged * p.local_length) * round_up_lanes(merged * rows);
+  return together < apart && share_keys() ? merged : 1;
+}
+
+// Whether all batch elements have the same documents, inside the same prefix.
+bool Layout::share_keys() const {
+  const Problem& p = problem_;
+  if (p.prefix_length == 0 || p.prefix_key.shape[0] != 1) return false;
+  const std::vector<Span> documents = read_spans(p, 0);
+  for (const Span& d : documents) {
+    if (d.end > p.prefix_length) return false;
+  }
+  const auto same = [](const Span& a, const Span& b) {
+    return a.start == b.start && a.end == b.end && a.document == b.document;
+  };
+  const auto* mask = static_cast<const uint8_t*>(p.mask.data);
+  for (int64_t b = 1; b < p.batch; ++b) {
+    const std::vector<Span> others = read_spans(p, b);
+    if (!std::equal(documents.begin(), documents.end(), others.begin(), others.end(), same)) {
+      return false;
+    }
+    for (int64_t j = 0; mask != nullptr && j < p.prefix_length; ++j) {
+      const uint8_t* token = mask + j * p.mask.strides[1];
+      if (token[0] != token[b * p.mask.strides[0]]) return false;
+    }
+  }
+  return true;
+}
+
+void Layout::add_group(int64_t first_batch, int64_t batches) {
+  RowGroup& group = groups_.emplace_back();
+  group.first_batch = first_batch;
+  group.batches = batches;
   const int64_t length = total_length(problem_);
-  const std::vector<Span> documents = read_spans(problem_, b);
+  const std::vector<Span> documents = read_spans(problem_, first_batch);
   std::vector<Span> by_position = documents;
   std::sort(by_position.begin(), by_position.end(),
             [](const Span& a, const Span& c) { return a.start < c.start; });
@@ -86,23 +147,24 @@ void Layout::add_batch(int64_t b) {
   std::vector<Run>& runs = runs_.emplace_back();
   std::vector<int64_t> bounds{0};
   for (const Span& d : documents) {
-    append_runs(problem_, b, d.start, d.end, &runs);
+    append_runs(problem_, group, d.start, d.end, &runs);
     bounds.push_back(static_cast<int64_t>(runs.size()));
   }
   int64_t last_end = 0;
   for (const Span& d : by_position) {
     if (d.start < last_end) {
       throw std::invalid_argument("spans must be disjoint, but in batch element " +
-                                  std::to_string(b) + " document " + std::to_string(d.document) +
-                                  " starts at " + std::to_string(d.start) +
-                                  ", before another one ends at " + std::to_string(last_end));
+                                  std::to_string(first_batch) + " document " +
+                                  std::to_string(d.document) + " starts at " +
+                                  std::to_string(d.start) + ", before another one ends at " +
+                                  std::to_string(last_end));
     }
-    append_runs(problem_, b, last_end, d.start, &runs);
+    append_runs(problem_, group, last_end, d.start, &runs);
     last_end = d.end;
   }
-  append_runs(problem_, b, last_end, length, &runs);
+  append_runs(problem_, group, last_end, length, &runs);
   bounds.push_back(static_cast<int64_t>(runs.size()));
-  append_runs(problem_, b, 0, length, &runs);
+  append_runs(problem_, group, 0, length, &runs);
   bounds.push_back(static_cast<int64_t>(runs.size()));
 
   std::vector<Segment>& segments = segments_.emplace_back();
@@ -116,70 +178,70 @@ void Layout::add_batch(int64_t b) {
   const size_t rest = documents.size();
   segments.push_back({runs.data() + bounds[rest], bounds[rest + 1] - bounds[rest],
                       problem_.documents});
-  BatchLayout& batch = batches_.emplace_back();
-  batch.segments = segments.data();
-  batch.segment_count = static_cast<int64_t>(segments.size());
-  batch.all = {runs.data() + bounds[rest + 1], bounds[rest + 2] - bounds[rest + 1],
+  group.segments = segments.data();
+  group.segment_count = static_cast<int64_t>(segments.size());
+  group.all = {runs.data() + bounds[rest + 1], bounds[rest + 2] - bounds[rest + 1],
                problem_.documents};
 
   // Row m stands at position T - M + m and is scored when that is at or past the last end.
   const int64_t first = documents_end - (length - problem_.rows);
-  batch.first_scored = documents_end == 0 ? problem_.rows
+  group.first_scored = documents_end == 0 ? problem_.rows
                        : problem_.causal  ? std::min(std::max<int64_t>(first, 0), problem_.rows)
                                           : 0;
 }
 
-int64_t Layout::row_count(int64_t b, int64_t key_head, RowKind kind) const {
-  const int64_t group = problem_.query_heads / problem_.key_heads;
-  const int64_t all = group * problem_.rows;
-  const int64_t scored =
-      scored_heads_[key_head] * (problem_.rows - batches_[b].first_scored);
-  if (kind == RowKind::kScored) return scored;
-  return kind == RowKind::kPlain ? all - scored : all;
+int64_t Layout::row_count(const RowGroup& group, int64_t key_head, RowKind kind) const {
+  const int64_t all = problem_.query_heads / problem_.key_heads * problem_.rows;
+  const int64_t scored = scored_heads_[key_head] * (problem_.rows - group.first_scored);
+  if (kind == RowKind::kScored) return group.batches * scored;
+  return group.batches * (kind == RowKind::kPlain ? all - scored : all);
 }
 
-void Layout::append_row_blocks(int64_t b, int64_t key_head, RowKind kind,
+void Layout::append_row_blocks(int64_t group, int64_t key_head, RowKind kind,
                                std::vector<RowBlockIndex>* blocks) const {
-  const int64_t count = row_count(b, key_head, kind);
+  const int64_t count = row_count(groups_[group], key_head, kind);
   for (int64_t first = 0; first < count; first += kMaxLanes) {
-    blocks->push_back({b, key_head, kind, first});
+    blocks->push_back({group, key_head, kind, first});
   }
 }
 
 void Layout::fill(const RowBlockIndex& index, RowBlock* block) const {
-  const int64_t group = problem_.query_heads / problem_.key_heads;
-  const int32_t* heads = heads_.data() + index.key_head * group;
+  const RowGroup& group = groups_[index.group];
+  const int64_t heads = problem_.query_heads / problem_.key_heads;
+  const int32_t* head_list = heads_.data() + index.key_head * heads;
   const int64_t scored = scored_heads_[index.key_head];
-  const int64_t first_scored = batches_[index.batch].first_scored;
-  const int64_t left = row_count(index.batch, index.key_head, index.kind) - index.first;
+  const int64_t count = row_count(group, index.key_head, index.kind);
   const int64_t length = total_length(problem_);
 
-  block->batch = index.batch;
+  block->group = &group;
   block->key_head = index.key_head;
   block->kind = index.kind;
-  block->count = static_cast<int>(std::min<int64_t>(left, kMaxLanes));
-  block->lanes = (block->count + kLaneUnit - 1) / kLaneUnit * kLaneUnit;
+  block->count = static_cast<int>(std::min<int64_t>(count - index.first, kMaxLanes));
+  block->lanes = static_cast<int>(round_up_lanes(block->count));
   for (int i = 0; i < block->count; ++i) {
     // Rows run before heads, so that a block's rows see nearly the same keys.
-    int64_t r = index.first + i;
+    int64_t r = (index.first + i) % (count / group.batches);
     int64_t row, head;
     if (index.kind == RowKind::kScored) {
-      row = first_scored + r / scored;
+      row = group.first_scored + r / scored;
       head = r % scored;
-    } else if (index.kind == RowKind::kAll || r < first_scored * group) {
-      row = r / group;
-      head = r % group;
+    } else if (index.kind == RowKind::kAll || r < group.first_scored * heads) {
+      row = r / heads;
+      head = r % heads;
     } else {
-      r -= first_scored * group;
-      row = first_scored + r / (group - scored);
-      head = scored + r % (group - scored);
+      r -= group.first_scored * heads;
+      row = group.first_scored + r / (heads - scored);
+      head = scored + r % (heads - scored);
     }
+    block->batch[i] = static_cast<int32_t>(group.first_batch +
+                                           (index.first + i) / (count / group.batches));
     block->row[i] = static_cast<int32_t>(row);
-    block->head[i] = heads[head];
+    block->head[i] = head_list[head];
     block->limit[i] = static_cast<int32_t>(
         problem_.causal ? std::max<int64_t>(length - problem_.rows + row, -1) : length - 1);
   }
   for (int i = block->count; i < block->lanes; ++i) {
+    block->batch[i] = block->batch[block->count - 1];
     block->limit[i] = block->limit[block->count - 1];
   }
   block->min_limit = *std::min_element(block->limit, block->limit + block->lanes);

@@ -12,10 +12,17 @@ namespace dream::cpu {
 constexpr int kMaxLanes = 48;
 constexpr int kLaneUnit = 16;
 
-// Neighbouring key positions [begin, end) without padding.
+// Row blocks over several batch elements together pass over at most this many local keys.
+constexpr int64_t kMergedLocalKeys = 512;
+
+// Run::batch of keys in a prefix that the rows of several batch elements see.
+constexpr int64_t kEveryBatch = -1;
+
+// Neighbouring key positions [begin, end) without padding, as batch element `batch` sees them.
 struct Run {
   int64_t begin;
   int64_t end;
+  int64_t batch;
 };
 
 // Keys that share a softmax: one document, everything outside the documents, or all keys.
@@ -26,8 +33,11 @@ struct Segment {
   int64_t slot;
 };
 
-// The keys of one batch element.
-struct BatchLayout {
+// The batch elements [first_batch, first_batch + batches) whose rows may stand in one row block,
+// and their keys. More than one only where they share a prefix and everything about it.
+struct RowGroup {
+  int64_t first_batch;
+  int64_t batches;
   const Segment* segments;  // the present documents in the order of the scores, then the rest
   int64_t segment_count;
   Segment all;              // every key that is not padding, for plain rows
@@ -42,12 +52,13 @@ enum class RowKind : int32_t {
 
 // Up to kMaxLanes rows that share their keys: rows of all query heads over one key head.
 struct RowBlock {
-  int64_t batch;
+  const RowGroup* group;
   int64_t key_head;
   RowKind kind;
   int count;
   int lanes;                    // count rounded up to kLaneUnit
-  int32_t head[kMaxLanes];      // query head of each row
+  int32_t batch[kMaxLanes];     // of each row, as are the following
+  int32_t head[kMaxLanes];      // query head
   int32_t row[kMaxLanes];
   int32_t limit[kMaxLanes];     // last visible key position; -1 or less: none
   int32_t min_limit;
@@ -56,7 +67,7 @@ struct RowBlock {
 
 // Where a row block starts in the rows of its kind; small enough to list all of them.
 struct RowBlockIndex {
-  int64_t batch;
+  int64_t group;
   int64_t key_head;
   RowKind kind;
   int64_t first;
@@ -67,19 +78,20 @@ class Layout {
   // Throws std::invalid_argument for spans that are out of range or overlap.
   explicit Layout(const Problem& problem);
 
-  const BatchLayout& batch(int64_t b) const { return batches_[b]; }
+  int64_t group_count() const { return static_cast<int64_t>(groups_.size()); }
+  const RowGroup& group(int64_t g) const { return groups_[g]; }
 
-  // Number of rows of one kind over one key head.
-  int64_t row_count(int64_t b, int64_t key_head, RowKind kind) const;
-
-  // The row blocks of one batch element and key head, appended in a fixed order.
-  void append_row_blocks(int64_t b, int64_t key_head, RowKind kind,
+  // The row blocks of one group and key head, appended in a fixed order.
+  void append_row_blocks(int64_t group, int64_t key_head, RowKind kind,
                          std::vector<RowBlockIndex>* blocks) const;
 
   void fill(const RowBlockIndex& index, RowBlock* block) const;
 
  private:
-  void add_batch(int64_t b);
+  int64_t merged_batches() const;
+  bool share_keys() const;
+  void add_group(int64_t first_batch, int64_t batches);
+  int64_t row_count(const RowGroup& group, int64_t key_head, RowKind kind) const;
 
   const Problem& problem_;
   // Query heads of each key head, those that receive scores first.
@@ -87,7 +99,7 @@ class Layout {
   std::vector<int64_t> scored_heads_;  // per key head, how many receive scores
   std::vector<std::vector<Run>> runs_;
   std::vector<std::vector<Segment>> segments_;
-  std::vector<BatchLayout> batches_;
+  std::vector<RowGroup> groups_;
 };
 
 }  // namespace dream::cpu

@@ -16,12 +16,6 @@ int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit;
 
 int64_t padded_head_dim(const Problem& p) { return round_up(p.head_dim, kLaneUnit); }
 
-KeyRange wanted_range(const Problem& p, bool prefix, bool local) {
-  const int64_t first = prefix ? 0 : p.prefix_length;
-  const int64_t last = local ? p.prefix_length + p.local_length : p.prefix_length;
-  return {first, std::max(first, last)};
-}
-
 // Hands out aligned pieces; with a null base it only adds up their sizes.
 class Carver {
  public:
@@ -43,8 +37,7 @@ class Carver {
 void plan_mass(const Problem& p, Carver* carver, Workspace* w) {
   const int64_t dim = padded_head_dim(p);
   w->query_columns = carver->take(dim * kMaxLanes);
-  w->query_rows = carver->take(dim * kMaxLanes);
-  w->key = carver->take(kKeyBlock * dim);
+  w->key_block = carver->take(kKeyBlock * dim);
   w->logits = carver->take(kKeyBlock * kMaxLanes);
   w->lse = carver->take((p.documents + 1) * kMaxLanes);
   w->factor = carver->take((p.documents + 1) * kMaxLanes);
@@ -53,7 +46,9 @@ void plan_mass(const Problem& p, Carver* carver, Workspace* w) {
 void plan_forward(const Problem& p, Carver* carver, Workspace* w) {
   const int64_t dim = padded_head_dim(p);
   plan_mass(p, carver, w);
-  w->value = carver->take(kKeyBlock * dim);
+  w->pairs = carver->take(kKeyBlock * kMaxLanes / 2);
+  w->share = carver->take(kKeyBlock * kMaxLanes);
+  w->total = carver->take(kKeyBlock * kMaxLanes);
   w->segment_sum = carver->take(dim * kMaxLanes);
   w->documents_sum = carver->take(dim * kMaxLanes);
   w->scores = carver->take((p.documents + 1) * kMaxLanes);
@@ -61,22 +56,20 @@ void plan_forward(const Problem& p, Carver* carver, Workspace* w) {
 
 void plan_backward(const Problem& p, const Gradients& gradients, Carver* carver, Workspace* w) {
   const int64_t dim = padded_head_dim(p);
-  plan_forward(p, carver, w);
+  plan_mass(p, carver, w);
+  const bool to_key = gradients.key.data != nullptr || gradients.prefix_key.data != nullptr;
+  const bool to_value = gradients.value.data != nullptr || gradients.prefix_value.data != nullptr;
   w->grad_columns = carver->take(dim * kMaxLanes);
-  w->grad_rows = carver->take(dim * kMaxLanes);
+  if (to_key) w->query_rows = carver->take(dim * kMaxLanes);
+  if (to_value) w->grad_rows = carver->take(dim * kMaxLanes);
   w->products = carver->take(kKeyBlock * kMaxLanes);
-  w->key_block_grad = carver->take(kKeyBlock * dim);
+  w->pairs = carver->take(kKeyBlock * kMaxLanes / 2);
+  w->segment_sum = carver->take(dim * kMaxLanes);
+  w->scores = carver->take((p.documents + 1) * kMaxLanes);
   w->products_mean = carver->take((p.documents + 1) * kMaxLanes);
   w->correction = carver->take((p.documents + 1) * kMaxLanes);
   w->shift = carver->take((p.documents + 1) * kMaxLanes);
-
-  w->key_range = wanted_range(p, gradients.prefix_key.data, gradients.key.data);
-  w->value_range = wanted_range(p, gradients.prefix_value.data, gradients.value.data);
-  const int64_t key_grads = w->key_range.last - w->key_range.first;
-  const int64_t value_grads = w->value_range.last - w->value_range.first;
-  w->key_grad = carver->take(key_grads * dim);
-  w->value_grad = carver->take(value_grads * dim);
-  if (gradients.query.data != nullptr || key_grads > 0 || value_grads > 0) {
+  if (gradients.query.data != nullptr || to_key || to_value) {
     // Padding of blocks at most multiplies the number of keys by kKeyUnit.
     w->retained_keys =
         std::min(kRetainedKeys, kKeyUnit * (p.prefix_length + p.local_length));

@@ -12,20 +12,18 @@ namespace {
 
 DREAM_INLINE bool is_empty(const KeyRange& range) { return range.first == range.last; }
 
-DREAM_INLINE bool overlaps(const KeyBlock& block, const KeyRange& range) {
-  return block.position[0] < range.last && block.position[block.count - 1] >= range.first;
-}
-
 // One backward row block; w.lse and the row block's queries and gradients are in scratch.
+template <typename Products>
 class Backward {
  public:
-  Backward(const Problem& problem, const BatchLayout& layout, const RowBlock& rows,
-           bool wants_query, bool wants_scores, Workspace& workspace)
+  Backward(const Problem& problem, const RowBlock& rows, bool wants_query, bool wants_scores,
+           Workspace& workspace)
       : problem_(problem),
         rows_(rows),
+        group_(*rows.group),
         w_(workspace),
-        segments_(rows.kind == RowKind::kScored ? layout.segments : &layout.all),
-        segment_count_(rows.kind == RowKind::kScored ? layout.segment_count : 1),
+        segments_(rows.kind == RowKind::kScored ? group_.segments : &group_.all),
+        segment_count_(rows.kind == RowKind::kScored ? group_.segment_count : 1),
         dim_(padded_head_dim(problem)),
         lanes_(rows.lanes),
         wants_query_(wants_query),
@@ -41,37 +39,21 @@ class Backward {
     const bool documents_only = rows_.kind == RowKind::kScored &&
                                 problem_.mode == Mode::kReweight && !needs_second_sweep();
     kept_ = 0;
-    for (int64_t s = 0; s < segment_count_ - documents_only; ++s) {
-      const Segment& segment = segments_[s];
-      float* mean = w_.products_mean + segment.slot * lanes_;
-      float* correction = w_.correction + segment.slot * lanes_;
-      fill(mean, lanes_, 0.0f);
-      fill(correction, lanes_, 0.0f);
-      KeyBlocks blocks(segment, rows_);
-      for (KeyBlock block; blocks.next(&block);) {
-        const Matrices m = place(block);
-        compute_probabilities(block, segment, m.probabilities);
-        add_columns(block, m.probabilities, correction);
-        if (!wants_products_) continue;
-        compute_products(block, m.products);
-        add_columns(block, m.probabilities, m.products, mean);
-      }
-      for (int64_t v = 0; v < lanes_; v += kWidth) {
-        const Vec inverse = inverse_or_zero(load(correction + v));
-        store(correction + v, inverse);
-        store(mean + v, load(mean + v) * inverse);
-      }
+    fill(w_.products_mean, (problem_.documents + 1) * lanes_, 0.0f);
+    fill(w_.correction, (problem_.documents + 1) * lanes_, 0.0f);
+    KeyBlocks blocks(rows_, segments_, segment_count_ - documents_only);
+    for (KeyBlock block; blocks.next(&block);) {
+      const Matrices m = place(block);
+      compute_probabilities(block, m.probabilities);
+      if (wants_products_) compute_products(block, m.products);
+      for (int i = 0; i < block.piece_count; ++i) add_means(block.pieces[i], m);
     }
   }
 
   // Sets w.shift, the t above, and turns w.scores into the gradient in the scores.
-  void compute_shifts(const BatchLayout& layout) {
+  void compute_shifts() {
     if (rows_.kind == RowKind::kPlain || problem_.mode == Mode::kBias) return shifts_of_softmax();
-    if (problem_.fixed_mass) {
-      fill(w_.shift, (problem_.documents + 1) * lanes_, 0.0f);
-    } else {
-      softmax_over_segments(layout, segment_count_, lanes_, w_.lse, w_.shift);
-    }
+    if (problem_.fixed_mass) fill(w_.shift, (problem_.documents + 1) * lanes_, 0.0f);
     shifts_of_reweight();
   }
 
@@ -80,21 +62,18 @@ class Backward {
     fill(w_.segment_sum, dim_ * lanes_, 0.0f);
     kept_ = 0;
     for (int64_t s = 0; s < segment_count_; ++s) {
-      const Segment& segment = segments_[s];
-      const int64_t at = segment.slot * lanes_;
+      const int64_t at = segments_[s].slot * lanes_;
       scale_columns(w_.factor + at, 1, lanes_, w_.correction + at);
       scale_columns(w_.shift + at, 1, lanes_, w_.correction + at);
-      KeyBlocks blocks(segment, rows_);
-      for (KeyBlock block; blocks.next(&block);) {
-        const Matrices m = place(block);
-        if (!m.retained) {
-          compute_probabilities(block, segment, m.probabilities);
-          if (wants_logits_) compute_products(block, m.products);
-        } else if (wants_query_) {
-          load_keys(problem_, rows_, block, problem_.prefix_key, problem_.key, w_.key);
-        }
-        add_gradients(block, segment, m);
+    }
+    KeyBlocks blocks(rows_, segments_, segment_count_);
+    for (KeyBlock block; blocks.next(&block);) {
+      const Matrices m = place(block);
+      if (!m.retained) {
+        compute_probabilities(block, m.probabilities);
+        if (wants_logits_) compute_products(block, m.products);
       }
+      add_gradients(block, m);
     }
   }
 
@@ -116,40 +95,38 @@ class Backward {
     return {base, base + block.padded * lanes_, true};
   }
 
-  void compute_probabilities(const KeyBlock& block, const Segment& segment, float* p) {
-    compute_logits(problem_, rows_, block, w_, p);
-    for (int64_t v = 0; v < lanes_; v += kWidth) {
-      Vec lse = load(w_.lse + segment.slot * lanes_ + v);
-      lse = lse == splat(-kInfinity) ? splat(kInfinity) : lse;
-      for (int i = 0; i < block.count; ++i) {
-        store(p + i * lanes_ + v, exp(load(p + i * lanes_ + v) - lse));
+  void compute_probabilities(const KeyBlock& block, float* p) {
+    compute_logits<Products>(problem_, rows_, block, w_, p);
+    for (int i = 0; i < block.piece_count; ++i) {
+      const Piece& piece = block.pieces[i];
+      for (int64_t v = 0; v < lanes_; v += kWidth) {
+        Vec lse = load(w_.lse + piece.slot * lanes_ + v);
+        lse = lse == splat(-kInfinity) ? splat(kInfinity) : lse;
+        for (int key = piece.begin; key < piece.end; ++key) {
+          store(p + key * lanes_ + v, exp(load(p + key * lanes_ + v) - lse));
+        }
       }
-    }
-  }
-
-  // Adds the sums of each column, of `a` or of `a` times `b`.
-  void add_columns(const KeyBlock& block, const float* a, float* sums) const {
-    for (int64_t v = 0; v < lanes_; v += kWidth) {
-      Vec sum = load(sums + v);
-      for (int i = 0; i < block.count; ++i) sum += load(a + i * lanes_ + v);
-      store(sums + v, sum);
-    }
-  }
-
-  void add_columns(const KeyBlock& block, const float* a, const float* b, float* sums) const {
-    for (int64_t v = 0; v < lanes_; v += kWidth) {
-      Vec sum = load(sums + v);
-      for (int i = 0; i < block.count; ++i) {
-        sum += load(a + i * lanes_ + v) * load(b + i * lanes_ + v);
-      }
-      store(sums + v, sum);
     }
   }
 
   void compute_products(const KeyBlock& block, float* products) {
-    load_keys(problem_, rows_, block, problem_.prefix_value, problem_.value, w_.value);
-    multiply<Lies::kByRows>(block.padded, lanes_, problem_.head_dim, w_.value, dim_,
-                            w_.grad_columns, lanes_, products, lanes_, false);
+    Products::dot(KeySource::values(problem_), rows_, block, w_.grad_columns, 1.0f, w_, products);
+  }
+
+  // Adds a piece to the sums of p and of p g of its segment, and divides them after the last.
+  void add_means(const Piece& piece, const Matrices& m) {
+    for (int64_t v = 0; v < lanes_; v += kWidth) {
+      const int64_t at = piece.slot * lanes_ + v;
+      Vec sum = load(w_.correction + at), mean = load(w_.products_mean + at);
+      for (int key = piece.begin; key < piece.end; ++key) {
+        const Vec p = load(m.probabilities + key * lanes_ + v);
+        sum += p;
+        if (wants_products_) mean += p * load(m.products + key * lanes_ + v);
+      }
+      const Vec inverse = piece.closes ? inverse_or_zero(sum) : sum;
+      store(w_.correction + at, inverse);
+      store(w_.products_mean + at, piece.closes ? mean * inverse : mean);
+    }
   }
 
   // Plain rows and bias: f is a softmax, so t_s = f_s (mean_s - delta), which for a document is
@@ -193,43 +170,56 @@ class Backward {
     }
   }
 
-  void add_gradients(const KeyBlock& block, const Segment& segment, const Matrices& m) {
+  void add_gradients(const KeyBlock& block, const Matrices& m) {
     const bool to_key = overlaps(block, w_.key_range);
     const bool to_value = overlaps(block, w_.value_range);
-    for (int64_t v = 0; v < lanes_; v += kWidth) {
-      const Vec f = load(w_.factor + segment.slot * lanes_ + v);
-      const Vec mean = load(w_.products_mean + segment.slot * lanes_ + v);
-      const Vec shift = load(w_.shift + segment.slot * lanes_ + v);
-      for (int i = 0; i < block.count; ++i) {
-        const int64_t at = i * lanes_ + v;
-        const Vec p = load(m.probabilities + at);
-        if (wants_logits_) store(m.products + at, p * (f * (load(m.products + at) - mean) + shift));
-        if (to_value) store(m.probabilities + at, p * f);
+    for (int i = 0; i < block.piece_count; ++i) {
+      const Piece& piece = block.pieces[i];
+      for (int64_t v = 0; v < lanes_; v += kWidth) {
+        const Vec f = load(w_.factor + piece.slot * lanes_ + v);
+        const Vec mean = load(w_.products_mean + piece.slot * lanes_ + v);
+        const Vec shift = load(w_.shift + piece.slot * lanes_ + v);
+        for (int key = piece.begin; key < piece.end; ++key) {
+          float* p = m.probabilities + key * lanes_ + v;
+          float* g = m.products + key * lanes_ + v;
+          if (wants_logits_) store(g, load(p) * (f * (load(g) - mean) + shift));
+          if (to_value) store(p, load(p) * f);
+        }
       }
     }
     if (wants_query_) {
-      multiply<Lies::kByColumns>(dim_, lanes_, block.count, w_.key, dim_, m.products, lanes_,
-                                 w_.segment_sum, lanes_, true);
+      Products::add(KeySource::keys(problem_), rows_, block, m.products, w_, w_.segment_sum, true);
     }
     if (to_key) add_key_rows(block, m.products, w_.query_rows, w_.key_range, w_.key_grad);
     if (to_value) add_key_rows(block, m.probabilities, w_.grad_rows, w_.value_range, w_.value_grad);
   }
 
+  // Place of a key in a range: positions count on over the batch elements of the group.
+  int64_t place_in(const KeyRange& range, const KeyBlock& block, int i) const {
+    const int64_t batch = block.batch == kEveryBatch ? 0 : block.batch - group_.first_batch;
+    return block.position[i] + batch * problem_.local_length - range.first;
+  }
+
+  bool overlaps(const KeyBlock& block, const KeyRange& range) const {
+    return !is_empty(range) && place_in(range, block, block.count - 1) >= 0 &&
+           block.position[0] < range.last;
+  }
+
   void add_key_rows(const KeyBlock& block, const float* coefficients, const float* by_row,
                     const KeyRange& range, float* sums) {
-    multiply<Lies::kByRows>(block.padded, dim_, rows_.count, coefficients, lanes_, by_row, dim_,
-                            w_.key_block_grad, dim_, false);
+    Products::outer(rows_, block, coefficients, by_row, dim_, w_, w_.key_block);
     for (int i = 0; i < block.count; ++i) {
-      const int64_t position = block.position[i];
-      if (position < range.first || position >= range.last) continue;
-      float* sum = sums + (position - range.first) * dim_;
-      const float* grad = w_.key_block_grad + i * dim_;
+      const int64_t place = place_in(range, block, i);
+      if (place < 0 || place >= range.last - range.first) continue;
+      float* sum = sums + place * dim_;
+      const float* grad = w_.key_block + i * dim_;
       for (int64_t d = 0; d < dim_; ++d) sum[d] += grad[d];
     }
   }
 
   const Problem& problem_;
   const RowBlock& rows_;
+  const RowGroup& group_;
   Workspace& w_;
   const Segment* segments_;
   const int64_t segment_count_;
@@ -241,36 +231,28 @@ class Backward {
   int64_t kept_ = 0;  // keys placed in w.retained so far
 };
 
-void load_state(const Problem& problem, const RowBlock& rows, const float* state, float* lse) {
-  const int64_t slots = problem.documents + 1;
-  fill(lse, slots * rows.lanes, -kInfinity);
-  for (int r = 0; r < rows.count; ++r) {
-    const float* source = state + state_index(problem, rows, r) * slots;
-    for (int64_t c = 0; c < slots; ++c) lse[c * rows.lanes + r] = source[c];
-  }
-}
-
-void backward(const Problem& problem, const BatchLayout& layout, const RowBlock& rows,
-              const float* state, const Operand& grad_output, const Operand& grad_query,
-              float* row_scores, Workspace& w) {
+template <typename Products>
+void backward(const Problem& problem, const RowBlock& rows, const float* state,
+              const Operand& grad_output, const Operand& grad_query, float* row_scores,
+              Workspace& w) {
   const bool scored = rows.kind == RowKind::kScored;
-  const int64_t slots = problem.documents + 1;
-  load_rows(problem, rows, problem.query, problem.scale, w.query_rows, w.query_columns);
-  load_rows(problem, rows, grad_output, 1.0f, w.grad_rows, w.grad_columns);
-  load_state(problem, rows, state, w.lse);
-  if (scored) load_scores(problem, layout, rows, w);
-  compute_factors(problem, layout, rows, w);
+  Products::load_columns(problem, rows, problem.query, w, w.query_columns);
+  Products::load_columns(problem, rows, grad_output, w, w.grad_columns);
+  if (!is_empty(w.key_range)) Products::load_rows(problem, rows, problem.query, w.query_rows);
+  if (!is_empty(w.value_range)) Products::load_rows(problem, rows, grad_output, w.grad_rows);
+  load_slots(problem, rows, state, problem.documents + 1, w.lse);
+  if (scored) load_scores(problem, rows, w);
+  compute_factors(problem, rows, w, w.shift);
 
   const bool wants_query = grad_query.data != nullptr;
   const bool wants_scores = scored && row_scores != nullptr;
-  Backward pass(problem, layout, rows, wants_query, wants_scores, w);
-  fill(w.products_mean, slots * rows.lanes, 0.0f);
+  Backward<Products> pass(problem, rows, wants_query, wants_scores, w);
   pass.sweep_means();
-  pass.compute_shifts(layout);
+  pass.compute_shifts();
   if (wants_scores) store_slots(problem, rows, w.scores, problem.documents, row_scores);
   if (!pass.needs_second_sweep()) return;
   pass.sweep_gradients();
-  if (wants_query) store_rows(problem, rows, w.segment_sum, problem.scale, grad_query);
+  if (wants_query) store_rows(problem, rows, w.segment_sum, problem.scale, w, grad_query);
 }
 
 }  // namespace

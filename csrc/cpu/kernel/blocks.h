@@ -1,10 +1,9 @@
-// Moving row blocks and key blocks into scratch.
+// Which keys a row block takes at once.
 #pragma once
 
 #include "../layout.h"
 #include "../workspace.h"
-#include "convert.h"
-#include "gemm.h"
+#include "vector.h"
 
 namespace dream::cpu {
 namespace {
@@ -17,109 +16,130 @@ DREAM_INLINE void fill(float* target, int64_t n, float x) {
   for (int64_t i = 0; i < n; ++i) target[i] = x;
 }
 
-// Reads the rows of `tensor` [B, Hq, M, D] as they are into `by_row` and times `factor` into
-// `by_column`.
-void load_rows(const Problem& problem, const RowBlock& rows, const Operand& tensor, float factor,
-               float* by_row, float* by_column) {
-  const int64_t dim = padded_head_dim(problem);
-  for (int r = 0; r < rows.count; ++r) {
-    load_row(problem.dtype,
-             row_address(tensor, problem.dtype, rows.batch, rows.head[r], rows.row[r]),
-             tensor.strides[3], problem.head_dim, dim, by_row + r * dim);
-  }
-  for (int64_t d = 0; d < dim; ++d) {
-    float* column = by_column + d * rows.lanes;
-    for (int r = 0; r < rows.count; ++r) column[r] = by_row[r * dim + d] * factor;
-    for (int r = rows.count; r < rows.lanes; ++r) column[r] = 0.0f;
-  }
-}
+// The keys [begin, end) of a block, all of one segment.
+struct Piece {
+  int64_t slot;
+  int begin;
+  int end;
+  bool opens;   // holds the first keys of the segment that the row block sees
+  bool closes;  // holds the last
+};
 
-// Writes the lanes of `by_column` times `factor` to the rows of `tensor`.
-void store_rows(const Problem& problem, const RowBlock& rows, const float* by_column, float factor,
-                const Operand& tensor) {
-  for (int r = 0; r < rows.count; ++r) {
-    store_row(problem.dtype, by_column + r, rows.lanes, factor,
-              row_address(tensor, problem.dtype, rows.batch, rows.head[r], rows.row[r]),
-              tensor.strides[3], problem.head_dim);
-  }
-}
-
-// Some keys of one segment, not necessarily neighbours.
+// Some keys, not necessarily neighbours: several whole segments, or a part of one.
 struct KeyBlock {
   int32_t position[kKeyBlock];
   int count;
-  int padded;   // count rounded up to kKeyUnit
-  bool masked;  // whether some row does not see some of the keys
+  int padded;         // count rounded up to kKeyUnit
+  int64_t batch;      // whose keys they are, as in Run
+  bool of_one_batch;  // whether rows of the group's other batch elements do not see them
+  bool masked;        // whether some row sees only some of them
+  bool whole;
+  int piece_count;
+  Piece pieces[kKeyBlock];
 };
 
-// Cuts the keys of a segment that any row of the block sees into blocks of nearly equal size.
+// Cuts the keys of some segments that any row of the block sees into key blocks: short segments
+// together, long ones alone and into nearly equal parts.
 class KeyBlocks {
  public:
-  KeyBlocks(const Segment& segment, const RowBlock& rows) : run_(segment.runs), rows_(rows) {
-    const Run* end = segment.runs + segment.run_count;
-    for (const Run* run = segment.runs; run != end && run->begin <= rows.max_limit; ++run) {
-      left_ += (run->end <= rows.max_limit ? run->end : rows.max_limit + 1) - run->begin;
-    }
-    blocks_ = (left_ + kKeyBlock - 1) / kKeyBlock;
-    if (left_ > 0) position_ = run_->begin;
+  KeyBlocks(const RowBlock& rows, const Segment* segments, int64_t count)
+      : rows_(rows), segment_(segments), end_(segments + count) {
+    open_segment();
   }
 
   bool next(KeyBlock* block) {
-    if (left_ == 0) return false;
-    block->count = static_cast<int>((left_ + blocks_ - 1) / blocks_);
-    block->padded = (block->count + kKeyUnit - 1) / kKeyUnit * kKeyUnit;
-    for (int i = 0; i < block->count; ++i) {
-      if (position_ == run_->end) position_ = (++run_)->begin;
-      block->position[i] = static_cast<int32_t>(position_++);
+    if (segment_ == end_) return false;
+    block->count = 0;
+    block->piece_count = 0;
+    block->batch = run_->batch;
+    block->of_one_batch = rows_.group->batches > 1 && block->batch != kEveryBatch;
+    block->masked = false;
+    block->whole = is_short();
+    if (block->whole) {
+      do {
+        take(left_, block);
+      } while (segment_ != end_ && is_short() && left_ <= kKeyBlock - block->count &&
+               run_->batch == block->batch);
+    } else {
+      const int64_t parts = (left_ + kKeyBlock - 1) / kKeyBlock;
+      take((left_ + parts - 1) / parts, block);
     }
-    block->masked = block->position[block->count - 1] > rows_.min_limit;
-    left_ -= block->count;
-    --blocks_;
+    block->padded = (block->count + kKeyUnit - 1) / kKeyUnit * kKeyUnit;
     return true;
   }
 
  private:
-  const Run* run_;
-  const RowBlock& rows_;
-  int64_t position_ = 0;
-  int64_t left_ = 0;
-  int64_t blocks_ = 0;
-};
-
-// Reads the block's rows of key or value, in two segments of memory, into [padded, Dp].
-void load_keys(const Problem& problem, const RowBlock& rows, const KeyBlock& block,
-               const Operand& prefix, const Operand& local, float* target) {
-  const int64_t dim = padded_head_dim(problem);
-  for (int i = 0; i < block.count; ++i) {
-    const int64_t position = block.position[i];
-    const bool in_prefix = position < problem.prefix_length;
-    const Operand& source = in_prefix ? prefix : local;
-    load_row(problem.dtype,
-             row_address(source, problem.dtype, rows.batch, rows.key_head,
-                         in_prefix ? position : position - problem.prefix_length),
-             source.strides[3], problem.head_dim, dim, target + i * dim);
+  int64_t visible(const Run& run) const {
+    const int64_t end = run.end <= rows_.max_limit ? run.end : rows_.max_limit + 1;
+    return end > run.begin ? end - run.begin : 0;
   }
-  fill(target + block.count * dim, (block.padded - block.count) * dim, 0.0f);
-}
 
-// Reads the block's keys and computes its logits [padded, lanes], -inf where a row does not
-// see a key.
-void compute_logits(const Problem& problem, const RowBlock& rows, const KeyBlock& block,
-                    Workspace& w, float* logits) {
-  const int64_t dim = padded_head_dim(problem), lanes = rows.lanes;
-  load_keys(problem, rows, block, problem.prefix_key, problem.key, w.key);
-  multiply<Lies::kByRows>(block.padded, lanes, problem.head_dim, w.key, dim, w.query_columns,
-                          lanes, logits, lanes, false);
-  if (!block.masked) return;
-  for (int i = 0; i < block.count; ++i) {
-    if (block.position[i] <= rows.min_limit) continue;
-    const VecInt position = VecInt{} + block.position[i];
-    for (int64_t v = 0; v < lanes; v += kWidth) {
-      float* x = logits + i * lanes + v;
-      store(x, position <= load(rows.limit + v) ? load(x) : splat(-kInfinity));
+  const Run* last_run() const { return segment_->runs + segment_->run_count; }
+
+  bool is_short() const { return opens_ && left_ <= kKeyBlock && !continues_; }
+
+  // Stands at the first visible key of this segment or of the next that has one.
+  void open_segment() {
+    opens_ = true;
+    for (; segment_ != end_; ++segment_) {
+      if (open_stretch(segment_->runs)) return;
     }
   }
-}
+
+  // Stands at the first visible key from `run` on and counts those of its batch element.
+  bool open_stretch(const Run* run) {
+    while (run != last_run() && visible(*run) == 0) ++run;
+    if (run == last_run()) return false;
+    run_ = run;
+    position_ = run->begin;
+    left_ = 0;
+    continues_ = false;
+    for (; run != last_run(); ++run) {
+      if (run->batch == run_->batch) {
+        left_ += visible(*run);
+      } else if (visible(*run) > 0) {
+        continues_ = true;
+      }
+    }
+    return true;
+  }
+
+  // Moves the next `count` keys, all of one segment and batch element, into the block.
+  void take(int64_t count, KeyBlock* block) {
+    Piece& piece = block->pieces[block->piece_count++];
+    piece.slot = segment_->slot;
+    piece.begin = block->count;
+    piece.end = block->count + static_cast<int>(count);
+    piece.opens = opens_;
+    for (int i = piece.begin; i < piece.end; ++i) {
+      while (position_ >= run_->begin + visible(*run_)) position_ = (++run_)->begin;
+      block->position[i] = static_cast<int32_t>(position_++);
+    }
+    block->count = piece.end;
+    block->masked |= block->position[piece.end - 1] > rows_.min_limit;
+    opens_ = false;
+    left_ -= count;
+    piece.closes = left_ == 0 && !continues_;
+    if (left_ > 0) return;
+    // What is left of this segment are keys of another batch element.
+    const Run* run = run_;
+    const int64_t batch = run_->batch;
+    while (run != last_run() && run->batch == batch) ++run;
+    if (!continues_ || !open_stretch(run)) {
+      ++segment_;
+      open_segment();
+    }
+  }
+
+  const RowBlock& rows_;
+  const Segment* segment_;
+  const Segment* end_;
+  const Run* run_ = nullptr;
+  int64_t position_ = 0;
+  int64_t left_ = 0;        // visible keys of this segment and batch element still to take
+  bool continues_ = false;  // whether keys of other batch elements follow in this segment
+  bool opens_ = true;       // whether nothing of the segment was taken yet
+};
 
 }  // namespace
 }  // namespace dream::cpu

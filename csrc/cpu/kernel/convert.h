@@ -82,23 +82,22 @@ void load_row(DType dtype, const void* source, int64_t stride, int64_t n, int64_
 }
 
 template <typename Type>
-DREAM_INLINE void store_elements(const float* source, int64_t source_stride, float factor,
-                                 void* target, int64_t target_stride, int64_t n) {
+DREAM_INLINE void store_elements(const float* source, float factor, void* target, int64_t stride,
+                                 int64_t n) {
   auto* t = static_cast<typename Type::Storage*>(target);
-  for (int64_t i = 0; i < n; ++i) {
-    t[i * target_stride] = Type::from_float(source[i * source_stride] * factor);
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) t[i] = Type::from_float(source[i] * factor);
+  } else {
+    for (int64_t i = 0; i < n; ++i) t[i * stride] = Type::from_float(source[i] * factor);
   }
 }
 
-void store_row(DType dtype, const float* source, int64_t source_stride, float factor, void* target,
-               int64_t target_stride, int64_t n) {
+void store_row(DType dtype, const float* source, float factor, void* target, int64_t stride,
+               int64_t n) {
   switch (dtype) {
-    case DType::kFloat32:
-      return store_elements<Float32>(source, source_stride, factor, target, target_stride, n);
-    case DType::kBFloat16:
-      return store_elements<BFloat16>(source, source_stride, factor, target, target_stride, n);
-    case DType::kFloat16:
-      return store_elements<Float16>(source, source_stride, factor, target, target_stride, n);
+    case DType::kFloat32: return store_elements<Float32>(source, factor, target, stride, n);
+    case DType::kBFloat16: return store_elements<BFloat16>(source, factor, target, stride, n);
+    case DType::kFloat16: return store_elements<Float16>(source, factor, target, stride, n);
   }
 }
 

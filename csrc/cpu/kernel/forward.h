@@ -6,27 +6,28 @@
 namespace dream::cpu {
 namespace {
 
-// Running softmax of a row block over one segment; per lane the largest logit and the sum of
-// exp(logit - largest).
+// Running softmax of a row block; per lane the largest logit and the sum of exp(logit - largest).
 struct Softmax {
   float peak[kMaxLanes];
   float total[kMaxLanes];
 };
 
-// Takes in the logits of one key block, turns them into exp(logit - peak), and gives the factor by
+// A lane that has seen nothing yet must not compute inf - inf.
+DREAM_INLINE Vec finite_or_zero(Vec peak) { return peak == splat(-kInfinity) ? Vec{} : peak; }
+
+// Takes in the logits of one piece, turns them into exp(logit - peak), and gives the factor by
 // which everything summed so far shrinks. Returns whether any lane does.
-bool update_softmax(const KeyBlock& block, int64_t lanes, float* logits, Softmax* softmax,
+bool update_softmax(const Piece& piece, int64_t lanes, float* logits, Softmax* softmax,
                     float* shrink) {
   bool any = false;
   for (int64_t v = 0; v < lanes; v += kWidth) {
     const Vec old_peak = load(softmax->peak + v);
     Vec peak = old_peak;
-    for (int i = 0; i < block.count; ++i) peak = max(load(logits + i * lanes + v), peak);
-    // A lane that has seen no key yet must not compute inf - inf.
-    const Vec reference = peak == splat(-kInfinity) ? Vec{} : peak;
+    for (int i = piece.begin; i < piece.end; ++i) peak = max(load(logits + i * lanes + v), peak);
+    const Vec reference = finite_or_zero(peak);
     const Vec factor = exp(old_peak - reference);
     Vec total = load(softmax->total + v) * factor;
-    for (int i = 0; i < block.count; ++i) {
+    for (int i = piece.begin; i < piece.end; ++i) {
       const Vec p = exp(load(logits + i * lanes + v) - reference);
       total += p;
       store(logits + i * lanes + v, p);
@@ -39,125 +40,250 @@ bool update_softmax(const KeyBlock& block, int64_t lanes, float* logits, Softmax
   return any;
 }
 
+// The softmax of a piece that is a whole segment.
+void softmax_of_whole(const Piece& piece, int64_t lanes, float* logits, Softmax* softmax) {
+  for (int64_t v = 0; v < lanes; v += kWidth) {
+    Vec peak = splat(-kInfinity);
+    for (int i = piece.begin; i < piece.end; ++i) peak = max(load(logits + i * lanes + v), peak);
+    const Vec reference = finite_or_zero(peak);
+    Vec total{};
+    for (int i = piece.begin; i < piece.end; ++i) {
+      const Vec p = exp(load(logits + i * lanes + v) - reference);
+      total += p;
+      store(logits + i * lanes + v, p);
+    }
+    store(softmax->peak + v, peak);
+    store(softmax->total + v, total);
+  }
+}
+
 // Log-sum-exp of a segment's logits, -inf where no key is visible.
 void finish_softmax(const Softmax& softmax, int64_t lanes, float* lse) {
-  for (int64_t i = 0; i < lanes; ++i) lse[i] = softmax.total[i];
-  log_in_place(lse, lanes);
-  for (int64_t i = 0; i < lanes; ++i) {
-    lse[i] = softmax.total[i] == 0.0f ? -kInfinity : softmax.peak[i] + lse[i];
-  }
-}
-
-// Attention over one segment: leaves the sum of exp(logit - peak) v in w.segment_sum.
-void attend_segment(const Problem& problem, const RowBlock& rows, const Segment& segment,
-                    Workspace& w, Softmax* softmax) {
-  const int64_t dim = padded_head_dim(problem), lanes = rows.lanes;
-  fill(softmax->peak, lanes, -kInfinity);
-  fill(softmax->total, lanes, 0.0f);
-  float shrink[kMaxLanes];
-  bool first = true;
-  KeyBlocks blocks(segment, rows);
-  for (KeyBlock block; blocks.next(&block); first = false) {
-    compute_logits(problem, rows, block, w, w.logits);
-    const bool shrinks = update_softmax(block, lanes, w.logits, softmax, shrink);
-    if (shrinks && !first) scale_columns(w.segment_sum, dim, lanes, shrink);
-    load_keys(problem, rows, block, problem.prefix_value, problem.value, w.value);
-    multiply<Lies::kByColumns>(dim, lanes, block.count, w.value, dim, w.logits, lanes,
-                               w.segment_sum, lanes, !first);
-  }
-  if (first) fill(w.segment_sum, dim * lanes, 0.0f);
-}
-
-// Adds the segment just attended to the mean over the documents in w.documents_sum, with weight
-// exp(score) (reweight) or exp(score + lse) (bias). `documents` runs over those exponents.
-void merge_document(const Problem& problem, const RowBlock& rows, const Segment& segment,
-                    const Softmax& softmax, Workspace& w, Softmax* documents) {
-  const int64_t lanes = rows.lanes, at = segment.slot * lanes;
-  float keep[kMaxLanes], add[kMaxLanes];
   for (int64_t v = 0; v < lanes; v += kWidth) {
-    Vec weight = load(w.scores + at + v);
-    if (problem.mode == Mode::kBias) weight += load(w.lse + at + v);
-    const Vec old_peak = load(documents->peak + v);
-    const Vec peak = max(weight, old_peak);
-    const Vec reference = peak == splat(-kInfinity) ? Vec{} : peak;
-    const Vec kept = exp(old_peak - reference), added = exp(weight - reference);
-    store(documents->peak + v, peak);
-    store(documents->total + v, load(documents->total + v) * kept + added);
-    store(keep + v, kept);
-    store(add + v, added / load(softmax.total + v));
-  }
-  for (int64_t d = 0; d < padded_head_dim(problem); ++d) {
-    for (int64_t v = 0; v < lanes; v += kWidth) {
-      float* sum = w.documents_sum + d * lanes + v;
-      store(sum, load(sum) * load(keep + v) + load(w.segment_sum + d * lanes + v) * load(add + v));
-    }
+    const Vec total = load(softmax.total + v);
+    const Vec sum = load(softmax.peak + v) + log(total == Vec{} ? splat(1.0f) : total);
+    store(lse + v, total == Vec{} ? splat(-kInfinity) : sum);
   }
 }
 
-void forward(const Problem& problem, const BatchLayout& layout, const RowBlock& rows,
-             const Operand& output, float* state, Workspace& w) {
-  const int64_t dim = padded_head_dim(problem), lanes = rows.lanes;
-  const int64_t slots = problem.documents + 1, rest = problem.documents * lanes;
-  load_rows(problem, rows, problem.query, problem.scale, w.query_rows, w.query_columns);
-  fill(w.lse, slots * lanes, -kInfinity);
+template <typename Products>
+class Forward {
+ public:
+  Forward(const Problem& problem, const RowBlock& rows, Workspace& workspace)
+      : problem_(problem),
+        rows_(rows),
+        w_(workspace),
+        dim_(padded_head_dim(problem)),
+        lanes_(rows.lanes),
+        reweight_(problem.mode == Mode::kReweight) {}
 
-  Softmax softmax, documents;
-  fill(documents.peak, lanes, -kInfinity);
-  fill(documents.total, lanes, 0.0f);
-  const bool scored = rows.kind == RowKind::kScored;
-  if (scored) {
-    load_scores(problem, layout, rows, w);
-    fill(w.documents_sum, dim * lanes, 0.0f);
-    for (int64_t s = 0; s + 1 < layout.segment_count; ++s) {
-      const Segment& segment = layout.segments[s];
-      attend_segment(problem, rows, segment, w, &softmax);
-      finish_softmax(softmax, lanes, w.lse + segment.slot * lanes);
-      merge_document(problem, rows, segment, softmax, w, &documents);
-    }
-  }
-  attend_segment(problem, rows, scored ? layout.segments[layout.segment_count - 1] : layout.all, w,
-                 &softmax);
-  finish_softmax(softmax, lanes, w.lse + rest);
-  store_slots(problem, rows, w.lse, slots, state);
-
-  compute_factors(problem, layout, rows, w);
-  for (int64_t v = 0; v < lanes; v += kWidth) {
-    const Vec rest_factor = load(w.factor + rest + v) * inverse_or_zero(load(softmax.total + v));
-    Vec documents_factor{};
+  void run(const Operand& output, float* state) {
+    Products::load_columns(problem_, rows_, problem_.query, w_, w_.query_columns);
+    fill(w_.lse, (problem_.documents + 1) * lanes_, -kInfinity);
+    const bool scored = rows_.kind == RowKind::kScored;
+    const RowGroup& group = *rows_.group;
     if (scored) {
-      for (int64_t s = 0; s + 1 < layout.segment_count; ++s) {
-        documents_factor += load(w.factor + layout.segments[s].slot * lanes + v);
-      }
-      documents_factor *= inverse_or_zero(load(documents.total + v));
+      load_scores(problem_, rows_, w_);
+      attend_documents();
     }
-    for (int64_t d = 0; d < dim; ++d) {
-      const int64_t at = d * lanes + v;
-      Vec x = load(w.segment_sum + at) * rest_factor;
-      if (scored) x += load(w.documents_sum + at) * documents_factor;
-      store(w.segment_sum + at, x);
+    attend_rest(scored ? group.segments[group.segment_count - 1] : group.all);
+    store_slots(problem_, rows_, w_.lse, problem_.documents + 1, state);
+    compute_factors(problem_, rows_, w_, w_.factor);
+    join(scored);
+    store_rows(problem_, rows_, w_.segment_sum, 1.0f, w_, output);
+  }
+
+ private:
+  // Leaves the mean over the documents in w.documents_sum, with weights w (reweight) or
+  // exp(score + lse - peak) (bias), whose sum is documents_.total.
+  void attend_documents() {
+    fill(w_.documents_sum, dim_ * lanes_, 0.0f);
+    fill(documents_.peak, lanes_, -kInfinity);
+    fill(documents_.total, lanes_, reweight_ ? 1.0f : 0.0f);
+    Softmax softmax;
+    KeyBlocks blocks(rows_, rows_.group->segments, rows_.group->segment_count - 1);
+    for (KeyBlock block; blocks.next(&block);) {
+      compute_logits<Products>(problem_, rows_, block, w_, w_.logits);
+      if (block.whole) {
+        weigh_documents(block);
+        add_values(block, w_.documents_sum, true);
+      } else {
+        attend_part(block, &softmax);
+        if (block.pieces[0].closes) merge_document(block.pieces[0].slot, softmax);
+      }
     }
   }
-  store_rows(problem, rows, w.segment_sum, 1.0f, output);
-}
 
-void mass(const Problem& problem, const BatchLayout& layout, const RowBlock& rows, float* masses,
-          Workspace& w) {
+  // Takes a part of a segment into w.segment_sum, the sum of exp(logit - peak) v.
+  void attend_part(const KeyBlock& block, Softmax* softmax) {
+    const Piece& piece = block.pieces[0];
+    if (piece.opens) {
+      fill(softmax->peak, lanes_, -kInfinity);
+      fill(softmax->total, lanes_, 0.0f);
+    }
+    float shrink[kMaxLanes];
+    const bool shrinks = update_softmax(piece, lanes_, w_.logits, softmax, shrink);
+    if (shrinks && !piece.opens) scale_columns(w_.segment_sum, dim_, lanes_, shrink);
+    add_values(block, w_.segment_sum, !piece.opens);
+    if (piece.closes) finish_softmax(*softmax, lanes_, w_.lse + piece.slot * lanes_);
+  }
+
+  void add_values(const KeyBlock& block, float* sums, bool accumulate) {
+    Products::add(KeySource::values(problem_), rows_, block, w_.logits, w_, sums, accumulate);
+  }
+
+  // Turns the logits of whole documents into their keys' shares of w.documents_sum.
+  void weigh_documents(const KeyBlock& block) {
+    for (int i = 0; i < block.piece_count; ++i) {
+      const Piece& piece = block.pieces[i];
+      const int64_t at = piece.slot * lanes_;
+      Softmax softmax;
+      softmax_of_whole(piece, lanes_, w_.logits, &softmax);
+      finish_softmax(softmax, lanes_, w_.lse + at);
+      float* share = w_.share + i * lanes_;
+      for (int64_t v = 0; v < lanes_; v += kWidth) {
+        if (reweight_) {
+          // Every document of the block is seen by all rows, so no total is 0.
+          store(share + v, load(w_.scores + at + v) / load(softmax.total + v));
+        } else {
+          store(share + v, load(w_.scores + at + v) + load(softmax.peak + v));
+          store(w_.total + i * lanes_ + v, load(softmax.total + v));
+        }
+      }
+    }
+    if (!reweight_) shares_of_bias(block);
+    for (int i = 0; i < block.piece_count; ++i) {
+      const Piece& piece = block.pieces[i];
+      for (int64_t v = 0; v < lanes_; v += kWidth) {
+        const Vec share = load(w_.share + i * lanes_ + v);
+        for (int key = piece.begin; key < piece.end; ++key) {
+          float* x = w_.logits + key * lanes_ + v;
+          store(x, load(x) * share);
+        }
+      }
+    }
+  }
+
+  // w.share goes from score + peak of each document to exp of it, less the peak over all documents
+  // so far.
+  void shares_of_bias(const KeyBlock& block) {
+    float shrink[kMaxLanes];
+    for (int64_t v = 0; v < lanes_; v += kWidth) {
+      const Vec old_peak = load(documents_.peak + v);
+      Vec peak = old_peak;
+      for (int i = 0; i < block.piece_count; ++i) peak = max(load(w_.share + i * lanes_ + v), peak);
+      const Vec reference = finite_or_zero(peak);
+      const Vec kept = exp(old_peak - reference);
+      Vec total = load(documents_.total + v) * kept;
+      for (int i = 0; i < block.piece_count; ++i) {
+        const Vec share = exp(load(w_.share + i * lanes_ + v) - reference);
+        total += share * load(w_.total + i * lanes_ + v);
+        store(w_.share + i * lanes_ + v, share);
+      }
+      store(documents_.peak + v, peak);
+      store(documents_.total + v, total);
+      store(shrink + v, kept);
+    }
+    scale_columns(w_.documents_sum, dim_, lanes_, shrink);
+  }
+
+  // Adds the document that w.segment_sum holds to w.documents_sum.
+  void merge_document(int64_t slot, const Softmax& softmax) {
+    float keep[kMaxLanes], add[kMaxLanes];
+    for (int64_t v = 0; v < lanes_; v += kWidth) {
+      const Vec score = load(w_.scores + slot * lanes_ + v);
+      const Vec total = load(softmax.total + v);
+      if (reweight_) {
+        store(keep + v, splat(1.0f));
+        store(add + v, score / total);
+        continue;
+      }
+      const Vec exponent = score + load(softmax.peak + v);
+      const Vec old_peak = load(documents_.peak + v);
+      const Vec peak = max(exponent, old_peak);
+      const Vec reference = finite_or_zero(peak);
+      const Vec kept = exp(old_peak - reference), added = exp(exponent - reference);
+      store(documents_.peak + v, peak);
+      store(documents_.total + v, load(documents_.total + v) * kept + added * total);
+      store(keep + v, kept);
+      store(add + v, added);
+    }
+    for (int64_t d = 0; d < dim_; ++d) {
+      for (int64_t v = 0; v < lanes_; v += kWidth) {
+        float* sum = w_.documents_sum + d * lanes_ + v;
+        const Vec added = load(w_.segment_sum + d * lanes_ + v) * load(add + v);
+        store(sum, load(sum) * load(keep + v) + added);
+      }
+    }
+  }
+
+  // Leaves the rest, or all keys of plain rows, in w.segment_sum and rest_.
+  void attend_rest(const Segment& segment) {
+    fill(rest_.total, lanes_, 0.0f);
+    bool any = false;
+    KeyBlocks blocks(rows_, &segment, 1);
+    for (KeyBlock block; blocks.next(&block); any = true) {
+      compute_logits<Products>(problem_, rows_, block, w_, w_.logits);
+      attend_part(block, &rest_);
+    }
+    if (!any) fill(w_.segment_sum, dim_ * lanes_, 0.0f);
+  }
+
+  // Turns w.segment_sum into the output.
+  void join(bool scored) {
+    const RowGroup& group = *rows_.group;
+    const int64_t rest = problem_.documents * lanes_;
+    for (int64_t v = 0; v < lanes_; v += kWidth) {
+      const Vec rest_factor = load(w_.factor + rest + v) * inverse_or_zero(load(rest_.total + v));
+      Vec documents_factor{};
+      if (scored) {
+        for (int64_t s = 0; s + 1 < group.segment_count; ++s) {
+          documents_factor += load(w_.factor + group.segments[s].slot * lanes_ + v);
+        }
+        documents_factor *= inverse_or_zero(load(documents_.total + v));
+      }
+      for (int64_t d = 0; d < dim_; ++d) {
+        const int64_t at = d * lanes_ + v;
+        Vec x = load(w_.segment_sum + at) * rest_factor;
+        if (scored) x += load(w_.documents_sum + at) * documents_factor;
+        store(w_.segment_sum + at, x);
+      }
+    }
+  }
+
+  const Problem& problem_;
+  const RowBlock& rows_;
+  Workspace& w_;
+  const int64_t dim_;
+  const int64_t lanes_;
+  const bool reweight_;
+  Softmax documents_;
+  Softmax rest_;
+};
+
+template <typename Products>
+void mass(const Problem& problem, const RowBlock& rows, float* masses, Workspace& w) {
+  const RowGroup& group = *rows.group;
   const int64_t lanes = rows.lanes, slots = problem.documents + 1;
-  load_rows(problem, rows, problem.query, problem.scale, w.query_rows, w.query_columns);
+  Products::load_columns(problem, rows, problem.query, w, w.query_columns);
+  fill(w.lse, slots * lanes, -kInfinity);
   Softmax softmax;
   float shrink[kMaxLanes];
-  for (int64_t s = 0; s < layout.segment_count; ++s) {
-    fill(softmax.peak, lanes, -kInfinity);
-    fill(softmax.total, lanes, 0.0f);
-    KeyBlocks blocks(layout.segments[s], rows);
-    for (KeyBlock block; blocks.next(&block);) {
-      compute_logits(problem, rows, block, w, w.logits);
-      update_softmax(block, lanes, w.logits, &softmax, shrink);
+  KeyBlocks blocks(rows, group.segments, group.segment_count);
+  for (KeyBlock block; blocks.next(&block);) {
+    compute_logits<Products>(problem, rows, block, w, w.logits);
+    for (int i = 0; i < block.piece_count; ++i) {
+      const Piece& piece = block.pieces[i];
+      if (piece.opens) {
+        fill(softmax.peak, lanes, -kInfinity);
+        fill(softmax.total, lanes, 0.0f);
+      }
+      update_softmax(piece, lanes, w.logits, &softmax, shrink);
+      if (piece.closes) finish_softmax(softmax, lanes, w.lse + piece.slot * lanes);
     }
-    finish_softmax(softmax, lanes, w.lse + layout.segments[s].slot * lanes);
   }
   fill(w.factor, slots * lanes, 0.0f);
-  softmax_over_segments(layout, layout.segment_count, lanes, w.lse, w.factor);
+  softmax_over_segments(group, group.segment_count, lanes, w.lse, w.factor);
   store_slots(problem, rows, w.factor, problem.documents, masses);
 }
 

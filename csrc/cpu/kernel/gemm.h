@@ -1,7 +1,9 @@
-// The one matrix product of the kernel: C[i, l] (+)= sum over k of A(i, k) * B[k, l].
+// The one matrix product of the kernel: C[i, l] = sum over k of A(i, k) * B[k, l], either added to
+// what C held or times a factor.
 //
-// B and C have their vectors along l; A is read one scalar at a time and spread over a vector, so
-// keys, values and probabilities are used as they lie, without a transposed copy.
+// B and C have their vectors along l; A is read one element at a time and spread over a vector, so
+// keys, values and probabilities are used as they lie, without a transposed copy. An element is a
+// float, or a pair of bfloat16 that are neighbours along k.
 #pragma once
 
 #include "vector.h"
@@ -12,9 +14,9 @@ namespace {
 // How A lies: A(i, k) at a[i * stride + k], or at a[k * stride + i].
 enum class Lies { kByRows, kByColumns };
 
-template <int kVectors, Lies kLies>
-DREAM_INLINE void tile(int64_t inner, const float* a, int64_t a_stride, const float* b,
-                       int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+template <int kVectors, Lies kLies, typename Element>
+DREAM_INLINE void tile(int64_t inner, const Element* a, int64_t a_stride, const Element* b,
+                       int64_t b_stride, float* c, int64_t c_stride, bool accumulate, float factor) {
   Vec sum[kTileRows][kVectors];
   for (int i = 0; i < kTileRows; ++i) {
     for (int v = 0; v < kVectors; ++v) {
@@ -22,40 +24,42 @@ DREAM_INLINE void tile(int64_t inner, const float* a, int64_t a_stride, const fl
     }
   }
   for (int64_t k = 0; k < inner; ++k) {
-    Vec row[kVectors];
+    decltype(load(b)) row[kVectors];
     for (int v = 0; v < kVectors; ++v) row[v] = load(b + k * b_stride + v * kWidth);
     for (int i = 0; i < kTileRows; ++i) {
-      const float x = kLies == Lies::kByRows ? a[i * a_stride + k] : a[k * a_stride + i];
-      for (int v = 0; v < kVectors; ++v) sum[i][v] += splat(x) * row[v];
+      const Element x = kLies == Lies::kByRows ? a[i * a_stride + k] : a[k * a_stride + i];
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = multiply_add(x, row[v], sum[i][v]);
     }
   }
   for (int i = 0; i < kTileRows; ++i) {
-    for (int v = 0; v < kVectors; ++v) store(c + i * c_stride + v * kWidth, sum[i][v]);
+    for (int v = 0; v < kVectors; ++v) store(c + i * c_stride + v * kWidth, sum[i][v] * factor);
   }
 }
 
-template <int kVectors, Lies kLies>
-__attribute__((noinline)) void tile_column(int64_t rows, int64_t inner, const float* a,
-                                           int64_t a_stride, const float* b, int64_t b_stride,
-                                           float* c, int64_t c_stride, bool accumulate) {
+template <int kVectors, Lies kLies, typename Element>
+__attribute__((noinline)) void tile_column(int64_t rows, int64_t inner, const Element* a,
+                                           int64_t a_stride, const Element* b, int64_t b_stride,
+                                           float* c, int64_t c_stride, bool accumulate,
+                                           float factor) {
   for (int64_t i = 0; i < rows; i += kTileRows) {
-    const float* a_tile = kLies == Lies::kByRows ? a + i * a_stride : a + i;
+    const Element* a_tile = kLies == Lies::kByRows ? a + i * a_stride : a + i;
     tile<kVectors, kLies>(inner, a_tile, a_stride, b, b_stride, c + i * c_stride, c_stride,
-                          accumulate);
+                          accumulate, factor);
   }
 }
 
 // `rows` is a multiple of 8, `columns` one of kLaneUnit; `inner` is anything.
-template <Lies kLies>
-void multiply(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t a_stride,
-              const float* b, int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+template <Lies kLies, typename Element>
+void multiply(int64_t rows, int64_t columns, int64_t inner, const Element* a, int64_t a_stride,
+              const Element* b, int64_t b_stride, float* c, int64_t c_stride, bool accumulate,
+              float factor = 1.0f) {
   for (int64_t left = columns / kWidth; left > 0;) {
     // Tiles of 3 vectors keep most registers busy; 4 are better split 2 + 2 than 3 + 1.
     const int64_t vectors = left == 2 || left == 4 ? 2 : left == 1 ? 1 : 3;
-    const auto column = vectors == 3   ? tile_column<3, kLies>
-                        : vectors == 2 ? tile_column<2, kLies>
-                                       : tile_column<1, kLies>;
-    column(rows, inner, a, a_stride, b, b_stride, c, c_stride, accumulate);
+    const auto column = vectors == 3   ? tile_column<3, kLies, Element>
+                        : vectors == 2 ? tile_column<2, kLies, Element>
+                                       : tile_column<1, kLies, Element>;
+    column(rows, inner, a, a_stride, b, b_stride, c, c_stride, accumulate, factor);
     b += vectors * kWidth;
     c += vectors * kWidth;
     left -= vectors;

@@ -10,10 +10,34 @@
 #define DREAM_STRING(a) DREAM_STRING_(a)
 
 namespace dream::cpu {
+namespace {
+
+template <typename Products>
+struct RowBlockPasses {
+  static void forward(const Problem& problem, const RowBlock& rows, const Operand& output,
+                      float* state, Workspace& workspace) {
+    Forward<Products>(problem, rows, workspace).run(output, state);
+  }
+  static constexpr auto backward = cpu::backward<Products>;
+  static constexpr auto mass = cpu::mass<Products>;
+};
+
+template <typename Products>
+constexpr Passes passes() {
+  using All = RowBlockPasses<Products>;
+  return {All::forward, All::backward, All::mass};
+}
+
+}  // namespace
 
 const Kernel& DREAM_CONCAT(DREAM_KERNELS_ISA, _kernel)() {
-  static constexpr Kernel kernel{DREAM_STRING(DREAM_KERNELS_ISA), forward, backward, mass,
-                                 store_row};
+#if defined(__AVX512BF16__)
+  constexpr Passes bfloat16 = passes<PairProducts>();
+#else
+  constexpr Passes bfloat16 = passes<FloatProducts>();
+#endif
+  static constexpr Kernel kernel{DREAM_STRING(DREAM_KERNELS_ISA), passes<FloatProducts>(),
+                                 bfloat16, store_row};
   return kernel;
 }
 

@@ -7,36 +7,42 @@
 
 namespace dream::cpu {
 
-struct Kernel {
-  const char* name;
-
-  // Each of these works on one row block.
-  void (*forward)(const Problem& problem, const BatchLayout& layout, const RowBlock& rows,
-                  const Operand& output, float* state, Workspace& workspace);
+// Each of these works on one row block.
+struct Passes {
+  void (*forward)(const Problem& problem, const RowBlock& rows, const Operand& output,
+                  float* state, Workspace& workspace);
 
   // Writes the query's gradient, adds to the workspace's key and value gradients, and writes the
   // scores' gradient of each scored row to `row_scores` [B, Hq, M, C], as far as they are wanted.
-  void (*backward)(const Problem& problem, const BatchLayout& layout, const RowBlock& rows,
-                   const float* state, const Operand& grad_output, const Operand& grad_query,
-                   float* row_scores, Workspace& workspace);
+  void (*backward)(const Problem& problem, const RowBlock& rows, const float* state,
+                   const Operand& grad_output, const Operand& grad_query, float* row_scores,
+                   Workspace& workspace);
 
-  void (*mass)(const Problem& problem, const BatchLayout& layout, const RowBlock& rows,
-               float* mass, Workspace& workspace);
+  void (*mass)(const Problem& problem, const RowBlock& rows, float* mass, Workspace& workspace);
+};
+
+struct Kernel {
+  const char* name;
+  Passes general;
+  Passes bfloat16;
 
   // Writes `n` floats, times `factor`, in the caller's type.
-  void (*store_row)(DType dtype, const float* source, int64_t source_stride, float factor,
-                    void* target, int64_t target_stride, int64_t n);
+  void (*store_row)(DType dtype, const float* source, float factor, void* target, int64_t stride,
+                    int64_t n);
+
+  const Passes& passes(DType dtype) const {
+    return dtype == DType::kBFloat16 ? bfloat16 : general;
+  }
 };
 
 const Kernel& portable_kernel();
-#ifdef DREAM_KERNELS_X86
 const Kernel& avx2_kernel();
 const Kernel& avx512_kernel();
-#endif
+const Kernel& avx512_bf16_kernel();
 
-// The kernel of this process: the best the machine has, or the one that the environment variable
-// DREAM_KERNELS_CPU_ISA (portable, avx2, avx512) names. Throws std::invalid_argument when that
-// is unknown or not available here.
+// The kernel of this process: the best that was compiled and that the machine can run, or the one
+// that the environment variable DREAM_KERNELS_CPU_ISA (portable, avx2, avx512, avx512_bf16) names.
+// Throws std::invalid_argument when that is unknown or not available here.
 const Kernel& selected_kernel();
 
 }  // namespace dream::cpu

@@ -7,6 +7,10 @@
 
 #include <cstdint>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace dream::cpu {
 namespace {
 
@@ -76,10 +80,59 @@ DREAM_INLINE Vec exp(Vec x) {
   return p * power;
 }
 
-// Natural logarithms in place; per row and segment only, so the C library's.
-DREAM_INLINE void log_in_place(float* values, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) values[i] = __builtin_logf(values[i]);
+// Natural logarithm of a normal positive number, to 1 ulp; NaN for NaN.
+DREAM_INLINE Vec log(Vec x) {
+  // x = 2^n (1 + r) with 1 + r between sqrt(1/2) and sqrt(2).
+  VecInt bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  const VecInt exponent = (bits - 0x3f3504f3) >> 23;
+  bits -= exponent << 23;
+  Vec r;
+  __builtin_memcpy(&r, &bits, sizeof(r));
+  r -= 1.0f;
+  const Vec n = __builtin_convertvector(exponent, Vec);
+  // Minimax for (log(1 + r) - r + r^2 / 2) / r^3.
+  Vec p = splat(-0.0763435736f);
+  p = p * r + 0.127615318f;
+  p = p * r - 0.131602138f;
+  p = p * r + 0.142017663f;
+  p = p * r - 0.166233554f;
+  p = p * r + 0.200012267f;
+  p = p * r - 0.250008225f;
+  p = p * r + 0.333333313f;
+  const Vec square = r * r;
+  p = p * (square * r) + n * -2.12194440e-4f - 0.5f * square;
+  return r + p + n * 0.693359375f + (x - x);
 }
+
+DREAM_INLINE Vec multiply_add(float a, Vec b, Vec sum) { return sum + splat(a) * b; }
+
+#if defined(__AVX512BF16__)
+// Two bfloat16 numbers in 32 bits, the first in the low half.
+typedef int32_t Pair;
+typedef VecInt PairVec;
+
+// Adds both products, exact, to a float32 sum. Subnormal numbers count as 0.
+DREAM_INLINE Vec multiply_add(Pair a, PairVec b, Vec sum) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+}
+
+// Rounds to bfloat16 and pairs element with element.
+DREAM_INLINE PairVec make_pairs(Vec first, Vec second) {
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  const __m512i order = _mm512_set_epi32(
+      0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008,
+      0x170007, 0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
+  return (PairVec)_mm512_permutexvar_epi16(order, halves);
+}
+
+// Rounds to bfloat16 and pairs neighbours.
+DREAM_INLINE PairVec make_neighbour_pairs(Vec first, Vec second) {
+  return (PairVec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+
+DREAM_INLINE void store(Pair* p, PairVec v) { __builtin_memcpy(p, &v, sizeof(v)); }
+#endif
 
 }  // namespace
 }  // namespace dream::cpu
