@@ -116,7 +116,10 @@ class Injection:
         if inputs is None:
             raise ValueError("input_ids or inputs_embeds must be given with document_scores")
         batch, rows = inputs.shape[:2]
-        past = given.get("past_key_values")
+        # Newer transformers name it "cache" and still accept the old name.
+        past = given.get("cache")
+        if past is None:
+            past = given.get("past_key_values")
         past_length = 0 if past is None else int(past.get_seq_length())
 
         if prefix is not None:

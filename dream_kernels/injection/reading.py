@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dream_kernels.injection import support
 from dream_kernels.injection.context import Prefix
 from dream_kernels.validation import check_span_values
 
@@ -142,12 +143,12 @@ def _keys_and_values(
     """Run the decoder without its language-model head and return every layer's cache."""
     from transformers import DynamicCache
 
-    cache = DynamicCache()
-    model.base_model(
+    cache, decoder = DynamicCache(), model.base_model
+    decoder(
         input_ids=input_ids,
         attention_mask=None if mask is None else mask.long().to(input_ids.device),
-        past_key_values=cache,
         use_cache=True,
+        **{support.cache_keyword(decoder): cache},
     )
     layers: list[Any] = cache.layers
     return [(layer.keys, layer.values) for layer in layers]

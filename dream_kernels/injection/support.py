@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,12 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         if isinstance(getattr(module, "layer_idx", None), int)
         and type(module).__name__.endswith("Attention")
     }
+
+
+def cache_keyword(model: PreTrainedModel) -> str:
+    """Return what the model's forward calls its cache: transformers renamed it in 5.24."""
+    names = inspect.signature(type(model).forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def why_not(model: PreTrainedModel) -> str | None:

@@ -134,17 +134,17 @@ def _append_end_of_sequence(tokenizer: Any) -> None:
 
 
 def _add_lora(model: SentenceTransformer, rank: int, alpha: int) -> None:
-    from peft import LoraConfig, TaskType
+    from peft import LoraConfig, inject_adapter_in_model
 
-    model.add_adapter(
-        LoraConfig(
-            task_type=TaskType.FEATURE_EXTRACTION,
-            r=rank,
-            lora_alpha=alpha,
-            lora_dropout=0.0,
-            target_modules="all-linear",
-        )
+    # peft's own function: transformers' `add_adapter` asks for the peft of its own day, which may
+    # not even be released (transformers 5.24 asks for 0.22).
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
     )
+    inject_adapter_in_model(config, model.transformers_model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             # An update of 1e-4 would vanish in a bfloat16 weight.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dream_kernels import HeadFile, inject_attention, write_heads
+from dream_kernels.injection.support import cache_keyword
 from models import NAMES, VOCABULARY, make_model, register_oracle, target_loss
 
 HEADS = {0: [1], 1: [0, 3, 5], 2: [2, 4]}
@@ -127,9 +128,12 @@ def test_generate_still_works(name: str) -> None:
         assert torch.equal(model.generate(ids, **options), before)
 
 
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
+@pytest.mark.parametrize("oldest_keyword", (True, False))
 @every_model
-def test_decoding_step_by_step_with_scores_equals_one_pass(name: str) -> None:
+def test_decoding_step_by_step_with_scores_equals_one_pass(name: str, oldest_keyword) -> None:
     model = make_model(name)
+    keyword = "past_key_values" if oldest_keyword else cache_keyword(model)
     ids, mask, scores = _inputs()
     documents = {"document_scores": scores, "document_spans": SPANS}
     with torch.no_grad(), inject_attention(model, HEADS):
@@ -139,8 +143,8 @@ def test_decoding_step_by_step_with_scores_equals_one_pass(name: str) -> None:
             out = model(
                 ids[:, step : step + 1],
                 attention_mask=mask[:, : step + 1],
-                past_key_values=out.past_key_values,
                 use_cache=True,
+                **{keyword: out.past_key_values},
                 **documents,
             )
     torch.testing.assert_close(out.logits[:, -1], whole[:, -1], rtol=1e-9, atol=1e-9)
