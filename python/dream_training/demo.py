@@ -75,12 +75,12 @@ def run_demo(
         # Chosen for 15 minutes on two cores: the beginnings of many documents teach more there than
         # the whole of a few.
         top_k=heads,
-        temperature=0.05,
+        temperature=0.02,
         batch_size=28,
         query_max_len=24,
         passage_max_len=40,
         target_max_len=16,
-        learning_rate=1.5e-3,
+        learning_rate=2e-3,
         warmup_steps=5,
         max_steps=steps,
         eval_steps=-(-steps // 3),  # rounded up, so that the last step is the third evaluation
