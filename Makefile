@@ -1,6 +1,7 @@
 # make demo and make test do their own installing; a second call only does what is left to do.
 
 PYTHON ?= python3
+CXX ?= c++
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -11,7 +12,15 @@ OLD_TRANSFORMERS ?= 4.57.*
 OLD_VENV ?= .venv-transformers-4.57
 OLD_STAMP := $(OLD_VENV)/.installed
 
-.PHONY: install demo test test-slow test-old-transformers lint format clean check-system
+# The native extension with sanitizers, and how a Python that knows nothing of them runs it.
+SANITIZED ?= build/sanitized
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZER_RUN = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib
+SANITIZER_TESTS ?= tests/kernels
+
+.PHONY: install demo test test-slow test-old-transformers test-sanitizers test-valgrind fuzz \
+  lint format clean check-system
 
 install: $(STAMP)
 
@@ -52,6 +61,24 @@ test-slow: $(STAMP)
 
 test-old-transformers: $(OLD_STAMP)
 	$(OLD_VENV)/bin/python -m pytest -m "not slow" tests/injection tests/training
+
+# SANITIZER_TESTS="tests/kernels -k fuzz" names fewer.
+test-sanitizers: $(STAMP)
+	CXXFLAGS="-O2 -g1 -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+	  $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
+	$(SANITIZER_RUN) $(BIN)/pytest -m "not slow" -p no:cacheprovider $(SANITIZER_TESTS)
+
+# Without torch, which would take hours: the script hands memory of its own to the extension.
+test-valgrind: $(STAMP)
+	@command -v valgrind >/dev/null 2>&1 || { \
+	  echo "valgrind is missing: apt-get install valgrind"; exit 1; }
+	PYTHONMALLOC=malloc DREAM_KERNELS_CPU_ISA=avx2 valgrind --quiet --error-exitcode=1 \
+	  --suppressions=tests/native/python.supp $(BIN)/python tests/native/small_case.py
+
+# Draws new cases until FUZZ_EXAMPLES were tried.
+FUZZ_EXAMPLES ?= 5000
+fuzz: $(STAMP)
+	DREAM_KERNELS_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/kernels/test_fuzz.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/buffer.h"
 #include "cpu/kernel/kernel.h"
 #include "problem.h"
 
@@ -66,8 +67,9 @@ Operand checked(const char* name, const Array& array, const Shape& expected, siz
   return operand;
 }
 
-Operand checked_contiguous(const char* name, const Array& array, const Shape& expected) {
-  const Operand operand = checked(name, array, expected, sizeof(float));
+Operand checked_contiguous(const char* name, const Array& array, const Shape& expected,
+                           size_t element_size = sizeof(float)) {
+  const Operand operand = checked(name, array, expected, element_size);
   int64_t stride = 1;
   for (size_t i = expected.size(); i-- > 0;) {
     if (expected[i] != 1 && operand.strides[i] != stride) {
@@ -201,13 +203,33 @@ Shape state_shape(const Problem& p) {
   return {p.batch, p.query_heads, p.rows, p.documents + 1};
 }
 
-void forward(const Problem& p, const Array& output, const Array& state, int threads) {
+Operand checked_segment_outputs(const Problem& p, const Array& array) {
+  const Shape shape{p.batch, p.query_heads, p.rows, (p.documents + 1) * p.head_dim};
+  return checked_contiguous("segment_outputs", array, shape, element_size(p));
+}
+
+void forward(const Problem& p, const Array& output, const Array& state,
+             const std::optional<Array>& segment_outputs, int threads) {
   const Operand out =
       checked_output("output", output, shape_of(p.query, 4), element_size(p));
   const Operand saved = checked_contiguous("state", state, state_shape(p));
+  void* kept = segment_outputs ? checked_segment_outputs(p, *segment_outputs).data : nullptr;
   checked_threads(threads);
   const py::gil_scoped_release release;
-  cpu::forward(p, out, static_cast<float*>(saved.data), threads);
+  cpu::forward(p, out, static_cast<float*>(saved.data), kept, threads);
+}
+
+void backward_of_scores(const Problem& p, const Array& state, const Array& segment_outputs,
+                        const Array& grad_output, const Array& scores, int threads) {
+  const Operand saved = checked_contiguous("state", state, state_shape(p));
+  const Operand kept = checked_segment_outputs(p, segment_outputs);
+  const Operand grad = checked("grad_output", grad_output, shape_of(p.query, 4), element_size(p));
+  const Operand target =
+      checked_output("grad_scores", scores, shape_of(p.scores, 3), sizeof(float));
+  checked_threads(threads);
+  const py::gil_scoped_release release;
+  cpu::backward_of_scores(p, static_cast<const float*>(saved.data), kept.data, grad, target,
+                          threads);
 }
 
 void backward(const Problem& p, const Array& state, const Array& grad_output,
@@ -259,13 +281,18 @@ PYBIND11_MODULE(_native, m) {
            py::arg("scores"), py::arg("spans"), py::arg("mask"), py::arg("heads"),
            py::arg("mode"), py::arg("document_mass"), py::arg("scale"), py::arg("causal"));
   m.def("forward", &forward, py::arg("problem"), py::kw_only(), py::arg("output"),
-        py::arg("state"), py::arg("threads"));
+        py::arg("state"), py::arg("segment_outputs"), py::arg("threads"));
   m.def("backward", &backward, py::arg("problem"), py::kw_only(), py::arg("state"),
         py::arg("grad_output"), py::arg("query"), py::arg("key"), py::arg("value"),
         py::arg("scores"), py::arg("prefix_key"), py::arg("prefix_value"), py::arg("threads"));
+  m.def("backward_of_scores", &backward_of_scores, py::arg("problem"), py::kw_only(),
+        py::arg("state"), py::arg("segment_outputs"), py::arg("grad_output"), py::arg("scores"),
+        py::arg("threads"));
   m.def("document_mass", &document_mass, py::arg("problem"), py::kw_only(), py::arg("mass"),
         py::arg("threads"));
   m.def("instruction_set", [] { return cpu::selected_kernel().name; },
-        "The instruction set in use: portable, avx2 or avx512.");
+        "The instruction set in use: portable, avx2, avx512 or avx512_bf16.");
+  m.def("take_peak_scratch_bytes", &cpu::take_peak_scratch_bytes,
+        "The most bytes of scratch memory in use at once since the last call of this function.");
   m.attr("max_head_dim") = cpu::kMaxHeadDim;
 }

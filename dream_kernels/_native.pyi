@@ -27,7 +27,14 @@ class Problem:
         causal: bool,
     ) -> None: ...
 
-def forward(problem: Problem, *, output: _Array, state: _Array, threads: int) -> None: ...
+def forward(
+    problem: Problem,
+    *,
+    output: _Array,
+    state: _Array,
+    segment_outputs: _Array | None,
+    threads: int,
+) -> None: ...
 def backward(
     problem: Problem,
     *,
@@ -41,5 +48,15 @@ def backward(
     prefix_value: _Array | None,
     threads: int,
 ) -> None: ...
+def backward_of_scores(
+    problem: Problem,
+    *,
+    state: _Array,
+    segment_outputs: _Array,
+    grad_output: _Array,
+    scores: _Array,
+    threads: int,
+) -> None: ...
 def document_mass(problem: Problem, *, mass: _Array, threads: int) -> None: ...
 def instruction_set() -> str: ...
+def take_peak_scratch_bytes() -> int: ...

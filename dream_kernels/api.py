@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dream_kernels import autograd
+from dream_kernels import autograd, library
 from dream_kernels.dispatch import Explanation, explain_problem, select
 from dream_kernels.validation import build_problem
 
@@ -149,8 +149,11 @@ def document_mass(
         attention_mask=attention_mask,
         prefix=pair,
     )
+    implementation = select(problem, impl)
+    if torch.compiler.is_compiling():
+        return library.document_mass(problem, implementation.name)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-        return select(problem, impl).mass(problem)
+        return implementation.mass(problem)
 
 
 def explain(

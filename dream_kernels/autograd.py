@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from dream_kernels import library
 from dream_kernels.problem import Gradients, Implementation, Needs, Problem
 
 
@@ -21,10 +22,7 @@ class _FirstDerivativeOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        raise RuntimeError(
-            "document_attention has no second derivative: its backward is hand-written and runs "
-            "once. For double backward differentiate dream_kernels.reference.attend instead."
-        )
+        raise RuntimeError(library.SECOND_DERIVATIVE)
 
 
 class DocumentAttention(torch.autograd.Function):
@@ -41,51 +39,42 @@ class DocumentAttention(torch.autograd.Function):
         prefix_value: Tensor | None,
         problem: Problem,
         implementation: Implementation,
+        needs: Needs,
     ) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
-            output, saved = implementation.forward(problem)
-        ctx.save_for_backward(
-            query, key, value, scores, prefix_key, prefix_value, problem.spans, problem.mask,
-            output, *saved,
-        )  # fmt: skip
+            output, saved = implementation.forward(problem, needs)
         # The problem itself is not kept: its tensors must go through the saved list, which frees
         # them after the backward and notices in-place changes.
-        ctx.options = {
-            "heads": problem.heads,
-            "mode": problem.mode,
-            "document_mass": problem.document_mass,
-            "scale": problem.scale,
-            "causal": problem.causal,
-        }
+        ctx.save_for_backward(*problem.tensors, problem.spans, problem.mask, output, *saved)
+        ctx.options = problem.options
         ctx.implementation = implementation
         return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (grad_output,) = grad_outputs
-        query, key, value, scores, prefix_key, prefix_value, spans, mask, output, *saved = (
-            ctx.saved_tensors
-        )
-        problem = Problem(
-            query=query, key=key, value=value, prefix_key=prefix_key, prefix_value=prefix_value,
-            scores=scores, spans=spans, mask=mask, **ctx.options,
-        )  # fmt: skip
+        *inputs, output = ctx.saved_tensors[:9]
+        saved = ctx.saved_tensors[9:]
+        problem = Problem(*inputs, **ctx.options)
         needs = Needs(*ctx.needs_input_grad[:6])
-        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
             gradients: Gradients = ctx.implementation.backward(
-                problem, output, tuple(saved), grad_output, needs
+                problem, output, saved, grad_output, needs
             )
         if torch.is_grad_enabled():
-            inputs = (query, key, value, scores, prefix_key, prefix_value)
             # grad_output stands in for a query that is frozen: the gradients depend on both.
-            sources = (grad_output if not query.requires_grad else query, *inputs[1:])
-            gradients = Gradients(*_FirstDerivativeOnly.apply(*gradients, *sources))
-        return (*gradients, None, None)
+            query = problem.query if problem.query.requires_grad else grad_output
+            gradients = Gradients(
+                *_FirstDerivativeOnly.apply(*gradients, query, *problem.tensors[1:])
+            )
+        return (*gradients, None, None, None)
 
 
 def run(problem: Problem, implementation: Implementation) -> Tensor:
     """Apply the operator to a validated problem, recording it for autograd where needed."""
-    return DocumentAttention.apply(
-        problem.query, problem.key, problem.value, problem.scores,
-        problem.prefix_key, problem.prefix_value, problem, implementation,
-    )  # fmt: skip
+    needs = Needs(
+        *(t is not None and torch.is_grad_enabled() and t.requires_grad for t in problem.tensors)
+    )
+    if torch.compiler.is_compiling():
+        return library.attend(problem, implementation.name, needs)
+    return DocumentAttention.apply(*problem.tensors, problem, implementation, needs)

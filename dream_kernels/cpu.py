@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -20,12 +23,24 @@ _DTYPES = {
     torch.float16: "float16",
 }
 
+# Where only the scores need a gradient, as in the first injected layer of a frozen reader, forward
+# keeps the output of every document, unless they are more than this: the backward then needs no
+# key. Sums are then rounded in other places, so the output differs in its last bits.
+SEGMENT_OUTPUT_BYTES = 32 << 20
+
+_ONLY_SCORES = Needs(False, False, False, True, False, False)
+
 _Array = tuple[int, torch.Size, tuple[int, ...]]
 
 
 def native_import_error() -> str | None:
     """Return why the native extension cannot be imported, or None when it can."""
     return _import_error
+
+
+@cache
+def _head_tensor(heads: tuple[bool, ...]) -> Tensor:
+    return torch.tensor(heads)
 
 
 def _array(tensor: Tensor) -> _Array:
@@ -47,7 +62,7 @@ def _native_problem(problem: Problem) -> _native.Problem:
         scores=_array(problem.scores),
         spans=_array(problem.spans),
         mask=_optional(problem.mask),
-        heads=_array(problem.heads),
+        heads=_array(_head_tensor(problem.heads)),
         mode=problem.mode,
         document_mass=problem.document_mass,
         scale=problem.scale,
@@ -57,7 +72,8 @@ def _native_problem(problem: Problem) -> _native.Problem:
 
 def _row_tensor(problem: Problem, last: int) -> Tensor:
     """``[B, Hq, M, last]`` in float32."""
-    return torch.empty(problem.batch, problem.query_heads, problem.rows, last, dtype=torch.float32)
+    shape = (*problem.query.shape[:3], last)
+    return torch.empty(shape, dtype=torch.float32, device=problem.query.device)
 
 
 class CpuImplementation:
@@ -65,7 +81,8 @@ class CpuImplementation:
 
     It runs on ``torch.get_num_threads()`` threads, whose number does not change the results, and
     uses the widest vectors of the machine unless the environment variable
-    ``DREAM_KERNELS_CPU_ISA`` (``portable``, ``avx2``, ``avx512``) names others.
+    ``DREAM_KERNELS_CPU_ISA`` (``portable``, ``avx2``, ``avx512``,
+    ``avx512_bf16``) names others.
     """
 
     name = "cpu"
@@ -83,17 +100,30 @@ class CpuImplementation:
             return f"it supports head sizes up to {_native.max_head_dim}, got {problem.head_dim}"
         return None
 
-    def forward(self, problem: Problem) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, problem: Problem, needs: Needs) -> tuple[Tensor, tuple[Tensor, ...]]:
         output = torch.empty(problem.query.shape, dtype=problem.query.dtype)
-        # Log-sum-exp of each row's logits in every document and, last, outside all of them.
-        state = _row_tensor(problem, problem.documents + 1)
+        saved = self.empty_saved(problem, needs)
+        state, *segment_outputs = saved
         _native.forward(
             _native_problem(problem),
             output=_array(output),
             state=_array(state),
+            segment_outputs=_array(*segment_outputs) if segment_outputs else None,
             threads=torch.get_num_threads(),
         )
-        return output, (state,)
+        return output, saved
+
+    def empty_saved(self, problem: Problem, needs: Needs) -> tuple[Tensor, ...]:
+        # Log-sum-exp of each row's logits in every document and, last, outside all of them.
+        segments = problem.documents + 1
+        state = _row_tensor(problem, segments)
+        if needs != _ONLY_SCORES:
+            return (state,)
+        # The output of each of these segments alone.
+        shape = (*problem.query.shape[:3], segments * problem.head_dim)
+        if math.prod(shape) * problem.query.element_size() > SEGMENT_OUTPUT_BYTES:
+            return (state,)
+        return state, torch.empty(shape, dtype=problem.query.dtype, device=state.device)
 
     def backward(
         self,
@@ -103,17 +133,15 @@ class CpuImplementation:
         grad_output: Tensor,
         needs: Needs,
     ) -> Gradients:
-        (state,) = saved
-        inputs = (
-            problem.query, problem.key, problem.value, problem.scores,
-            problem.prefix_key, problem.prefix_value,
-        )  # fmt: skip
+        state, *segment_outputs = saved
+        if segment_outputs:
+            return self._backward_of_scores(problem, state, segment_outputs[0], grad_output)
         gradients = Gradients(
             *(
                 torch.empty(tensor.shape, dtype=tensor.dtype)
                 if needed and tensor is not None
                 else None
-                for tensor, needed in zip(inputs, needs)
+                for tensor, needed in zip(problem.tensors, needs)
             )
         )
         _native.backward(
@@ -129,6 +157,21 @@ class CpuImplementation:
             threads=torch.get_num_threads(),
         )
         return gradients
+
+    @staticmethod
+    def _backward_of_scores(
+        problem: Problem, state: Tensor, segment_outputs: Tensor, grad_output: Tensor
+    ) -> Gradients:
+        grad_scores = torch.empty(problem.scores.shape, dtype=problem.scores.dtype)
+        _native.backward_of_scores(
+            _native_problem(problem),
+            state=_array(state),
+            segment_outputs=_array(segment_outputs),
+            grad_output=_array(grad_output),
+            scores=_array(grad_scores),
+            threads=torch.get_num_threads(),
+        )
+        return Gradients(None, None, None, grad_scores, None, None)
 
     def mass(self, problem: Problem) -> Tensor:
         mass = _row_tensor(problem, problem.documents)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,12 +22,12 @@ class Problem:
         query: ``[B, Hq, M, D]``, any strides.
         key: ``[B, Hkv, N, D]``, any strides, dtype of ``query``.
         value: as ``key``.
+        scores: ``[B, 1 or Hq, C]`` in float32, or float64 when ``query`` is float64.
         prefix_key: ``[1 or B, Hkv, P, D]``, or None when ``P == 0``.
         prefix_value: as ``prefix_key``.
-        scores: ``[B, 1 or Hq, C]`` in float32, or float64 when ``query`` is float64.
         spans: ``[B, C, 2]`` int64; absent documents, padding-only ones included, are ``(0, 0)``.
         mask: ``[B, T]`` bool, True for a token, or None when nothing is padding.
-        heads: ``[Hq]`` bool on the CPU: the heads that receive the scores.
+        heads: for each query head whether it receives the scores.
         mode: ``"reweight"`` or ``"bias"``.
         document_mass: the fixed mass of all documents together, or None for the reader's own.
         scale: factor of ``q . k``.
@@ -37,16 +37,34 @@ class Problem:
     query: Tensor
     key: Tensor
     value: Tensor
+    scores: Tensor
     prefix_key: Tensor | None
     prefix_value: Tensor | None
-    scores: Tensor
     spans: Tensor
     mask: Tensor | None
-    heads: Tensor
+    heads: tuple[bool, ...]
     mode: str
     document_mass: float | None
     scale: float
     causal: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors that have gradients, in the order of :class:`Gradients`."""
+        return (
+            self.query, self.key, self.value, self.scores, self.prefix_key, self.prefix_value
+        )  # fmt: skip
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields that are no tensors, by name and in their order."""
+        return {
+            "heads": self.heads,
+            "mode": self.mode,
+            "document_mass": self.document_mass,
+            "scale": self.scale,
+            "causal": self.causal,
+        }
 
     @property
     def batch(self) -> int:
@@ -115,8 +133,17 @@ class Implementation(Protocol):
     def why_not(self, problem: Problem) -> str | None:
         """Return why this implementation cannot run ``problem``, or None when it can."""
 
-    def forward(self, problem: Problem) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the output ``[B, Hq, M, D]`` and what the backward needs besides the inputs."""
+    def forward(self, problem: Problem, needs: Needs) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the output ``[B, Hq, M, D]`` and what a backward with ``needs`` will want.
+
+        What is saved besides the inputs and the output aliases neither.
+        """
+
+    def empty_saved(self, problem: Problem, needs: Needs) -> tuple[Tensor, ...]:
+        """Return uninitialised tensors like those that ``forward`` saves.
+
+        Their shapes and dtypes follow from those of the problem, not from any tensor's content.
+        """
 
     def backward(
         self,

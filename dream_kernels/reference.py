@@ -130,7 +130,7 @@ def document_weights(problem: Problem) -> Tensor:
 def _scored(problem: Problem) -> Tensor:
     """``[B, Hq, M, 1]`` bool: where the scores act."""
     rows = scored_rows(problem.rows, problem.total_length, problem.spans, problem.causal)
-    heads = problem.heads.to(rows.device)
+    heads = torch.tensor(problem.heads, device=rows.device)
     return (heads[None, :, None] & rows[:, None, :])[..., None]
 
 
@@ -182,8 +182,11 @@ class ReferenceImplementation:
     def why_not(self, problem: Problem) -> str | None:
         return None
 
-    def forward(self, problem: Problem) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, problem: Problem, needs: Needs) -> tuple[Tensor, tuple[Tensor, ...]]:
         return attend(problem), ()
+
+    def empty_saved(self, problem: Problem, needs: Needs) -> tuple[Tensor, ...]:
+        return ()
 
     def backward(
         self,
@@ -243,7 +246,7 @@ class ReferenceImplementation:
         )
 
     def mass(self, problem: Problem) -> Tensor:
-        return attend_within_segments(problem).mass[..., :-1]
+        return attend_within_segments(problem).mass[..., :-1].contiguous()
 
     @staticmethod
     def _fold_groups(problem: Problem, grad: Tensor) -> Tensor:

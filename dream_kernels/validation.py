@@ -126,10 +126,15 @@ def _check_spans(spans: Tensor, query: Tensor, length: int) -> Tensor:
         raise ValueError(
             f"spans must be on the CPU or on query's device {query.device}, got {spans.device}"
         )
-    spans = spans.long()
+    return spans.long()
+
+
+def check_values(spans: Tensor, scores: Tensor, length: int) -> None:
+    """Raise ``ValueError`` for impossible spans and scores, where contents are to be checked."""
     if _checks_values_of(spans):
         check_span_values(spans, length)
-    return spans.to(query.device)
+    if _checks_values_of(scores):
+        _check_score_values(scores.detach())
 
 
 def check_span_values(spans: Tensor, length: int) -> None:
@@ -167,32 +172,34 @@ def _check_scores(scores: Tensor, query: Tensor, documents: int) -> Tensor:
             f"scores must have shape [B, C] = [{batch}, {documents}] or [B, Hq, C] = "
             f"[{batch}, {heads}, {documents}], got {_shape(scores)}"
         )
-    if _checks_values_of(scores) and not (scores.detach() < torch.inf).all():
-        bad = (~(scores.detach() < torch.inf)).nonzero()[0].tolist()
-        raise ValueError(
-            f"scores must not be NaN or +inf, got {scores[tuple(bad)].item()} at {bad}"
-        )
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     return (scores if scores.dim() == 3 else scores.unsqueeze(1)).to(accumulate)
 
 
-def head_mask(heads: Sequence[int] | Tensor | None, query_heads: int) -> Tensor:
-    """Return ``[Hq]`` bool on the CPU for the ``heads`` argument.
+def _check_score_values(scores: Tensor) -> None:
+    if (scores < torch.inf).all():
+        return
+    bad = (~(scores < torch.inf)).nonzero()[0].tolist()
+    raise ValueError(f"scores must not be NaN or +inf, got {scores[tuple(bad)].item()} at {bad}")
+
+
+def head_mask(heads: Sequence[int] | Tensor | None, query_heads: int) -> tuple[bool, ...]:
+    """Return for every query head whether the ``heads`` argument names it.
 
     Raises:
         TypeError: ``heads`` is neither a sequence of integers nor bools.
         ValueError: a head is out of range or named twice, or a bool form has the wrong length.
     """
     if heads is None:
-        return torch.ones(query_heads, dtype=torch.bool)
+        return (True,) * query_heads
     values = heads.tolist() if isinstance(heads, Tensor) else list(heads)
     if (isinstance(heads, Tensor) and heads.dtype == torch.bool) or (
         values and all(isinstance(v, bool) for v in values)
     ):
         if len(values) != query_heads:
             raise ValueError(f"heads as bool must have length {query_heads}, got {len(values)}")
-        return torch.tensor(values, dtype=torch.bool)
-    mask = torch.zeros(query_heads, dtype=torch.bool)
+        return tuple(values)
+    mask = [False] * query_heads
     for head in values:
         if isinstance(head, bool) or not isinstance(head, int):
             raise TypeError(f"heads must be integers or bools, got {type(head).__name__}")
@@ -201,7 +208,7 @@ def head_mask(heads: Sequence[int] | Tensor | None, query_heads: int) -> Tensor:
         if mask[head]:
             raise ValueError(f"heads must name each head once, got {head} twice")
         mask[head] = True
-    return mask
+    return tuple(mask)
 
 
 def check_attention_mask(mask: object, batch: int, length: int, device: torch.device) -> Tensor:
@@ -267,11 +274,17 @@ def build_problem(
     elif not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     spans = _check_spans(_require_tensor("spans", spans), query, length)
-    scores = _check_scores(_require_tensor("scores", scores), query, spans.shape[1])
+    scores = _require_tensor("scores", scores)
+    checked_scores = _check_scores(scores, query, spans.shape[1])
+    # While a graph is traced there are no values yet; it checks them when it runs.
+    tracing = torch.compiler.is_compiling()
+    if not tracing:
+        check_values(spans, scores, length)
+    spans = spans.to(query.device)
     mask = None
     if attention_mask is not None:
         mask = check_attention_mask(attention_mask, query.shape[0], length, query.device)
-        if mask.device.type == "cpu" and mask.all():
+        if not tracing and mask.device.type == "cpu" and mask.all():
             mask = None
     present = present_documents(spans, mask)
     return Problem(
@@ -280,7 +293,7 @@ def build_problem(
         value=value,
         prefix_key=prefix_key,
         prefix_value=prefix_value,
-        scores=scores,
+        scores=checked_scores,
         spans=spans * present[..., None],
         mask=mask,
         heads=head_mask(heads, query.shape[1]),

@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "buffer.h"
 #include "kernel/kernel.h"
 #include "key_gradients.h"
 #include "layout.h"
@@ -63,6 +64,10 @@ void for_each_row_block(const Problem& p, const Layout& layout,
   });
 }
 
+int64_t score_rows(const Problem& p) {
+  return p.batch * p.query_heads * p.rows * p.documents;
+}
+
 // Sums the scored rows' [B, Hq, M, C] over rows, and over heads when the scores have one head.
 void reduce_scores(const Problem& p, const Layout& layout, const float* row_scores,
                    const Operand& target, int threads) {
@@ -93,13 +98,16 @@ void reduce_scores(const Problem& p, const Layout& layout, const float* row_scor
 
 }  // namespace
 
-void forward(const Problem& problem, const Operand& output, float* state, int threads) {
+void forward(const Problem& problem, const Operand& output, float* state, void* segment_outputs,
+             int threads) {
   const Passes& passes = selected_kernel().passes(problem.dtype);
   const Layout layout(problem);
   for_each_row_block(
       problem, layout, list_row_blocks(problem, layout, {RowKind::kScored, RowKind::kPlain}),
       threads, [&] { return WorkspaceMemory::for_forward(problem); },
-      [&](const RowBlock& rows, Workspace& w) { passes.forward(problem, rows, output, state, w); });
+      [&](const RowBlock& rows, Workspace& w) {
+        passes.forward(problem, rows, output, state, segment_outputs, w);
+      });
 }
 
 void backward(const Problem& problem, const float* state, const Operand& grad_output,
@@ -107,14 +115,11 @@ void backward(const Problem& problem, const float* state, const Operand& grad_ou
   const Kernel& kernel = selected_kernel();
   const Passes& passes = kernel.passes(problem.dtype);
   const Layout layout(problem);
-  std::unique_ptr<float[]> row_scores;
-  if (gradients.scores.data != nullptr) {
-    row_scores.reset(
-        new float[problem.batch * problem.query_heads * problem.rows * problem.documents]);
-  }
+  const bool to_scores = gradients.scores.data != nullptr;
+  const Buffer row_scores(to_scores ? score_rows(problem) : 0);
   const auto make = [&] { return WorkspaceMemory::for_backward(problem, gradients); };
   const auto body = [&](const RowBlock& rows, Workspace& w) {
-    passes.backward(problem, rows, state, grad_output, gradients.query, row_scores.get(), w);
+    passes.backward(problem, rows, state, grad_output, gradients.query, row_scores.data(), w);
   };
   const bool to_keys = gradients.key.data != nullptr || gradients.value.data != nullptr ||
                        gradients.prefix_key.data != nullptr ||
@@ -135,9 +140,21 @@ void backward(const Problem& problem, const float* state, const Operand& grad_ou
     }
     for_each_row_block(problem, layout, blocks, threads, make, body);
   }
-  if (row_scores != nullptr) {
-    reduce_scores(problem, layout, row_scores.get(), gradients.scores, threads);
-  }
+  if (to_scores) reduce_scores(problem, layout, row_scores.data(), gradients.scores, threads);
+}
+
+void backward_of_scores(const Problem& problem, const float* state, const void* segment_outputs,
+                        const Operand& grad_output, const Operand& grad_scores, int threads) {
+  const Passes& passes = selected_kernel().passes(problem.dtype);
+  const Layout layout(problem);
+  const Buffer row_scores(score_rows(problem));
+  for_each_row_block(
+      problem, layout, list_row_blocks(problem, layout, {RowKind::kScored}), threads,
+      [&] { return WorkspaceMemory::for_scores(problem); },
+      [&](const RowBlock& rows, Workspace& w) {
+        passes.scores(problem, rows, state, segment_outputs, grad_output, row_scores.data(), w);
+      });
+  reduce_scores(problem, layout, row_scores.data(), grad_scores, threads);
 }
 
 void document_mass(const Problem& problem, float* mass, int threads) {

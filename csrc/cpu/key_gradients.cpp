@@ -45,7 +45,7 @@ KeyGradients::KeyGradients(const Problem& problem, const Layout& layout,
       kBufferBytes / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(buffer_size_, 1);
   parts_per_sum_ = std::max<int64_t>(
       1, std::min({most, kWantedParts / sum_count_, affordable / sum_count_}));
-  buffers_.reset(new float[buffer_size_ * (parts_per_sum_ > 1 ? part_count() : workers)]);
+  buffers_.emplace(buffer_size_ * (parts_per_sum_ > 1 ? part_count() : workers));
 }
 
 KeyGradients::Part KeyGradients::get_part(int64_t part) const {
@@ -66,7 +66,7 @@ std::vector<RowBlockIndex> KeyGradients::list_row_blocks(int64_t group, int64_t 
 }
 
 void KeyGradients::attach(int64_t part, int worker, Workspace* w) {
-  float* buffer = buffers_.get() + buffer_size_ * (parts_per_sum_ > 1 ? part : worker);
+  float* buffer = buffers_->data() + buffer_size_ * (parts_per_sum_ > 1 ? part : worker);
   w->key_range = key_range_;
   w->value_range = value_range_;
   w->key_grad = buffer;
@@ -85,7 +85,7 @@ void KeyGradients::clear(Which which, Workspace* w) const {
 }
 
 void KeyGradients::finish_sum(int64_t sum) {
-  float* total = buffers_.get() + sum * parts_per_sum_ * buffer_size_;
+  float* total = buffers_->data() + sum * parts_per_sum_ * buffer_size_;
   for (int64_t part = 1; part < parts_per_sum_; ++part) {
     const float* buffer = total + part * buffer_size_;
     for (int64_t i = 0; i < buffer_size_; ++i) total[i] += buffer[i];

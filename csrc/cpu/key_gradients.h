@@ -2,10 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
+#include <optional>
 #include <vector>
 
 #include "../problem.h"
+#include "buffer.h"
 #include "kernel/kernel.h"
 #include "layout.h"
 #include "workspace.h"
@@ -79,7 +80,7 @@ class KeyGradients {
   int64_t sum_count_;
   int64_t parts_per_sum_;
   int64_t buffer_size_;
-  std::unique_ptr<float[]> buffers_;  // one per worker, or per part when sums cross parts
+  std::optional<Buffer> buffers_;  // one per worker, or per part when sums cross parts
 };
 
 }  // namespace dream::cpu

@@ -54,6 +54,14 @@ void plan_forward(const Problem& p, Carver* carver, Workspace* w) {
   w->scores = carver->take((p.documents + 1) * kMaxLanes);
 }
 
+void plan_scores(const Problem& p, Carver* carver, Workspace* w) {
+  w->grad_rows = carver->take(padded_head_dim(p) * kMaxLanes);
+  w->key_block = carver->take(padded_head_dim(p));
+  for (float** slots : {&w->lse, &w->factor, &w->scores, &w->products_mean, &w->shift}) {
+    *slots = carver->take((p.documents + 1) * kMaxLanes);
+  }
+}
+
 void plan_backward(const Problem& p, const Gradients& gradients, Carver* carver, Workspace* w) {
   const int64_t dim = padded_head_dim(p);
   plan_mass(p, carver, w);
@@ -83,14 +91,18 @@ template <typename Plan>
 WorkspaceMemory::WorkspaceMemory(const Plan& plan) {
   Carver size(nullptr);
   plan(&size, &workspace_);
-  memory_.reset(new float[size.used() + kAlignment]);
-  const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-  Carver carver(memory_.get() + (64 - address % 64) % 64 / sizeof(float));
+  memory_.emplace(size.used() + kAlignment);
+  const auto address = reinterpret_cast<uintptr_t>(memory_->data());
+  Carver carver(memory_->data() + (64 - address % 64) % 64 / sizeof(float));
   plan(&carver, &workspace_);
 }
 
 WorkspaceMemory WorkspaceMemory::for_forward(const Problem& p) {
   return WorkspaceMemory([&](Carver* c, Workspace* w) { plan_forward(p, c, w); });
+}
+
+WorkspaceMemory WorkspaceMemory::for_scores(const Problem& p) {
+  return WorkspaceMemory([&](Carver* c, Workspace* w) { plan_scores(p, c, w); });
 }
 
 WorkspaceMemory WorkspaceMemory::for_mass(const Problem& p) {

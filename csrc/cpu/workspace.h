@@ -2,9 +2,10 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
+#include <optional>
 
 #include "../problem.h"
+#include "buffer.h"
 #include "layout.h"
 
 namespace dream::cpu {
@@ -68,6 +69,7 @@ struct Workspace {
 class WorkspaceMemory {
  public:
   static WorkspaceMemory for_forward(const Problem& problem);
+  static WorkspaceMemory for_scores(const Problem& problem);
   static WorkspaceMemory for_mass(const Problem& problem);
   static WorkspaceMemory for_backward(const Problem& problem, const Gradients& gradients);
 
@@ -77,7 +79,7 @@ class WorkspaceMemory {
   template <typename Plan>
   explicit WorkspaceMemory(const Plan& plan);
 
-  std::unique_ptr<float[]> memory_;
+  std::optional<Buffer> memory_;
   Workspace workspace_{};
 };
 

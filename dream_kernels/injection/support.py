@@ -26,7 +26,7 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     }
 
 
-def cache_keyword(model: PreTrainedModel) -> str:
+def cache_keyword(model: nn.Module) -> str:
     """Return what the model's forward calls its cache: transformers renamed it in 5.24."""
     names = inspect.signature(type(model).forward).parameters
     return "cache" if "cache" in names else "past_key_values"

@@ -144,7 +144,8 @@ def _add_lora(model: SentenceTransformer, rank: int, alpha: int) -> None:
         lora_dropout=0.0,
         target_modules="all-linear",
     )
-    inject_adapter_in_model(config, model.transformers_model)
+    backbone: Any = model.transformers_model
+    inject_adapter_in_model(config, backbone)
     for parameter in model.parameters():
         if parameter.requires_grad:
             # An update of 1e-4 would vanish in a bfloat16 weight.

@@ -5,7 +5,7 @@
 // gradient of a logit is p (f_s (g - mean_s) + t_s), as derived in dream_kernels/reference.py.
 #pragma once
 
-#include "segments.h"
+#include "score_gradient.h"
 
 namespace dream::cpu {
 namespace {
@@ -48,13 +48,6 @@ class Backward {
       if (wants_products_) compute_products(block, m.products);
       for (int i = 0; i < block.piece_count; ++i) add_means(block.pieces[i], m);
     }
-  }
-
-  // Sets w.shift, the t above, and turns w.scores into the gradient in the scores.
-  void compute_shifts() {
-    if (rows_.kind == RowKind::kPlain || problem_.mode == Mode::kBias) return shifts_of_softmax();
-    if (problem_.fixed_mass) fill(w_.shift, (problem_.documents + 1) * lanes_, 0.0f);
-    shifts_of_reweight();
   }
 
   // Adds to the gradients of query (w.segment_sum), key and value.
@@ -126,47 +119,6 @@ class Backward {
       const Vec inverse = piece.closes ? inverse_or_zero(sum) : sum;
       store(w_.correction + at, inverse);
       store(w_.products_mean + at, piece.closes ? mean * inverse : mean);
-    }
-  }
-
-  // Plain rows and bias: f is a softmax, so t_s = f_s (mean_s - delta), which for a document is
-  // the gradient in its score, too.
-  void shifts_of_softmax() {
-    for (int64_t v = 0; v < lanes_; v += kWidth) {
-      Vec delta{};
-      for (int64_t s = 0; s < segment_count_; ++s) {
-        const int64_t at = segments_[s].slot * lanes_ + v;
-        delta += load(w_.factor + at) * load(w_.products_mean + at);
-      }
-      for (int64_t s = 0; s < segment_count_; ++s) {
-        const int64_t at = segments_[s].slot * lanes_ + v;
-        const Vec shift = load(w_.factor + at) * (load(w_.products_mean + at) - delta);
-        store(w_.shift + at, shift);
-        store(w_.scores + at, shift);
-      }
-    }
-  }
-
-  // Reweight; w.shift holds the masses m, or zeros when they are fixed.
-  void shifts_of_reweight() {
-    const int64_t rest = problem_.documents * lanes_;
-    for (int64_t v = 0; v < lanes_; v += kWidth) {
-      Vec documents_mean{}, mu{};
-      for (int64_t s = 0; s + 1 < segment_count_; ++s) {
-        const int64_t at = segments_[s].slot * lanes_ + v;
-        documents_mean += load(w_.scores + at) * load(w_.products_mean + at);
-        mu += load(w_.factor + at);
-      }
-      // delta = mu documents_mean + (1 - mu) rest_mean
-      const Vec difference = documents_mean - load(w_.products_mean + rest + v);
-      const Vec documents_above_delta = load(w_.factor + rest + v) * difference;
-      for (int64_t s = 0; s + 1 < segment_count_; ++s) {
-        const int64_t at = segments_[s].slot * lanes_ + v;
-        const Vec above = load(w_.products_mean + at) - documents_mean;
-        store(w_.shift + at, load(w_.shift + at) * documents_above_delta);
-        store(w_.scores + at, load(w_.factor + at) * above);
-      }
-      store(w_.shift + rest + v, -mu * difference * load(w_.shift + rest + v));
     }
   }
 
@@ -248,7 +200,7 @@ void backward(const Problem& problem, const RowBlock& rows, const float* state,
   const bool wants_scores = scored && row_scores != nullptr;
   Backward<Products> pass(problem, rows, wants_query, wants_scores, w);
   pass.sweep_means();
-  pass.compute_shifts();
+  compute_shifts(problem, rows, w);
   if (wants_scores) store_slots(problem, rows, w.scores, problem.documents, row_scores);
   if (!pass.needs_second_sweep()) return;
   pass.sweep_gradients();

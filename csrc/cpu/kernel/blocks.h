@@ -42,8 +42,9 @@ struct KeyBlock {
 // together, long ones alone and into nearly equal parts.
 class KeyBlocks {
  public:
-  KeyBlocks(const RowBlock& rows, const Segment* segments, int64_t count)
-      : rows_(rows), segment_(segments), end_(segments + count) {
+  // Without `packs` no block holds more than one segment.
+  KeyBlocks(const RowBlock& rows, const Segment* segments, int64_t count, bool packs = true)
+      : rows_(rows), segment_(segments), end_(segments + count), packs_(packs) {
     open_segment();
   }
 
@@ -76,7 +77,7 @@ class KeyBlocks {
 
   const Run* last_run() const { return segment_->runs + segment_->run_count; }
 
-  bool is_short() const { return opens_ && left_ <= kKeyBlock && !continues_; }
+  bool is_short() const { return packs_ && opens_ && left_ <= kKeyBlock && !continues_; }
 
   // Stands at the first visible key of this segment or of the next that has one.
   void open_segment() {
@@ -134,6 +135,7 @@ class KeyBlocks {
   const RowBlock& rows_;
   const Segment* segment_;
   const Segment* end_;
+  const bool packs_;
   const Run* run_ = nullptr;
   int64_t position_ = 0;
   int64_t left_ = 0;        // visible keys of this segment and batch element still to take

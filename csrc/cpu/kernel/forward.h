@@ -69,9 +69,11 @@ void finish_softmax(const Softmax& softmax, int64_t lanes, float* lse) {
 template <typename Products>
 class Forward {
  public:
-  Forward(const Problem& problem, const RowBlock& rows, Workspace& workspace)
+  Forward(const Problem& problem, const RowBlock& rows, void* segment_outputs,
+          Workspace& workspace)
       : problem_(problem),
         rows_(rows),
+        segment_outputs_(segment_outputs),
         w_(workspace),
         dim_(padded_head_dim(problem)),
         lanes_(rows.lanes),
@@ -82,6 +84,7 @@ class Forward {
     fill(w_.lse, (problem_.documents + 1) * lanes_, -kInfinity);
     const bool scored = rows_.kind == RowKind::kScored;
     const RowGroup& group = *rows_.group;
+    if (segment_outputs_ != nullptr) clear_outputs();
     if (scored) {
       load_scores(problem_, rows_, w_);
       attend_documents();
@@ -101,7 +104,8 @@ class Forward {
     fill(documents_.peak, lanes_, -kInfinity);
     fill(documents_.total, lanes_, reweight_ ? 1.0f : 0.0f);
     Softmax softmax;
-    KeyBlocks blocks(rows_, rows_.group->segments, rows_.group->segment_count - 1);
+    KeyBlocks blocks(rows_, rows_.group->segments, rows_.group->segment_count - 1,
+                     segment_outputs_ == nullptr);
     for (KeyBlock block; blocks.next(&block);) {
       compute_logits<Products>(problem_, rows_, block, w_, w_.logits);
       if (block.whole) {
@@ -109,7 +113,10 @@ class Forward {
         add_values(block, w_.documents_sum, true);
       } else {
         attend_part(block, &softmax);
-        if (block.pieces[0].closes) merge_document(block.pieces[0].slot, softmax);
+        if (block.pieces[0].closes) {
+          keep_output(block.pieces[0].slot, softmax);
+          merge_document(block.pieces[0].slot, softmax);
+        }
       }
     }
   }
@@ -227,6 +234,33 @@ class Forward {
       attend_part(block, &rest_);
     }
     if (!any) fill(w_.segment_sum, dim_ * lanes_, 0.0f);
+    keep_output(problem_.documents, rest_);
+  }
+
+  // Zeros where no segment will be kept, so that nothing is left unwritten.
+  void clear_outputs() {
+    const bool scored = rows_.kind == RowKind::kScored;
+    if (scored && rows_.group->segment_count == problem_.documents + 1) return;
+    const int64_t bytes =
+        (problem_.documents + 1) * problem_.head_dim * element_size(problem_.dtype);
+    for (int r = 0; r < rows_.count; ++r) {
+      __builtin_memset(segment_output(problem_, rows_, r, 0, segment_outputs_), 0, bytes);
+    }
+  }
+
+  // Writes the segment that w.segment_sum holds to the kept outputs, if any are kept.
+  void keep_output(int64_t slot, const Softmax& softmax) {
+    if (segment_outputs_ == nullptr || rows_.kind != RowKind::kScored) return;
+    float inverse[kMaxLanes];
+    for (int64_t v = 0; v < lanes_; v += kWidth) {
+      store(inverse + v, inverse_or_zero(load(softmax.total + v)));
+    }
+    lanes_to_rows(w_.segment_sum, lanes_, rows_.count, dim_,
+                  [&](int r) { return w_.key_block + r * dim_; });
+    for (int r = 0; r < rows_.count; ++r) {
+      store_row(problem_.dtype, w_.key_block + r * dim_, inverse[r],
+                segment_output(problem_, rows_, r, slot, segment_outputs_), 1, problem_.head_dim);
+    }
   }
 
   // Turns w.segment_sum into the output.
@@ -253,6 +287,7 @@ class Forward {
 
   const Problem& problem_;
   const RowBlock& rows_;
+  void* const segment_outputs_;  // null where they are not kept
   Workspace& w_;
   const int64_t dim_;
   const int64_t lanes_;

@@ -3,6 +3,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "score_gradient.h"
 
 #define DREAM_CONCAT_(a, b) a##b
 #define DREAM_CONCAT(a, b) DREAM_CONCAT_(a, b)
@@ -15,17 +16,18 @@ namespace {
 template <typename Products>
 struct RowBlockPasses {
   static void forward(const Problem& problem, const RowBlock& rows, const Operand& output,
-                      float* state, Workspace& workspace) {
-    Forward<Products>(problem, rows, workspace).run(output, state);
+                      float* state, void* segment_outputs, Workspace& workspace) {
+    Forward<Products>(problem, rows, segment_outputs, workspace).run(output, state);
   }
   static constexpr auto backward = cpu::backward<Products>;
+  static constexpr auto scores = backward_of_scores;
   static constexpr auto mass = cpu::mass<Products>;
 };
 
 template <typename Products>
 constexpr Passes passes() {
   using All = RowBlockPasses<Products>;
-  return {All::forward, All::backward, All::mass};
+  return {All::forward, All::backward, All::scores, All::mass};
 }
 
 }  // namespace

@@ -10,13 +10,18 @@ namespace dream::cpu {
 // Each of these works on one row block.
 struct Passes {
   void (*forward)(const Problem& problem, const RowBlock& rows, const Operand& output,
-                  float* state, Workspace& workspace);
+                  float* state, void* segment_outputs, Workspace& workspace);
 
   // Writes the query's gradient, adds to the workspace's key and value gradients, and writes the
   // scores' gradient of each scored row to `row_scores` [B, Hq, M, C], as far as they are wanted.
   void (*backward)(const Problem& problem, const RowBlock& rows, const float* state,
                    const Operand& grad_output, const Operand& grad_query, float* row_scores,
                    Workspace& workspace);
+
+  // Writes the scores' gradient of each scored row, from the outputs that forward kept.
+  void (*scores)(const Problem& problem, const RowBlock& rows, const float* state,
+                 const void* segment_outputs, const Operand& grad_output, float* row_scores,
+                 Workspace& workspace);
 
   void (*mass)(const Problem& problem, const RowBlock& rows, float* mass, Workspace& workspace);
 };

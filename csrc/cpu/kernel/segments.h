@@ -126,6 +126,14 @@ DREAM_INLINE int64_t state_index(const Problem& problem, const RowBlock& rows, i
   return (rows.batch[r] * problem.query_heads + rows.head[r]) * problem.rows + rows.row[r];
 }
 
+// Where the output of a segment is kept, in a contiguous [B, Hq, M, C + 1, D].
+DREAM_INLINE char* segment_output(const Problem& problem, const RowBlock& rows, int r, int64_t slot,
+                                  void* segment_outputs) {
+  const int64_t index = state_index(problem, rows, r) * (problem.documents + 1) + slot;
+  return static_cast<char*>(segment_outputs) +
+         index * problem.head_dim * element_size(problem.dtype);
+}
+
 // Copies lanes to rows of a contiguous [B, Hq, M, slots] tensor.
 void store_slots(const Problem& problem, const RowBlock& rows, const float* source, int64_t slots,
                  float* tensor) {

@@ -1,0 +1,94 @@
+// The gradient in the scores, and in the segments' log-sum-exps, once dO.o of every segment is known.
+#pragma once
+
+#include "segments.h"
+
+namespace dream::cpu {
+namespace {
+
+// Plain rows and bias: f is a softmax, so t_s = f_s (mean_s - delta), which for a document is
+// the gradient in its score, too.
+void shifts_of_softmax(const Segment* segments, int64_t count, int64_t lanes, Workspace& w) {
+  for (int64_t v = 0; v < lanes; v += kWidth) {
+    Vec delta{};
+    for (int64_t s = 0; s < count; ++s) {
+      const int64_t at = segments[s].slot * lanes + v;
+      delta += load(w.factor + at) * load(w.products_mean + at);
+    }
+    for (int64_t s = 0; s < count; ++s) {
+      const int64_t at = segments[s].slot * lanes + v;
+      const Vec shift = load(w.factor + at) * (load(w.products_mean + at) - delta);
+      store(w.shift + at, shift);
+      store(w.scores + at, shift);
+    }
+  }
+}
+
+// Reweight; w.shift holds the masses m, or zeros when they are fixed.
+void shifts_of_reweight(const Problem& problem, const Segment* segments, int64_t count,
+                        int64_t lanes, Workspace& w) {
+  const int64_t rest = problem.documents * lanes;
+  for (int64_t v = 0; v < lanes; v += kWidth) {
+    Vec documents_mean{}, mu{};
+    for (int64_t s = 0; s + 1 < count; ++s) {
+      const int64_t at = segments[s].slot * lanes + v;
+      documents_mean += load(w.scores + at) * load(w.products_mean + at);
+      mu += load(w.factor + at);
+    }
+    // delta = mu documents_mean + (1 - mu) rest_mean
+    const Vec difference = documents_mean - load(w.products_mean + rest + v);
+    const Vec documents_above_delta = load(w.factor + rest + v) * difference;
+    for (int64_t s = 0; s + 1 < count; ++s) {
+      const int64_t at = segments[s].slot * lanes + v;
+      const Vec above = load(w.products_mean + at) - documents_mean;
+      store(w.shift + at, load(w.shift + at) * documents_above_delta);
+      store(w.scores + at, load(w.factor + at) * above);
+    }
+    store(w.shift + rest + v, -mu * difference * load(w.shift + rest + v));
+  }
+}
+
+// From w.products_mean, the dO.o of every segment: sets w.shift, the t of the formula at the top of
+// backward.h, and turns w.scores into the gradient in the scores. w.factor, and w.shift where the
+// reader's own masses count, are those of compute_factors.
+void compute_shifts(const Problem& problem, const RowBlock& rows, Workspace& w) {
+  const RowGroup& group = *rows.group;
+  const int64_t lanes = rows.lanes;
+  if (rows.kind == RowKind::kPlain) return shifts_of_softmax(&group.all, 1, lanes, w);
+  if (problem.mode == Mode::kBias) {
+    return shifts_of_softmax(group.segments, group.segment_count, lanes, w);
+  }
+  if (problem.fixed_mass) fill(w.shift, (problem.documents + 1) * lanes, 0.0f);
+  shifts_of_reweight(problem, group.segments, group.segment_count, lanes, w);
+}
+
+// The scores' gradient of scored rows without a pass over the keys.
+void backward_of_scores(const Problem& problem, const RowBlock& rows, const float* state,
+                        const void* segment_outputs, const Operand& grad_output,
+                        float* row_scores, Workspace& w) {
+  const RowGroup& group = *rows.group;
+  const int64_t lanes = rows.lanes, dim = padded_head_dim(problem);
+  load_slots(problem, rows, state, problem.documents + 1, w.lse);
+  load_scores(problem, rows, w);
+  compute_factors(problem, rows, w, w.shift);
+  FloatProducts::load_rows(problem, rows, grad_output, w.grad_rows);
+  fill(w.products_mean, (problem.documents + 1) * lanes, 0.0f);
+  for (int r = 0; r < rows.count; ++r) {
+    const float* grad = w.grad_rows + r * dim;
+    for (int64_t s = 0; s < group.segment_count; ++s) {
+      const int64_t slot = group.segments[s].slot;
+      const void* kept = segment_output(problem, rows, r, slot, const_cast<void*>(segment_outputs));
+      load_row(problem.dtype, kept, 1, problem.head_dim, dim, w.key_block);
+      Vec product{};
+      for (int64_t d = 0; d < dim; d += kWidth) product += load(grad + d) * load(w.key_block + d);
+      float sum = 0.0f;
+      for (int i = 0; i < kWidth; ++i) sum += product[i];
+      w.products_mean[slot * lanes + r] = sum;
+    }
+  }
+  compute_shifts(problem, rows, w);
+  store_slots(problem, rows, w.scores, problem.documents, row_scores);
+}
+
+}  // namespace
+}  // namespace dream::cpu
