@@ -4,11 +4,11 @@
 #include <memory>
 #include <vector>
 
-#include "buffer.h"
 #include "kernel/kernel.h"
 #include "key_gradients.h"
 #include "layout.h"
 #include "parallel.h"
+#include "score_sums.h"
 #include "workspace.h"
 
 namespace dream::cpu {
@@ -64,38 +64,6 @@ void for_each_row_block(const Problem& p, const Layout& layout,
   });
 }
 
-int64_t score_rows(const Problem& p) {
-  return p.batch * p.query_heads * p.rows * p.documents;
-}
-
-// Sums the scored rows' [B, Hq, M, C] over rows, and over heads when the scores have one head.
-void reduce_scores(const Problem& p, const Layout& layout, const float* row_scores,
-                   const Operand& target, int threads) {
-  const auto* receives = static_cast<const uint8_t*>(p.heads.data);
-  const int64_t score_heads = target.shape[1];
-  const int64_t heads_per_sum = p.query_heads / score_heads;
-  parallel_for(layout.group_count(), threads, [&](int, int64_t g) {
-    const RowGroup& group = layout.group(g);
-    std::vector<double> sums(p.documents);
-    for (int64_t i = 0; i < group.batches * score_heads; ++i) {
-      const int64_t b = group.first_batch + i / score_heads, h = i % score_heads;
-      std::fill(sums.begin(), sums.end(), 0.0);
-      for (int64_t q = h * heads_per_sum; q < (h + 1) * heads_per_sum; ++q) {
-        if (receives[q * p.heads.strides[0]] == 0) continue;
-        const float* rows = row_scores + (b * p.query_heads + q) * p.rows * p.documents;
-        for (int64_t m = group.first_scored; m < p.rows; ++m) {
-          for (int64_t c = 0; c < p.documents; ++c) sums[c] += rows[m * p.documents + c];
-        }
-      }
-      float* out =
-          static_cast<float*>(target.data) + b * target.strides[0] + h * target.strides[1];
-      for (int64_t c = 0; c < p.documents; ++c) {
-        out[c * target.strides[2]] = static_cast<float>(sums[c]);
-      }
-    }
-  });
-}
-
 }  // namespace
 
 void forward(const Problem& problem, const Operand& output, float* state, void* segment_outputs,
@@ -116,10 +84,10 @@ void backward(const Problem& problem, const float* state, const Operand& grad_ou
   const Passes& passes = kernel.passes(problem.dtype);
   const Layout layout(problem);
   const bool to_scores = gradients.scores.data != nullptr;
-  const Buffer row_scores(to_scores ? score_rows(problem) : 0);
+  const ScoreSums score_sums(problem, layout, to_scores);
   const auto make = [&] { return WorkspaceMemory::for_backward(problem, gradients); };
   const auto body = [&](const RowBlock& rows, Workspace& w) {
-    passes.backward(problem, rows, state, grad_output, gradients.query, row_scores.data(), w);
+    passes.backward(problem, rows, state, grad_output, gradients.query, score_sums.of(rows), w);
   };
   const bool to_keys = gradients.key.data != nullptr || gradients.value.data != nullptr ||
                        gradients.prefix_key.data != nullptr ||
@@ -140,21 +108,21 @@ void backward(const Problem& problem, const float* state, const Operand& grad_ou
     }
     for_each_row_block(problem, layout, blocks, threads, make, body);
   }
-  if (to_scores) reduce_scores(problem, layout, row_scores.data(), gradients.scores, threads);
+  if (to_scores) score_sums.finish(gradients.scores);
 }
 
 void backward_of_scores(const Problem& problem, const float* state, const void* segment_outputs,
                         const Operand& grad_output, const Operand& grad_scores, int threads) {
   const Passes& passes = selected_kernel().passes(problem.dtype);
   const Layout layout(problem);
-  const Buffer row_scores(score_rows(problem));
+  const ScoreSums score_sums(problem, layout, true);
   for_each_row_block(
       problem, layout, list_row_blocks(problem, layout, {RowKind::kScored}), threads,
       [&] { return WorkspaceMemory::for_scores(problem); },
       [&](const RowBlock& rows, Workspace& w) {
-        passes.scores(problem, rows, state, segment_outputs, grad_output, row_scores.data(), w);
+        passes.scores(problem, rows, state, segment_outputs, grad_output, score_sums.of(rows), w);
       });
-  reduce_scores(problem, layout, row_scores.data(), grad_scores, threads);
+  score_sums.finish(grad_scores);
 }
 
 void document_mass(const Problem& problem, float* mass, int threads) {

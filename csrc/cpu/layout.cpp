@@ -91,6 +91,13 @@ Layout::Layout(const Problem& problem) : problem_(problem) {
   for (int64_t b = 0; b < problem.batch; b += merged) {
     add_group(b, std::min(merged, problem.batch - b));
   }
+  first_numbers_.push_back(0);
+  for (const RowGroup& g : groups_) {
+    for (int64_t kv = 0; kv < problem.key_heads; ++kv) {
+      const int64_t rows = row_count(g, kv, RowKind::kScored);
+      first_numbers_.push_back(first_numbers_.back() + (rows + kMaxLanes - 1) / kMaxLanes);
+    }
+  }
 }
 
 // How many batch elements one row block takes in: few rows each, over one long prefix, fill the
@@ -218,6 +225,9 @@ void Layout::fill(const RowBlockIndex& index, RowBlock* block) const {
   block->kind = index.kind;
   block->count = static_cast<int>(std::min<int64_t>(count - index.first, kMaxLanes));
   block->lanes = static_cast<int>(round_up_lanes(block->count));
+  const int64_t targets = score_heads(index.key_head);
+  block->targets = static_cast<int>(group.batches * targets);
+  block->number = first_number(index.group, index.key_head) + index.first / kMaxLanes;
   for (int i = 0; i < block->count; ++i) {
     // Rows run before heads, so that a block's rows see nearly the same keys.
     int64_t r = (index.first + i) % (count / group.batches);
@@ -233,8 +243,9 @@ void Layout::fill(const RowBlockIndex& index, RowBlock* block) const {
       row = group.first_scored + r / (heads - scored);
       head = scored + r % (heads - scored);
     }
-    block->batch[i] = static_cast<int32_t>(group.first_batch +
-                                           (index.first + i) / (count / group.batches));
+    const int64_t batch = (index.first + i) / (count / group.batches);
+    block->batch[i] = static_cast<int32_t>(group.first_batch + batch);
+    block->target[i] = static_cast<int32_t>(batch * targets + (targets == 1 ? 0 : head));
     block->row[i] = static_cast<int32_t>(row);
     block->head[i] = head_list[head];
     block->limit[i] = static_cast<int32_t>(

@@ -61,6 +61,9 @@ struct RowBlock {
   int32_t head[kMaxLanes];      // query head
   int32_t row[kMaxLanes];
   int32_t limit[kMaxLanes];     // last visible key position; -1 or less: none
+  int32_t target[kMaxLanes];    // kScored only: which of the scores' sums a row adds to
+  int targets;
+  int64_t number;               // kScored only: of the block among all scored ones
   int32_t min_limit;
   int32_t max_limit;
 };
@@ -87,6 +90,26 @@ class Layout {
 
   void fill(const RowBlockIndex& index, RowBlock* block) const;
 
+  // The scored row blocks over a key head have the numbers [first_number, end_number).
+  int64_t first_number(int64_t group, int64_t key_head) const {
+    return first_numbers_[group * problem_.key_heads + key_head];
+  }
+  int64_t end_number(int64_t group, int64_t key_head) const {
+    return first_numbers_[group * problem_.key_heads + key_head + 1];
+  }
+  int64_t scored_block_count() const { return first_numbers_.back(); }
+
+  // Scores of its own that a batch element has in the rows over a key head: one where all heads
+  // share them, otherwise one for each head that receives any.
+  int64_t score_heads(int64_t key_head) const {
+    return problem_.scores.shape[1] == 1 ? 1 : scored_heads_[key_head];
+  }
+  // The head that the i-th of these is for, as an index into the scores.
+  int64_t score_head(int64_t key_head, int64_t i) const {
+    if (problem_.scores.shape[1] == 1) return 0;
+    return heads_[key_head * (problem_.query_heads / problem_.key_heads) + i];
+  }
+
  private:
   int64_t merged_batches() const;
   bool share_keys() const;
@@ -100,6 +123,7 @@ class Layout {
   std::vector<std::vector<Run>> runs_;
   std::vector<std::vector<Segment>> segments_;
   std::vector<RowGroup> groups_;
+  std::vector<int64_t> first_numbers_;  // by group and key head, and the number of all
 };
 
 }  // namespace dream::cpu

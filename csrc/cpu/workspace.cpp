@@ -7,9 +7,9 @@ namespace {
 
 constexpr int64_t kAlignment = 64 / sizeof(float);
 
-// What a backward row block keeps between its two sweeps is bounded by 1 MiB, about what a core's
-// own cache holds. Keys beyond that are computed twice.
-constexpr int64_t kRetainedBytes = 1 << 20;
+// What a backward row block keeps between its two sweeps; with the rest of a workspace it stays
+// under 1 MiB, about what a core's own cache holds. Keys beyond that are computed twice.
+constexpr int64_t kRetainedBytes = 800 << 10;
 constexpr int64_t kRetainedKeys = kRetainedBytes / (2 * kMaxLanes * sizeof(float));
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }

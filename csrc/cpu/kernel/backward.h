@@ -185,7 +185,7 @@ class Backward {
 
 template <typename Products>
 void backward(const Problem& problem, const RowBlock& rows, const float* state,
-              const Operand& grad_output, const Operand& grad_query, float* row_scores,
+              const Operand& grad_output, const Operand& grad_query, float* score_sums,
               Workspace& w) {
   const bool scored = rows.kind == RowKind::kScored;
   Products::load_columns(problem, rows, problem.query, w, w.query_columns);
@@ -197,11 +197,11 @@ void backward(const Problem& problem, const RowBlock& rows, const float* state,
   compute_factors(problem, rows, w, w.shift);
 
   const bool wants_query = grad_query.data != nullptr;
-  const bool wants_scores = scored && row_scores != nullptr;
+  const bool wants_scores = scored && score_sums != nullptr;
   Backward<Products> pass(problem, rows, wants_query, wants_scores, w);
   pass.sweep_means();
   compute_shifts(problem, rows, w);
-  if (wants_scores) store_slots(problem, rows, w.scores, problem.documents, row_scores);
+  if (wants_scores) sum_scores(problem, rows, w.scores, score_sums);
   if (!pass.needs_second_sweep()) return;
   pass.sweep_gradients();
   if (wants_query) store_rows(problem, rows, w.segment_sum, problem.scale, w, grad_query);

@@ -318,7 +318,7 @@ void mass(const Problem& problem, const RowBlock& rows, float* masses, Workspace
     }
   }
   fill(w.factor, slots * lanes, 0.0f);
-  softmax_over_segments(group, group.segment_count, lanes, w.lse, w.factor);
+  softmax_over_segments(group, group.segment_count, lanes, lanes, w.lse, w.factor);
   store_slots(problem, rows, w.factor, problem.documents, masses);
 }
 

@@ -13,14 +13,14 @@ struct Passes {
                   float* state, void* segment_outputs, Workspace& workspace);
 
   // Writes the query's gradient, adds to the workspace's key and value gradients, and writes the
-  // scores' gradient of each scored row to `row_scores` [B, Hq, M, C], as far as they are wanted.
+  // sums of the scores' gradient to `score_sums` [targets, C], as far as they are wanted.
   void (*backward)(const Problem& problem, const RowBlock& rows, const float* state,
-                   const Operand& grad_output, const Operand& grad_query, float* row_scores,
+                   const Operand& grad_output, const Operand& grad_query, float* score_sums,
                    Workspace& workspace);
 
-  // Writes the scores' gradient of each scored row, from the outputs that forward kept.
+  // Writes the sums of the scores' gradient, from the outputs that forward kept.
   void (*scores)(const Problem& problem, const RowBlock& rows, const float* state,
-                 const void* segment_outputs, const Operand& grad_output, float* row_scores,
+                 const void* segment_outputs, const Operand& grad_output, float* score_sums,
                  Workspace& workspace);
 
   void (*mass)(const Problem& problem, const RowBlock& rows, float* mass, Workspace& workspace);

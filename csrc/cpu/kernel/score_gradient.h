@@ -62,10 +62,29 @@ void compute_shifts(const Problem& problem, const RowBlock& rows, Workspace& w) 
   shifts_of_reweight(problem, group.segments, group.segment_count, lanes, w);
 }
 
+// Sums the rows' [C, lanes] into their targets' [targets, C].
+void sum_scores(const Problem& problem, const RowBlock& rows, const float* scores, float* sums) {
+  const RowGroup& group = *rows.group;
+  const int64_t lanes = rows.lanes;
+  fill(sums, rows.targets * problem.documents, 0.0f);
+  for (int64_t s = 0; s + 1 < group.segment_count; ++s) {
+    const int64_t slot = group.segments[s].slot;
+    const float* row = scores + slot * lanes;
+    if (rows.targets > 1) {
+      for (int r = 0; r < rows.count; ++r) sums[rows.target[r] * problem.documents + slot] += row[r];
+      continue;
+    }
+    // Lanes of no row have no gradient.
+    Vec sum{};
+    for (int64_t v = 0; v < lanes; v += kWidth) sum += load(row + v);
+    sums[slot] = sum_of(sum);
+  }
+}
+
 // The scores' gradient of scored rows without a pass over the keys.
 void backward_of_scores(const Problem& problem, const RowBlock& rows, const float* state,
                         const void* segment_outputs, const Operand& grad_output,
-                        float* row_scores, Workspace& w) {
+                        float* score_sums, Workspace& w) {
   const RowGroup& group = *rows.group;
   const int64_t lanes = rows.lanes, dim = padded_head_dim(problem);
   load_slots(problem, rows, state, problem.documents + 1, w.lse);
@@ -81,13 +100,11 @@ void backward_of_scores(const Problem& problem, const RowBlock& rows, const floa
       load_row(problem.dtype, kept, 1, problem.head_dim, dim, w.key_block);
       Vec product{};
       for (int64_t d = 0; d < dim; d += kWidth) product += load(grad + d) * load(w.key_block + d);
-      float sum = 0.0f;
-      for (int i = 0; i < kWidth; ++i) sum += product[i];
-      w.products_mean[slot * lanes + r] = sum;
+      w.products_mean[slot * lanes + r] = sum_of(product);
     }
   }
   compute_shifts(problem, rows, w);
-  store_slots(problem, rows, w.scores, problem.documents, row_scores);
+  sum_scores(problem, rows, w.scores, score_sums);
 }
 
 }  // namespace

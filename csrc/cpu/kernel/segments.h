@@ -21,11 +21,11 @@ DREAM_INLINE void scale_columns(float* columns, int64_t count, int64_t lanes, co
   }
 }
 
-// Softmax over the first `count` segments; all 0 where every logit is -inf. `shares` may
-// be `logits`.
-void softmax_over_segments(const RowGroup& group, int64_t count, int64_t lanes,
+// Softmax over the first `count` segments, of the first `columns` lanes; all 0 where every logit is
+// -inf. `shares` may be `logits`.
+void softmax_over_segments(const RowGroup& group, int64_t count, int64_t lanes, int64_t columns,
                            const float* logits, float* shares) {
-  for (int64_t v = 0; v < lanes; v += kWidth) {
+  for (int64_t v = 0; v < columns; v += kWidth) {
     Vec peak = splat(-kInfinity);
     for (int64_t s = 0; s < count; ++s) {
       peak = max(load(logits + group.segments[s].slot * lanes + v), peak);
@@ -85,7 +85,12 @@ void load_scores(const Problem& problem, const RowBlock& rows, Workspace& w) {
   }
   for (int64_t r = 0; r < lanes; ++r) w.scores[problem.documents * lanes + r] = -peak[r];
   if (problem.mode == Mode::kBias) return;
-  softmax_over_segments(group, documents, lanes, w.scores, w.scores);
+  const int64_t different = uniform ? kWidth : lanes;
+  softmax_over_segments(group, documents, lanes, different, w.scores, w.scores);
+  for (int64_t s = 0; uniform && s < documents; ++s) {
+    float* target = w.scores + group.segments[s].slot * lanes;
+    fill(target, lanes, target[0]);
+  }
 }
 
 // Sets w.factor, the f in o = sum over segments of f_s o_s, from w.lse and w.scores. In reweight with
@@ -100,9 +105,9 @@ void compute_factors(const Problem& problem, const RowBlock& rows, Workspace& w,
       const int64_t at = group.segments[s].slot * lanes;
       for (int64_t i = at; i < at + lanes; ++i) w.factor[i] = w.lse[i] + w.scores[i];
     }
-    return softmax_over_segments(group, segments, lanes, w.factor, w.factor);
+    return softmax_over_segments(group, segments, lanes, lanes, w.factor, w.factor);
   }
-  if (!problem.fixed_mass) softmax_over_segments(group, segments, lanes, w.lse, masses);
+  if (!problem.fixed_mass) softmax_over_segments(group, segments, lanes, lanes, w.lse, masses);
   for (int64_t v = 0; v < lanes; v += kWidth) {
     Vec mu{}, rest_mass{};
     if (problem.fixed_mass) {

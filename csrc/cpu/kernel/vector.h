@@ -57,6 +57,12 @@ constexpr float kInfinity = __builtin_inff();
 
 DREAM_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+DREAM_INLINE float sum_of(Vec x) {
+  float sum = 0.0f;
+  for (int i = 0; i < kWidth; ++i) sum += x[i];
+  return sum;
+}
+
 // e^x for x up to 88, to 1 ulp; 0 below -88, and NaN for NaN.
 DREAM_INLINE Vec exp(Vec x) {
   x = x < splat(-88.0f) ? splat(-88.0f) : x;
