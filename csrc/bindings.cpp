@@ -232,12 +232,13 @@ void backward_of_scores(const Problem& p, const Array& state, const Array& segme
                           threads);
 }
 
-void backward(const Problem& p, const Array& state, const Array& grad_output,
+void backward(const Problem& p, const Array& state, const Array& output, const Array& grad_output,
               const std::optional<Array>& query, const std::optional<Array>& key,
               const std::optional<Array>& value, const std::optional<Array>& scores,
               const std::optional<Array>& prefix_key, const std::optional<Array>& prefix_value,
               int threads) {
   const Operand saved = checked_contiguous("state", state, state_shape(p));
+  const Operand out = checked("output", output, shape_of(p.query, 4), element_size(p));
   const Operand grad = checked("grad_output", grad_output, shape_of(p.query, 4), element_size(p));
   checked_threads(threads);
   const auto wanted = [&](const char* name, const std::optional<Array>& array, const Operand& like,
@@ -258,7 +259,7 @@ void backward(const Problem& p, const Array& state, const Array& grad_output,
   gradients.prefix_value =
       wanted("grad_prefix_value", prefix_value, p.prefix_value, 4, element_size(p));
   const py::gil_scoped_release release;
-  cpu::backward(p, static_cast<const float*>(saved.data), grad, gradients, threads);
+  cpu::backward(p, static_cast<const float*>(saved.data), out, grad, gradients, threads);
 }
 
 void document_mass(const Problem& p, const Array& mass, int threads) {
@@ -283,7 +284,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("forward", &forward, py::arg("problem"), py::kw_only(), py::arg("output"),
         py::arg("state"), py::arg("segment_outputs"), py::arg("threads"));
   m.def("backward", &backward, py::arg("problem"), py::kw_only(), py::arg("state"),
-        py::arg("grad_output"), py::arg("query"), py::arg("key"), py::arg("value"),
+        py::arg("output"), py::arg("grad_output"), py::arg("query"), py::arg("key"), py::arg("value"),
         py::arg("scores"), py::arg("prefix_key"), py::arg("prefix_value"), py::arg("threads"));
   m.def("backward_of_scores", &backward_of_scores, py::arg("problem"), py::kw_only(),
         py::arg("state"), py::arg("segment_outputs"), py::arg("grad_output"), py::arg("scores"),

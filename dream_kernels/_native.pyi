@@ -39,6 +39,7 @@ def backward(
     problem: Problem,
     *,
     state: _Array,
+    output: _Array,
     grad_output: _Array,
     query: _Array | None,
     key: _Array | None,

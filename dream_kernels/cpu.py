@@ -147,6 +147,7 @@ class CpuImplementation:
         _native.backward(
             _native_problem(problem),
             state=_array(state),
+            output=_array(output),
             grad_output=_array(grad_output),
             query=_optional(gradients.query),
             key=_optional(gradients.key),

@@ -78,8 +78,8 @@ void forward(const Problem& problem, const Operand& output, float* state, void* 
       });
 }
 
-void backward(const Problem& problem, const float* state, const Operand& grad_output,
-              const Gradients& gradients, int threads) {
+void backward(const Problem& problem, const float* state, const Operand& output,
+              const Operand& grad_output, const Gradients& gradients, int threads) {
   const Kernel& kernel = selected_kernel();
   const Passes& passes = kernel.passes(problem.dtype);
   const Layout layout(problem);
@@ -87,7 +87,8 @@ void backward(const Problem& problem, const float* state, const Operand& grad_ou
   const ScoreSums score_sums(problem, layout, to_scores);
   const auto make = [&] { return WorkspaceMemory::for_backward(problem, gradients); };
   const auto body = [&](const RowBlock& rows, Workspace& w) {
-    passes.backward(problem, rows, state, grad_output, gradients.query, score_sums.of(rows), w);
+    passes.backward(problem, rows, state, output, grad_output, gradients.query,
+                    score_sums.of(rows), w);
   };
   const bool to_keys = gradients.key.data != nullptr || gradients.value.data != nullptr ||
                        gradients.prefix_key.data != nullptr ||

@@ -20,8 +20,9 @@ constexpr int64_t kMaxHeadDim = 256;
 void forward(const Problem& problem, const Operand& output, float* state, void* segment_outputs,
              int threads);
 
-void backward(const Problem& problem, const float* state, const Operand& grad_output,
-              const Gradients& gradients, int threads);
+// `state` and `output` are those of forward.
+void backward(const Problem& problem, const float* state, const Operand& output,
+              const Operand& grad_output, const Gradients& gradients, int threads);
 
 // The scores' gradient alone, from what forward kept.
 void backward_of_scores(const Problem& problem, const float* state, const void* segment_outputs,

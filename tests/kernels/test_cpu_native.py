@@ -163,19 +163,34 @@ def test_each_gradient_alone_is_the_one_of_all_together(needs: Needs) -> None:
             assert torch.equal(tensor, everything[name]), name
 
 
+# More keys than a row block keeps between its two sweeps.
+LONG = {
+    "one document alone is": ((20, 700), (700, 4500), (4600, 4601)),
+    "several together are": tuple((450 * i, 450 * i + 440 - i) for i in range(11)),
+    "the rest is": ((20, 700), (4600, 4601)),
+}
+
+
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spans", LONG.values(), ids=LONG)
 @pytest.mark.parametrize(
     "mode, document_mass", [("reweight", None), ("reweight", 0.5), ("bias", None)]
 )
-def test_keys_beyond_what_is_retained_are_computed_again(
-    mode: str, document_mass: float | None
+def test_more_keys_than_are_retained(
+    mode: str, document_mass: float | None, spans: tuple, dtype: torch.dtype
 ) -> None:
-    # One document alone is longer than what a row block keeps between its two sweeps.
     problem = make_problem(
         mode=mode, document_mass=document_mass, rows=4, local=64, prefix=5000,
-        batch=1, query_heads=2, key_heads=1, spans=((20, 700), (700, 4500), (4600, 4601)),
+        batch=3, query_heads=4, key_heads=2, spans=spans, dtype=dtype,
     )  # fmt: skip
-    assert_close(run(problem), oracle(problem), 1e-5)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    expected = oracle(problem)
+    assert_close(run(problem), expected, tolerance)
+    for names in (("query", "scores"), ("value",), ("prefix_key",)):
+        needs = NOTHING._replace(**dict.fromkeys(names, True))
+        part = {n: expected[n] for n in ("output", "mass", *names)}
+        assert_close(run(problem, needs), part, tolerance)
 
 
 INSTRUCTION_SET_SCRIPT = """

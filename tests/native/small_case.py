@@ -112,6 +112,7 @@ def run(native: ModuleType, mode: str, document_mass: float | None, causal: bool
     native.backward(
         problem,
         state=state.argument,
+        output=output.argument,
         grad_output=grad_output.argument,
         threads=2,
         **{name: array.argument for name, array in wanted.items()},

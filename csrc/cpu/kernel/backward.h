@@ -1,5 +1,6 @@
 // Backward of one row block: a sweep that finds dO.o of every segment, from which all coefficients
-// and the scores' gradient follow, and a second one for the gradients of query, key and value.
+// and the scores' gradient follow, and a second one for the gradients of query, key and value. Of
+// more keys than can be kept in between, both sweeps take some segments at a time.
 //
 // With f the factors, p the probabilities inside the segment, g = dO.v and mean_s = dO.o_s, the
 // gradient of a logit is p (f_s (g - mean_s) + t_s), as derived in dream_kernels/reference.py.
@@ -9,6 +10,9 @@
 
 namespace dream::cpu {
 namespace {
+
+DREAM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+DREAM_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 DREAM_INLINE bool is_empty(const KeyRange& range) { return range.first == range.last; }
 
@@ -32,16 +36,80 @@ class Backward {
 
   bool needs_second_sweep() const { return wants_logits_ || !is_empty(w_.value_range); }
 
-  // Sets w.products_mean and w.correction. The saved log-sum-exps are rounded, which shifts all
-  // probabilities of a row alike; dividing by their sum takes that out.
-  void sweep_means() {
+  // Whether the first sweep over all keys can be kept for the second.
+  bool fits() const { return room_for(0) == segment_count_; }
+
+  // Both sweeps over all segments. Leaves the query's gradient in w.segment_sum and the scores' in
+  // w.scores.
+  void run() {
+    start();
     // The other keys have no part in the weights' gradient.
     const bool documents_only = rows_.kind == RowKind::kScored &&
                                 problem_.mode == Mode::kReweight && !needs_second_sweep();
-    kept_ = 0;
+    sweep_means(0, segment_count_ - documents_only);
+    compute_shifts(problem_, rows_, w_);
+    if (needs_second_sweep()) sweep_gradients(0, segment_count_);
+  }
+
+  // The same, by groups of segments that can be kept: for more keys than that, computing them all
+  // again would take as long as the second sweep. All that a segment needs to know of the others is
+  // `delta`, dO.o of each lane, which the output gives.
+  void run_in_groups(const float* delta) {
+    start();
+    if (rows_.kind == RowKind::kPlain) return sweep_plain(delta);
+    const int64_t rest = segment_count_ - 1;
+    run_group(rest, 1, delta);
+    for (int64_t s = 0; s < rest;) {
+      const int64_t count = smaller(larger(room_for(s), 1), rest - s);
+      run_group(s, count, delta);
+      s += count;
+    }
+    compute_shifts(problem_, rows_, w_);
+  }
+
+ private:
+  void start() {
     fill(w_.products_mean, (problem_.documents + 1) * lanes_, 0.0f);
     fill(w_.correction, (problem_.documents + 1) * lanes_, 0.0f);
-    KeyBlocks blocks(rows_, segments_, segment_count_ - documents_only);
+    fill(w_.segment_sum, dim_ * lanes_, 0.0f);
+  }
+
+  // How many segments from the first on can be kept together, the padding of their blocks included.
+  int64_t room_for(int64_t first) const {
+    int64_t keys = 0, s = first;
+    for (; s < segment_count_; ++s) {
+      const int64_t visible = visible_keys(rows_, segments_[s]);
+      keys += visible + kKeyUnit * (visible / kKeyBlock + segments_[s].run_count);
+      if (keys > w_.retained_keys) break;
+    }
+    return s - first;
+  }
+
+  void run_group(int64_t first, int64_t count, const float* delta) {
+    sweep_means(first, count);
+    shifts_from_delta(problem_, rows_, first, count, delta, w_);
+    sweep_gradients(first, count);
+  }
+
+  // One segment of all keys, whose mean is delta.
+  void sweep_plain(const float* delta) {
+    const int64_t at = segments_[0].slot * lanes_;
+    for (int64_t r = 0; r < lanes_; ++r) w_.products_mean[at + r] = delta[r];
+    fill(w_.correction + at, lanes_, 1.0f);
+    fill(w_.shift + at, lanes_, 0.0f);
+    KeyBlocks blocks(rows_, segments_, 1);
+    for (KeyBlock block; blocks.next(&block);) {
+      compute_probabilities(block, w_.logits);
+      if (wants_logits_) compute_products(block, w_.products);
+      add_gradients(block, {w_.logits, w_.products, false});
+    }
+  }
+
+  // Sets w.products_mean and w.correction. The saved log-sum-exps are rounded, which shifts all
+  // probabilities of a row alike; dividing by their sum takes that out.
+  void sweep_means(int64_t first, int64_t count) {
+    kept_ = 0;
+    KeyBlocks blocks(rows_, segments_ + first, count);
     for (KeyBlock block; blocks.next(&block);) {
       const Matrices m = place(block);
       compute_probabilities(block, m.probabilities);
@@ -51,15 +119,9 @@ class Backward {
   }
 
   // Adds to the gradients of query (w.segment_sum), key and value.
-  void sweep_gradients() {
-    fill(w_.segment_sum, dim_ * lanes_, 0.0f);
+  void sweep_gradients(int64_t first, int64_t count) {
     kept_ = 0;
-    for (int64_t s = 0; s < segment_count_; ++s) {
-      const int64_t at = segments_[s].slot * lanes_;
-      scale_columns(w_.factor + at, 1, lanes_, w_.correction + at);
-      scale_columns(w_.shift + at, 1, lanes_, w_.correction + at);
-    }
-    KeyBlocks blocks(rows_, segments_, segment_count_);
+    KeyBlocks blocks(rows_, segments_ + first, count);
     for (KeyBlock block; blocks.next(&block);) {
       const Matrices m = place(block);
       if (!m.retained) {
@@ -70,7 +132,6 @@ class Backward {
     }
   }
 
- private:
   // Where the probabilities and products of a block are: kept for the second sweep while there is
   // room, in scratch otherwise.
   struct Matrices {
@@ -128,9 +189,10 @@ class Backward {
     for (int i = 0; i < block.piece_count; ++i) {
       const Piece& piece = block.pieces[i];
       for (int64_t v = 0; v < lanes_; v += kWidth) {
-        const Vec f = load(w_.factor + piece.slot * lanes_ + v);
-        const Vec mean = load(w_.products_mean + piece.slot * lanes_ + v);
-        const Vec shift = load(w_.shift + piece.slot * lanes_ + v);
+        const int64_t at = piece.slot * lanes_ + v;
+        const Vec f = load(w_.factor + at) * load(w_.correction + at);
+        const Vec shift = load(w_.shift + at) * load(w_.correction + at);
+        const Vec mean = load(w_.products_mean + at);
         for (int key = piece.begin; key < piece.end; ++key) {
           float* p = m.probabilities + key * lanes_ + v;
           float* g = m.products + key * lanes_ + v;
@@ -183,10 +245,27 @@ class Backward {
   int64_t kept_ = 0;  // keys placed in w.retained so far
 };
 
+// dO.o of every lane.
+void compute_delta(const Problem& problem, const RowBlock& rows, const Operand& output,
+                   const Operand& grad_output, Workspace& w, float* delta) {
+  const int64_t dim = padded_head_dim(problem);
+  float *out = w.key_block, *grad = w.key_block + dim;
+  fill(delta, rows.lanes, 0.0f);
+  for (int r = 0; r < rows.count; ++r) {
+    load_row(problem.dtype, row_of(rows, r, output, problem.dtype), output.strides[3],
+             problem.head_dim, dim, out);
+    load_row(problem.dtype, row_of(rows, r, grad_output, problem.dtype), grad_output.strides[3],
+             problem.head_dim, dim, grad);
+    Vec sum{};
+    for (int64_t d = 0; d < dim; d += kWidth) sum += load(out + d) * load(grad + d);
+    delta[r] = sum_of(sum);
+  }
+}
+
 template <typename Products>
 void backward(const Problem& problem, const RowBlock& rows, const float* state,
-              const Operand& grad_output, const Operand& grad_query, float* score_sums,
-              Workspace& w) {
+              const Operand& output, const Operand& grad_output, const Operand& grad_query,
+              float* score_sums, Workspace& w) {
   const bool scored = rows.kind == RowKind::kScored;
   Products::load_columns(problem, rows, problem.query, w, w.query_columns);
   Products::load_columns(problem, rows, grad_output, w, w.grad_columns);
@@ -199,11 +278,14 @@ void backward(const Problem& problem, const RowBlock& rows, const float* state,
   const bool wants_query = grad_query.data != nullptr;
   const bool wants_scores = scored && score_sums != nullptr;
   Backward<Products> pass(problem, rows, wants_query, wants_scores, w);
-  pass.sweep_means();
-  compute_shifts(problem, rows, w);
+  if (!pass.needs_second_sweep() || pass.fits()) {
+    pass.run();
+  } else {
+    float delta[kMaxLanes];
+    compute_delta(problem, rows, output, grad_output, w, delta);
+    pass.run_in_groups(delta);
+  }
   if (wants_scores) sum_scores(problem, rows, w.scores, score_sums);
-  if (!pass.needs_second_sweep()) return;
-  pass.sweep_gradients();
   if (wants_query) store_rows(problem, rows, w.segment_sum, problem.scale, w, grad_query);
 }
 

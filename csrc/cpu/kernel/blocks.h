@@ -38,6 +38,18 @@ struct KeyBlock {
   Piece pieces[kKeyBlock];
 };
 
+// How many keys of a run any row of the block sees.
+DREAM_INLINE int64_t visible_keys(const RowBlock& rows, const Run& run) {
+  const int64_t end = run.end <= rows.max_limit ? run.end : rows.max_limit + 1;
+  return end > run.begin ? end - run.begin : 0;
+}
+
+DREAM_INLINE int64_t visible_keys(const RowBlock& rows, const Segment& segment) {
+  int64_t keys = 0;
+  for (int64_t i = 0; i < segment.run_count; ++i) keys += visible_keys(rows, segment.runs[i]);
+  return keys;
+}
+
 // Cuts the keys of some segments that any row of the block sees into key blocks: short segments
 // together, long ones alone and into nearly equal parts.
 class KeyBlocks {
@@ -70,10 +82,7 @@ class KeyBlocks {
   }
 
  private:
-  int64_t visible(const Run& run) const {
-    const int64_t end = run.end <= rows_.max_limit ? run.end : rows_.max_limit + 1;
-    return end > run.begin ? end - run.begin : 0;
-  }
+  int64_t visible(const Run& run) const { return visible_keys(rows_, run); }
 
   const Run* last_run() const { return segment_->runs + segment_->run_count; }
 

@@ -15,8 +15,8 @@ struct Passes {
   // Writes the query's gradient, adds to the workspace's key and value gradients, and writes the
   // sums of the scores' gradient to `score_sums` [targets, C], as far as they are wanted.
   void (*backward)(const Problem& problem, const RowBlock& rows, const float* state,
-                   const Operand& grad_output, const Operand& grad_query, float* score_sums,
-                   Workspace& workspace);
+                   const Operand& output, const Operand& grad_output, const Operand& grad_query,
+                   float* score_sums, Workspace& workspace);
 
   // Writes the sums of the scores' gradient, from the outputs that forward kept.
   void (*scores)(const Problem& problem, const RowBlock& rows, const float* state,

@@ -62,6 +62,37 @@ void compute_shifts(const Problem& problem, const RowBlock& rows, Workspace& w) 
   shifts_of_reweight(problem, group.segments, group.segment_count, lanes, w);
 }
 
+// Sets w.shift of the segments [first, first + count) of scored rows from `delta`, dO.o of each lane,
+// and from w.products_mean of these and, in reweight, of the rest.
+void shifts_from_delta(const Problem& problem, const RowBlock& rows, int64_t first, int64_t count,
+                       const float* delta, Workspace& w) {
+  const RowGroup& group = *rows.group;
+  const int64_t lanes = rows.lanes, documents = group.segment_count - 1;
+  const int64_t rest = problem.documents * lanes;
+  for (int64_t v = 0; v < lanes; v += kWidth) {
+    const Vec above_rest = load(delta + v) - load(w.products_mean + rest + v);
+    Vec documents_above_delta{};
+    if (problem.mode == Mode::kReweight && !problem.fixed_mass) {
+      // delta = mu documents_mean + (1 - mu) rest_mean, with the rest's factor being 1 - mu
+      Vec mu{};
+      for (int64_t s = 0; s < documents; ++s) {
+        mu += load(w.factor + group.segments[s].slot * lanes + v);
+      }
+      documents_above_delta = above_rest * load(w.factor + rest + v) * inverse_or_zero(mu);
+    }
+    for (int64_t s = first; s < first + count; ++s) {
+      const int64_t at = group.segments[s].slot * lanes + v;
+      Vec shift{};
+      if (problem.mode == Mode::kBias) {
+        shift = load(w.factor + at) * (load(w.products_mean + at) - load(delta + v));
+      } else if (!problem.fixed_mass) {
+        shift = load(w.shift + at) * (s == documents ? -above_rest : documents_above_delta);
+      }
+      store(w.shift + at, shift);
+    }
+  }
+}
+
 // Sums the rows' [C, lanes] into their targets' [targets, C].
 void sum_scores(const Problem& problem, const RowBlock& rows, const float* scores, float* sums) {
   const RowGroup& group = *rows.group;
