@@ -1,0 +1,107 @@
+"""The commands of the benchmark suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    help="Race every peer, keep the record, draw it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 for PyTorch's own number")]
+Quick = Annotated[bool, typer.Option("--quick", help="small shapes, a first look in minutes")]
+Output = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads the annotation at run time
+    typer.Option(help="folder of the records; by default that of the checkout"),
+]
+Peers = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--peer", help="only peers whose name begins so; may be repeated"),
+]
+
+
+def results_folder(output: Path | None, quick: bool) -> Path:
+    """Where records go: a quick look never overwrites a result."""
+    if output is not None:
+        return output
+    here = Path(__file__).resolve().parent
+    # In an installed package there is no checkout to write into.
+    folder = here if (here.parent / "setup.py").is_file() else Path.cwd() / "dream-benchmarks"
+    return folder / "results" / ("quick" if quick else "")
+
+
+def _device(name: str, threads: int) -> object:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+@app.callback()
+def _benchmarks() -> None:
+    """Keeps the commands named while there is only one."""
+
+
+@app.command()
+def kernel(
+    device: Device = "auto",
+    threads: Threads = 0,
+    quick: Quick = False,
+    output: Output = None,
+    peer: Peers = None,
+    case: Annotated[str, typer.Option(help="only cases whose name contains this")] = "",
+    dtype: Annotated[str, typer.Option(help="only this dtype")] = "",
+    runs: Annotated[int, typer.Option(min=1, help="timed rounds")] = 15,
+    seconds: Annotated[float, typer.Option(help="a peer's time for one case")] = 6.0,
+    total_seconds: Annotated[float, typer.Option(help="the suite's time")] = 1200.0,
+    memory: Annotated[bool, typer.Option(help="measure peak memory")] = True,
+) -> None:
+    """Time one call of the operator, forward and backward, against its peers."""
+    from . import cases as shapes
+    from . import records
+    from .kernel import Settings, choose, run_kernel, run_overhead
+    from .tables import print_kernel, print_overhead, terminal
+
+    chosen = _device(device, threads)
+    settings = Settings(
+        device=chosen, peers=choose(peer), runs=runs, seconds=seconds,
+        total_seconds=total_seconds, memory=memory, quick=quick,
+    )  # fmt: skip
+    if quick:
+        wanted = shapes.quick_cases()
+        settings.runs, settings.seconds = min(runs, 5), 2.0
+        if peer is None and settings.device.type == "cpu":
+            settings.peers = [name for name in settings.peers if name != "flex_attention"]
+    else:
+        wanted = shapes.gpu_cases() if settings.device.type == "cuda" else shapes.cpu_cases()
+    wanted = [c for c in wanted if case in c.name and dtype in c.dtype]
+    if not wanted:
+        raise ValueError(f"no case has {case!r} in its name and dtype {dtype!r}")
+    console = terminal()
+    results = run_kernel(wanted, settings, lambda r: print_kernel(console, r), "kernel")
+    overhead = run_overhead(settings)
+    print_overhead(console, overhead)
+    folder = results_folder(output, quick)
+    name = records.file_name("kernel", results[0]["environment"])
+    console.print(f"\n{records.write(folder / name, results + overhead)}", soft_wrap=True)
+
+
+def main() -> None:
+    """Run a command; mistakes of the user end in one line."""
+    import sys
+
+    try:
+        app()
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+        sys.exit(f"benchmarks: {error}")

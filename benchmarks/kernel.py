@@ -1,0 +1,269 @@
+"""The kernel suite: every peer on every case, checked, timed in turn, recorded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .adapters import ADAPTERS, Prepared, Refusal
+from .cases import Case, make_inputs
+from .ceilings import Ceilings, measure_ceilings
+from .check import Oracle, check_case, prepare
+from .environment import describe_environment
+from .measure import Times, describe, paired_ratio, quantiles, race
+from .memory import available_bytes, cpu_peak_bytes, gpu_peak_bytes
+from .records import SCHEMA
+from .work import forward_work, total_work
+
+Record = dict[str, Any]
+
+# Compiling FlexAttention for a CPU takes half a minute a case, and gives a forward only.
+_SLOW_TO_PREPARE_ON_CPU = ("flex_attention",)
+
+
+@dataclass
+class Settings:
+    """How a suite runs.
+
+    Attributes:
+        device: where.
+        peers: names of adapters.
+        runs: timed rounds.
+        seconds: what one peer may take of a case before it stops at the least number of runs.
+        total_seconds: what the suite may take; cases that do not fit are recorded as left out.
+        memory: whether peak memory is measured.
+        quick: whether the figures are a first look, not a result.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    peers: Sequence[str] = tuple(ADAPTERS)
+    runs: int = 15
+    seconds: float = 6.0
+    total_seconds: float = 1200.0
+    memory: bool = True
+    quick: bool = False
+
+
+def run_kernel(
+    cases: Sequence[Case], settings: Settings, show: Callable[[list[Record]], None], suite: str
+) -> list[Record]:
+    """Run all cases.
+
+    Args:
+        cases: in this order.
+        settings: how.
+        show: is given the records of every case when it is done.
+        suite: the name in the records.
+
+    Returns:
+        One record for every case and peer.
+    """
+    deadline = time.monotonic() + settings.total_seconds
+    environment = describe_environment(settings.device)
+    dtypes = sorted({case.dtype for case in cases})
+    ceilings = measure_ceilings(settings.device, dtypes, 0.25 if settings.quick else 1.0)
+    records: list[Record] = []
+    prepared_before: set[tuple[str, str]] = set()
+    for case in cases:
+        late = time.monotonic() > deadline
+        outcomes = _Outcomes(case, settings, environment, ceilings, suite)
+        if late:
+            for name in settings.peers:
+                outcomes.refuse(
+                    name, f"left out: the suite's {settings.total_seconds:.0f} s are up"
+                )
+        else:
+            _run_case(outcomes, prepared_before)
+        show(outcomes.records())
+        records += outcomes.records()
+    return records
+
+
+class _Outcomes:
+    """Collects what became of the peers of one case."""
+
+    def __init__(
+        self,
+        case: Case,
+        settings: Settings,
+        environment: dict[str, Any],
+        ceilings: Ceilings,
+        suite: str,
+    ) -> None:
+        self.case, self.settings, self.ceilings = case, settings, ceilings
+        self.checked_batch = check_case(case).batch
+        self.suite, self.environment = suite, environment
+        self.failures: dict[str, tuple[str, str]] = {}
+        self.notes: dict[str, str] = {}
+        self.times: dict[str, Times] = {}
+        self.peaks: dict[str, int | None] = {}
+
+    def refuse(self, name: str, reason: str, status: str = "refused") -> None:
+        self.failures[name] = (status, reason)
+
+    def base(self) -> Times | None:
+        """The times of our fastest implementation, with which the others are compared."""
+        for name in ADAPTERS:
+            if name in self.times and name.startswith("ours") and name not in self.failures:
+                return self.times[name]
+        return None
+
+    def records(self) -> list[Record]:
+        return [self._record(name) for name in self.settings.peers]
+
+    def _record(self, name: str) -> Record:
+        case, times = self.case, self.times.get(name)
+        status, reason = self.failures.get(name, ("ok", None))
+        record: Record = {
+            "schema": SCHEMA,
+            "suite": self.suite,
+            "quick": self.settings.quick,
+            "environment": self.environment,
+            "ceilings": self.ceilings.record(),
+            "case": case.record(),
+            "checked_batch": self.checked_batch,
+            "peer": name,
+            "computes": ADAPTERS[name].computes(case),
+            "status": status,
+            "reason": reason,
+            "note": self.notes.get(name, ""),
+            "peak_bytes": self.peaks.get(name),
+            **dict.fromkeys(_FIGURES),
+        }
+        if status == "ok" and times is not None:
+            record |= figures(case, times, self.base(), self.ceilings)
+        return record
+
+
+_FIGURES = (
+    "forward", "backward", "total", "ratio", "operations_per_second", "bytes_per_second",
+    "share_of_ceiling", "forward_share_of_gemm",
+)  # fmt: skip
+
+
+def figures(case: Case, times: Times, base: Times | None, ceilings: Ceilings) -> Record:
+    """Everything that follows from a peer's times.
+
+    Rates and shares count the work of the case itself: what a peer computes beyond it, such as the
+    gradients of a frozen prefix, does not count.
+    """
+    full = bool(times.backward) or not case.gradients
+    work = total_work(case) if times.backward else forward_work(case)
+    seconds = quantiles(times.total)["median"]
+    gemm = ceilings.gemm.get(case.dtype)
+    share = None
+    if gemm and ceilings.copy:
+        share = max(work.operations / gemm, work.bytes / ceilings.copy) / seconds
+    forward = quantiles(times.forward)
+    return {
+        "forward": forward,
+        "backward": quantiles(times.backward) if times.backward else None,
+        "total": quantiles(times.total) if full else None,
+        "ratio": None if base is None else paired_ratio(times, base),
+        "operations_per_second": work.operations / seconds,
+        "bytes_per_second": work.bytes / seconds,
+        "share_of_ceiling": share,
+        "forward_share_of_gemm": (
+            forward_work(case).operations / forward["median"] / gemm if gemm else None
+        ),
+    }
+
+
+def _run_case(outcomes: _Outcomes, prepared_before: set[tuple[str, str]]) -> None:
+    case, settings = outcomes.case, outcomes.settings
+    inputs = make_inputs(case, settings.device)
+    smaller = check_case(case)
+    check_inputs = inputs if smaller == case else make_inputs(smaller, settings.device)
+    oracle = Oracle(check_inputs)
+    ready: dict[str, Prepared] = {}
+    for name in settings.peers:
+        slow = settings.device.type == "cpu" and name in _SLOW_TO_PREPARE_ON_CPU
+        if slow and (name, case.dtype) in prepared_before:
+            outcomes.refuse(name, "left out: takes half a minute to compile for a CPU")
+            continue
+        try:
+            available = available_bytes(settings.device)
+            checked = prepare(ADAPTERS[name], check_inputs, available)
+            if isinstance(checked, Refusal):
+                outcomes.refuse(name, checked.reason)
+                continue
+            complaint = oracle.complaint(ADAPTERS[name], checked)
+            if complaint is not None:
+                outcomes.refuse(name, complaint, "wrong")
+                continue
+            whole: Prepared | Refusal = checked
+            if check_inputs is not inputs:
+                whole = prepare(ADAPTERS[name], inputs, available)
+        except Exception as error:
+            outcomes.refuse(name, describe(error), "failed")
+            continue
+        if isinstance(whole, Refusal):
+            outcomes.refuse(name, whole.reason)
+            continue
+        prepared_before.add((name, case.dtype))
+        ready[name] = whole
+        outcomes.notes[name] = whole.note
+    outcomes.times = race(ready, settings.device, settings.runs, settings.seconds)
+    for name, times in outcomes.times.items():
+        if times.failure is not None:
+            outcomes.refuse(name, times.failure, "failed")
+    if settings.memory:
+        _measure_memory(outcomes, ready)
+
+
+def _measure_memory(outcomes: _Outcomes, ready: dict[str, Prepared]) -> None:
+    alive = [name for name in ready if name not in outcomes.failures]
+    if outcomes.settings.device.type == "cuda":
+        outcomes.peaks = {name: gpu_peak_bytes(ready[name]) for name in alive}
+        return
+    # A compiled peer would be compiled again in the process that measures its memory.
+    names = [name for name in alive if name not in _SLOW_TO_PREPARE_ON_CPU]
+    outcomes.peaks = cpu_peak_bytes(outcomes.case, names, torch.get_num_threads())
+
+
+def run_overhead(settings: Settings) -> list[Record]:
+    """Time an eager call on a problem that costs nothing: what remains is the call itself."""
+    case = Case(
+        "eager call", batch=1, query_heads=1, key_heads=1, head_dim=16, rows=1, prefix=8,
+        local=1, documents=2, covered=8, gradients=(),
+    )  # fmt: skip
+    names = [n for n in settings.peers if n not in _SLOW_TO_PREPARE_ON_CPU]
+    settings = replace(settings, peers=names)
+    environment = describe_environment(settings.device)
+    outcomes = _Outcomes(case, settings, environment, Ceilings(), "overhead")
+    inputs = make_inputs(case, settings.device)
+    oracle = Oracle(inputs)
+    ready: dict[str, Prepared] = {}
+    for name in names:
+        prepared = prepare(ADAPTERS[name], inputs, available_bytes(settings.device))
+        if isinstance(prepared, Refusal):
+            outcomes.refuse(name, prepared.reason)
+            continue
+        complaint = oracle.complaint(ADAPTERS[name], prepared)
+        if complaint is not None:
+            outcomes.refuse(name, complaint, "wrong")
+            continue
+        ready[name] = prepared
+    outcomes.times = race(ready, settings.device, settings.runs, settings.seconds, calls=200)
+    return outcomes.records()
+
+
+def choose(names: Iterable[str] | None) -> list[str]:
+    """Adapters by name or by the beginning of their names.
+
+    Raises:
+        ValueError: a name fits no adapter.
+    """
+    if not names:
+        return list(ADAPTERS)
+    chosen = []
+    for wanted in names:
+        found = [name for name in ADAPTERS if name.startswith(wanted)]
+        if not found:
+            raise ValueError(f"no peer is called {wanted!r}; there are: {'; '.join(ADAPTERS)}")
+        chosen += [name for name in found if name not in chosen]
+    return chosen

@@ -1,0 +1,118 @@
+"""Records as tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Record = dict[str, Any]
+
+
+def describe_case(case: dict[str, Any]) -> str:
+    """A case in one line."""
+    heads = f"Hq {case['query_heads']} Hkv {case['key_heads']} D {case['head_dim']}"
+    prefix = f"prefix {case['prefix']} {'shared' if case['shared'] else 'per query'}, "
+    return (
+        f"{case['name']}: {case['dtype']}, B {case['batch']} {heads}, M {case['rows']}, "
+        f"{prefix if case['prefix'] else ''}N {case['local']}, C {case['documents']}, "
+        f"{case['mode']}, {percent(case['scored'])} of heads scored, "
+        f"gradients: {', '.join(case['gradients']) or 'none'}"
+    )
+
+
+def terminal() -> Console:
+    """A console that is wide enough for the tables, also in a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def kernel_columns() -> list[str]:
+    """Heads of the columns of :func:`kernel_row`."""
+    return [
+        "peer", "computes", "forward ms", "backward ms", "sum ms", "± %", "ratio", "GFLOP/s",
+        "GB/s", "of ceiling", "peak MiB",
+    ]  # fmt: skip
+
+
+def kernel_row(record: Record) -> list[str]:
+    """The cells of one record, or the reason why there are none."""
+    if record["status"] != "ok":
+        return [record["peer"], record["computes"], f"{record['status']}: {record['reason']}"]
+    total = record["total"]
+    return [
+        record["peer"],
+        record["computes"],
+        milliseconds(record["forward"]),
+        milliseconds(record["backward"]),
+        milliseconds(total),
+        spread(total or record["forward"]),
+        number(record["ratio"], 2),
+        number(scaled(record["operations_per_second"], 1e9), 0),
+        number(scaled(record["bytes_per_second"], 1e9), 1),
+        percent(record["share_of_ceiling"]),
+        number(scaled(record["peak_bytes"], 2**20), 1),
+    ]
+
+
+def print_kernel(console: Console, records: Sequence[Record]) -> None:
+    """Print the records of one case."""
+    console.print(f"\n[bold]{describe_case(records[0]['case'])}[/bold]", highlight=False)
+    rows = [kernel_row(r) for r in records if len(kernel_row(r)) > 3]
+    if rows:
+        table = Table(box=None, pad_edge=False)
+        for i, head in enumerate(kernel_columns()):
+            table.add_column(head, justify="left" if i < 2 else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for record in records:
+        if record["status"] != "ok":
+            console.print(
+                f"  {record['peer']}: {record['status']}, {record['reason']}", style="dim"
+            )
+
+
+def print_overhead(console: Console, records: Sequence[Record]) -> None:
+    """Print what a call costs that computes next to nothing."""
+    console.print("\n[bold]one eager call, forward, a problem of 9 keys[/bold]", highlight=False)
+    for record in records:
+        if record["status"] == "ok":
+            microseconds = 1e6 * record["forward"]["median"]
+            console.print(f"  {record['peer']:28}{microseconds:8.1f} µs", highlight=False)
+
+
+def milliseconds(quantiles: dict[str, float] | None) -> str:
+    """A median in ms with three digits that count."""
+    if quantiles is None:
+        return "-"
+    return three_digits(1e3 * quantiles["median"])
+
+
+def spread(quantiles: dict[str, float]) -> str:
+    """Half the distance of the quartiles, in percent of the median."""
+    half = (quantiles["upper"] - quantiles["lower"]) / 2
+    return f"{100 * half / quantiles['median']:.0f}"
+
+
+def three_digits(value: float) -> str:
+    """A positive number with at least three digits."""
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+def number(value: float | None, digits: int) -> str:
+    """A number, or a dash."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """A share in percent, or a dash."""
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def scaled(value: float | None, unit: float) -> float | None:
+    """A value in another unit."""
+    return None if value is None else value / unit
