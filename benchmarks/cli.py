@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
 
 app = typer.Typer(
     help="Race every peer, keep the record, draw it.",
@@ -38,7 +41,7 @@ def results_folder(output: Path | None, quick: bool) -> Path:
     return folder / "results" / ("quick" if quick else "")
 
 
-def _device(name: str, threads: int) -> object:
+def _device(name: str, threads: int) -> torch.device:
     import torch
 
     if threads:
@@ -95,6 +98,40 @@ def kernel(
     folder = results_folder(output, quick)
     name = records.file_name("kernel", results[0]["environment"])
     console.print(f"\n{records.write(folder / name, results + overhead)}", soft_wrap=True)
+
+
+@app.command()
+def scaling(
+    device: Device = "auto",
+    threads: Threads = 0,
+    quick: Quick = False,
+    output: Output = None,
+    peer: Peers = None,
+    axis: Annotated[str, typer.Option(help="only this axis")] = "",
+    runs: Annotated[int, typer.Option(min=1, help="timed rounds")] = 7,
+    seconds: Annotated[float, typer.Option(help="a peer's time for one size")] = 4.0,
+    total_seconds: Annotated[float, typer.Option(help="the suite's time")] = 1200.0,
+    memory: Annotated[bool, typer.Option(help="measure peak memory")] = True,
+) -> None:
+    """Time the operator along prefix length, documents, batch and heads scored."""
+    from . import records
+    from .kernel import Settings, choose
+    from .scaling import PEERS, default_axes, run_scaling
+    from .tables import print_scaling, terminal
+
+    settings = Settings(
+        device=_device(device, threads), peers=choose(peer or PEERS), runs=3 if quick else runs,
+        seconds=1.0 if quick else seconds, total_seconds=total_seconds,
+        memory=memory and not quick, quick=quick,
+    )  # fmt: skip
+    wanted = [a for a in default_axes(settings) if axis in a.name]
+    if not wanted:
+        raise ValueError(f"no axis is called {axis!r}")
+    console = terminal()
+    results = run_scaling(wanted, settings, lambda name, r: print_scaling(console, name, r))
+    name = records.file_name("scaling", results[0]["environment"])
+    path = records.write(results_folder(output, quick) / name, results)
+    console.print(f"\n{path}", soft_wrap=True)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .adapters import ADAPTERS, Prepared, Refusal
-from .cases import Case, make_inputs
+from .cases import Case, Inputs, make_inputs
 from .ceilings import Ceilings, measure_ceilings
 from .check import Oracle, check_case, prepare
 from .environment import describe_environment
@@ -70,7 +70,7 @@ def run_kernel(
     prepared_before: set[tuple[str, str]] = set()
     for case in cases:
         late = time.monotonic() > deadline
-        outcomes = _Outcomes(case, settings, environment, ceilings, suite)
+        outcomes = Outcomes(case, settings, environment, ceilings, suite)
         if late:
             for name in settings.peers:
                 outcomes.refuse(
@@ -83,7 +83,7 @@ def run_kernel(
     return records
 
 
-class _Outcomes:
+class Outcomes:
     """Collects what became of the peers of one case."""
 
     def __init__(
@@ -104,6 +104,71 @@ class _Outcomes:
 
     def refuse(self, name: str, reason: str, status: str = "refused") -> None:
         self.failures[name] = (status, reason)
+
+    def prepare(self, prepared_before: set[tuple[str, str]]) -> dict[str, Prepared]:
+        """Set up and check the peers; those that cannot run or are wrong are noted as such.
+
+        Args:
+            prepared_before: (peer, dtype) of earlier cases; this case's are added.
+        """
+        inputs = make_inputs(self.case, self.settings.device)
+        smaller = check_case(self.case)
+        check_inputs = inputs
+        if smaller != self.case:
+            check_inputs = make_inputs(smaller, self.settings.device)
+        oracle = Oracle(check_inputs)
+        ready: dict[str, Prepared] = {}
+        for name in self.settings.peers:
+            once = self.settings.device.type == "cpu" and name in _SLOW_TO_PREPARE_ON_CPU
+            if once and (name, self.case.dtype) in prepared_before:
+                self.refuse(name, "left out: takes half a minute to compile for a CPU")
+                continue
+            try:
+                prepared = self._prepare_one(name, oracle, check_inputs, inputs)
+            except Exception as error:
+                self.refuse(name, describe(error), "failed")
+                continue
+            if prepared is not None:
+                prepared_before.add((name, self.case.dtype))
+                ready[name] = prepared
+                self.notes[name] = prepared.note
+        return ready
+
+    def _prepare_one(
+        self, name: str, oracle: Oracle, check_inputs: Inputs, inputs: Inputs
+    ) -> Prepared | None:
+        available = available_bytes(self.settings.device)
+        prepared = prepare(ADAPTERS[name], check_inputs, available)
+        if isinstance(prepared, Refusal):
+            self.refuse(name, prepared.reason)
+            return None
+        complaint = oracle.complaint(ADAPTERS[name], prepared)
+        if complaint is not None:
+            self.refuse(name, complaint, "wrong")
+            return None
+        if check_inputs is not inputs:
+            prepared = prepare(ADAPTERS[name], inputs, available)
+        if isinstance(prepared, Refusal):
+            self.refuse(name, prepared.reason)
+            return None
+        return prepared
+
+    def take(self, times: dict[str, Times]) -> None:
+        """Keep the times of a race; a peer that failed in it is noted as such."""
+        self.times = times
+        for name, own in times.items():
+            if own.failure is not None:
+                self.refuse(name, own.failure, "failed")
+
+    def measure_memory(self, ready: dict[str, Prepared]) -> None:
+        """Measure the peak memory of the peers that ran."""
+        alive = [name for name in ready if name not in self.failures]
+        if self.settings.device.type == "cuda":
+            self.peaks = {name: gpu_peak_bytes(ready[name]) for name in alive}
+            return
+        # A compiled peer would be compiled again in the process that measures its memory.
+        names = [name for name in alive if name not in _SLOW_TO_PREPARE_ON_CPU]
+        self.peaks = cpu_peak_bytes(self.case, names, torch.get_num_threads())
 
     def base(self) -> Times | None:
         """The times of our fastest implementation, with which the others are compared."""
@@ -173,56 +238,12 @@ def figures(case: Case, times: Times, base: Times | None, ceilings: Ceilings) ->
     }
 
 
-def _run_case(outcomes: _Outcomes, prepared_before: set[tuple[str, str]]) -> None:
-    case, settings = outcomes.case, outcomes.settings
-    inputs = make_inputs(case, settings.device)
-    smaller = check_case(case)
-    check_inputs = inputs if smaller == case else make_inputs(smaller, settings.device)
-    oracle = Oracle(check_inputs)
-    ready: dict[str, Prepared] = {}
-    for name in settings.peers:
-        slow = settings.device.type == "cpu" and name in _SLOW_TO_PREPARE_ON_CPU
-        if slow and (name, case.dtype) in prepared_before:
-            outcomes.refuse(name, "left out: takes half a minute to compile for a CPU")
-            continue
-        try:
-            available = available_bytes(settings.device)
-            checked = prepare(ADAPTERS[name], check_inputs, available)
-            if isinstance(checked, Refusal):
-                outcomes.refuse(name, checked.reason)
-                continue
-            complaint = oracle.complaint(ADAPTERS[name], checked)
-            if complaint is not None:
-                outcomes.refuse(name, complaint, "wrong")
-                continue
-            whole: Prepared | Refusal = checked
-            if check_inputs is not inputs:
-                whole = prepare(ADAPTERS[name], inputs, available)
-        except Exception as error:
-            outcomes.refuse(name, describe(error), "failed")
-            continue
-        if isinstance(whole, Refusal):
-            outcomes.refuse(name, whole.reason)
-            continue
-        prepared_before.add((name, case.dtype))
-        ready[name] = whole
-        outcomes.notes[name] = whole.note
-    outcomes.times = race(ready, settings.device, settings.runs, settings.seconds)
-    for name, times in outcomes.times.items():
-        if times.failure is not None:
-            outcomes.refuse(name, times.failure, "failed")
+def _run_case(outcomes: Outcomes, prepared_before: set[tuple[str, str]]) -> None:
+    settings = outcomes.settings
+    ready = outcomes.prepare(prepared_before)
+    outcomes.take(race(ready, settings.device, settings.runs, settings.seconds))
     if settings.memory:
-        _measure_memory(outcomes, ready)
-
-
-def _measure_memory(outcomes: _Outcomes, ready: dict[str, Prepared]) -> None:
-    alive = [name for name in ready if name not in outcomes.failures]
-    if outcomes.settings.device.type == "cuda":
-        outcomes.peaks = {name: gpu_peak_bytes(ready[name]) for name in alive}
-        return
-    # A compiled peer would be compiled again in the process that measures its memory.
-    names = [name for name in alive if name not in _SLOW_TO_PREPARE_ON_CPU]
-    outcomes.peaks = cpu_peak_bytes(outcomes.case, names, torch.get_num_threads())
+        outcomes.measure_memory(ready)
 
 
 def run_overhead(settings: Settings) -> list[Record]:
@@ -234,21 +255,9 @@ def run_overhead(settings: Settings) -> list[Record]:
     names = [n for n in settings.peers if n not in _SLOW_TO_PREPARE_ON_CPU]
     settings = replace(settings, peers=names)
     environment = describe_environment(settings.device)
-    outcomes = _Outcomes(case, settings, environment, Ceilings(), "overhead")
-    inputs = make_inputs(case, settings.device)
-    oracle = Oracle(inputs)
-    ready: dict[str, Prepared] = {}
-    for name in names:
-        prepared = prepare(ADAPTERS[name], inputs, available_bytes(settings.device))
-        if isinstance(prepared, Refusal):
-            outcomes.refuse(name, prepared.reason)
-            continue
-        complaint = oracle.complaint(ADAPTERS[name], prepared)
-        if complaint is not None:
-            outcomes.refuse(name, complaint, "wrong")
-            continue
-        ready[name] = prepared
-    outcomes.times = race(ready, settings.device, settings.runs, settings.seconds, calls=200)
+    outcomes = Outcomes(case, settings, environment, Ceilings(), "overhead")
+    ready = outcomes.prepare(set())
+    outcomes.take(race(ready, settings.device, settings.runs, settings.seconds, calls=200))
     return outcomes.records()
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .scaling import fitted_exponent, series
+
 Record = dict[str, Any]
 
 
@@ -57,22 +59,28 @@ def kernel_row(record: Record) -> list[str]:
     ]
 
 
-def print_kernel(console: Console, records: Sequence[Record]) -> None:
-    """Print the records of one case."""
-    console.print(f"\n[bold]{describe_case(records[0]['case'])}[/bold]", highlight=False)
-    rows = [kernel_row(r) for r in records if len(kernel_row(r)) > 3]
-    if rows:
-        table = Table(box=None, pad_edge=False)
-        for i, head in enumerate(kernel_columns()):
-            table.add_column(head, justify="left" if i < 2 else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+def print_kernel(console: Console, records: Sequence[Record], said: set[str]) -> None:
+    """Print the records of one case; a reason that was ``said`` for another one is not repeated."""
+    title = f"\n[bold]{describe_case(records[0]['case'])}[/bold]"
+    console.print(title, highlight=False, soft_wrap=True)
+    print_rows(console, kernel_columns(), [kernel_row(r) for r in records if r["status"] == "ok"])
     for record in records:
-        if record["status"] != "ok":
-            console.print(
-                f"  {record['peer']}: {record['status']}, {record['reason']}", style="dim"
-            )
+        line = f"  {record['peer']}: {record['status']}, {record['reason']}"
+        if record["status"] != "ok" and line not in said:
+            said.add(line)
+            console.print(line, style="dim", highlight=False, soft_wrap=True)
+
+
+def print_rows(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a plain table; all columns but the first two hold figures."""
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False)
+    for i, head in enumerate(columns):
+        table.add_column(head, justify="left" if i < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def print_overhead(console: Console, records: Sequence[Record]) -> None:
@@ -82,6 +90,20 @@ def print_overhead(console: Console, records: Sequence[Record]) -> None:
         if record["status"] == "ok":
             microseconds = 1e6 * record["forward"]["median"]
             console.print(f"  {record['peer']:28}{microseconds:8.1f} µs", highlight=False)
+
+
+def print_scaling(console: Console, axis: str, records: Sequence[Record]) -> None:
+    """Print milliseconds of forward and backward along one axis, with the fitted exponents."""
+    console.print(f"\n[bold]forward and backward in ms against {axis}[/bold]", highlight=False)
+    sizes = sorted({record["value"] for record in records})
+    rows = []
+    for peer in dict.fromkeys(record["peer"] for record in records):
+        points = dict(series(records, axis, peer, "total"))
+        if points:
+            exponent = fitted_exponent(list(points.items()))
+            cells = [three_digits(1e3 * points[x]) if x in points else "-" for x in sizes]
+            rows.append([peer, number(exponent, 2), *cells])
+    print_rows(console, ["peer", "exponent", *(f"{size:g}" for size in sizes)], rows)
 
 
 def milliseconds(quantiles: dict[str, float] | None) -> str:
