@@ -134,6 +134,51 @@ def scaling(
     console.print(f"\n{path}", soft_wrap=True)
 
 
+@app.command()
+def step(
+    device: Device = "auto",
+    threads: Threads = 0,
+    quick: Quick = False,
+    output: Output = None,
+    model: Annotated[str, typer.Option(help="one of the suite's models; by the device")] = "",
+    way: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="only ways whose name contains this; may be repeated"),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="queries, and documents of the pool")] = 16,
+    document_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    runs: Annotated[int, typer.Option(min=1, help="timed rounds")] = 5,
+    seconds: Annotated[float, typer.Option(help="a way's time")] = 30.0,
+    memory: Annotated[bool, typer.Option(help="measure peak memory")] = True,
+) -> None:
+    """Time one whole training step: retriever, reading, loss, backward, optimiser."""
+    from . import records
+    from .step import StepSettings, run_steps
+    from .step_models import STEP_MODELS
+    from .tables import print_steps, terminal
+
+    chosen = _device(device, threads)
+    shaped = [name for name in STEP_MODELS if name.endswith("shaped")]
+    models = [model] if model else shaped if chosen.type == "cuda" else ["smollm2-135m"]
+    if quick:
+        models, batch, document_tokens, runs = [model or "tiny"], min(batch, 4), 24, 3
+    unknown = set(models) - STEP_MODELS.keys()
+    if unknown:
+        raise ValueError(f"model must be one of {', '.join(STEP_MODELS)}, got {unknown.pop()!r}")
+    console = terminal()
+    results = []
+    for name in models:
+        settings = StepSettings(
+            model=name, device=chosen, batch=batch, document_tokens=document_tokens, runs=runs,
+            seconds=seconds, ways=way or (), memory=memory, quick=quick,
+        )  # fmt: skip
+        own = run_steps(settings, lambda text: console.print(text, style="dim"))
+        print_steps(console, own)
+        results += own
+    path = results_folder(output, quick) / records.file_name("step", results[0]["environment"])
+    console.print(f"\n{records.write(path, results)}", soft_wrap=True)
+
+
 def main() -> None:
     """Run a command; mistakes of the user end in one line."""
     import sys

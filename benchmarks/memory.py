@@ -83,7 +83,7 @@ def spawn_environment() -> dict[str, str]:
 
 
 class PeakMemory:
-    """Resident memory above the moment of construction, in this process."""
+    """Resident memory of this process above ``before``, that at the moment of construction."""
 
     def __init__(self) -> None:
         gc.collect()
@@ -91,11 +91,11 @@ class PeakMemory:
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
         _CLEAR.write_text("5")  # the peak starts anew
-        self._before = _resident("VmRSS")
+        self.before = _resident("VmRSS")
 
     def bytes(self) -> int:
         """The peak since then."""
-        return max(0, _resident("VmHWM") - self._before)
+        return max(0, _resident("VmHWM") - self.before)
 
 
 def _resident(field: str) -> int:

@@ -106,6 +106,54 @@ def print_scaling(console: Console, axis: str, records: Sequence[Record]) -> Non
     print_rows(console, ["peer", "exponent", *(f"{size:g}" for size in sizes)], rows)
 
 
+STEP_PHASES = (
+    "tokenisation", "reading documents", "retriever forward", "reader forward", "reader backward",
+    "retriever backward", "optimiser",
+)  # fmt: skip
+
+
+def step_columns() -> list[str]:
+    """Heads of the columns of :func:`step_row`."""
+    return [
+        "way", "status", "step s", "± %", "tokens/s", "faster", "peak MiB", "cosine",
+        *STEP_PHASES,
+    ]  # fmt: skip
+
+
+def step_row(record: Record) -> list[str]:
+    """The cells of one way, phases in seconds."""
+    if record["total"] is None:
+        return [record["peer"], record["status"]]
+    phases = record["phases"]
+    return [
+        record["peer"],
+        record["status"],
+        three_digits(record["total"]["median"]),
+        spread(record["total"]),
+        number(record["tokens_per_second"], 0),
+        number(record["ratio"], 1),
+        number(scaled(record["peak_bytes"], 2**20), 0),
+        number(record["gradient_cosine"], 4),
+        *(three_digits(phases[p]["median"]) if p in phases else "-" for p in STEP_PHASES),
+    ]
+
+
+def print_steps(console: Console, records: Sequence[Record]) -> None:
+    """Print the ways of one model."""
+    first = records[0]
+    models = number(scaled(max(r["models_bytes"] or 0 for r in records), 2**20), 0)
+    console.print(
+        f"\n[bold]one training step: {first['model']}, {first['dtype']}, B {first['batch']}, "
+        f"{first['documents']} documents of {first['document_tokens']} tokens, "
+        f"{first['tokens']} tokens a step; process with models {models} MiB[/bold]",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    print_rows(console, step_columns(), [step_row(r) for r in records])
+    for record in records:
+        if record["reason"] is not None:
+            console.print(f"  {record['peer']}: {record['reason']}", style="dim", soft_wrap=True)
+
+
 def milliseconds(quantiles: dict[str, float] | None) -> str:
     """A median in ms with three digits that count."""
     if quantiles is None:
