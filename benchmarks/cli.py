@@ -179,6 +179,98 @@ def step(
     console.print(f"\n{records.write(path, results)}", soft_wrap=True)
 
 
+@app.command("gpu-acceptance")
+def gpu_acceptance(
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="tiny shapes on the CPU, to try the command out")
+    ] = False,
+    output: Output = None,
+    runs: Annotated[int, typer.Option(min=1, help="timed rounds")] = 25,
+    seconds: Annotated[float, typer.Option(help="a peer's time for one case")] = 5.0,
+    total_seconds: Annotated[float, typer.Option(help="the time of all cases")] = 1500.0,
+) -> None:
+    """Run the tests on the GPU, then time the shapes that decide about the GPU kernels."""
+    import torch
+
+    from . import records
+    from .acceptance import PEERS, measured_floors, require_gpu, run_acceptance, summary
+    from .kernel import Settings, choose
+    from .tables import print_kernel, print_rows, terminal
+
+    if not rehearse:
+        require_gpu()
+    settings = Settings(
+        device=torch.device("cpu" if rehearse else "cuda"), peers=choose(PEERS),
+        runs=2 if rehearse else runs, seconds=seconds, total_seconds=total_seconds,
+        memory=not rehearse, quick=rehearse,
+    )  # fmt: skip
+    console = terminal()
+    said: set[str] = set()
+    results = run_acceptance(
+        settings,
+        rehearse=rehearse,
+        say=lambda text: console.print(text, style="dim", soft_wrap=True, highlight=False),
+        show=lambda r: print_kernel(console, r, said),
+    )
+    name = records.file_name("acceptance", results[0]["environment"])
+    path = records.write(results_folder(output, rehearse) / name, results)
+    if not rehearse:
+        console.print(f"\n{measured_floors(results)}", highlight=False, soft_wrap=True)
+    console.print(f"\n{path}\n", soft_wrap=True)
+    print_rows(console, ["to be reached", "bound", "measured", "met"], summary(results))
+
+
+@app.command()
+def report(
+    output: Output = None,
+    readme: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="file with the markers; by default that of the checkout"),
+    ] = None,
+) -> None:
+    """Turn the records into tables, plots, and the block in the README."""
+    from .report import write_report
+
+    folder = results_folder(output, quick=False)
+    here = Path(__file__).resolve().parent / "README.md"
+    for path in write_report(folder, readme or (here if output is None else folder / "none")):
+        typer.echo(path)
+
+
+@app.command()
+def floors() -> None:
+    """Print the least times that an H100 needs for the acceptance shapes."""
+    from .floors import H100, floor_table
+
+    typer.echo(floor_table(H100))
+
+
+@app.command()
+def compare(
+    base: Annotated[str, typer.Option(help="revision to compare this checkout with")],
+    device: Device = "auto",
+    threads: Threads = 0,
+    quick: Quick = False,
+    output: Output = None,
+    rounds: Annotated[int, typer.Option(min=1, help="processes for each revision")] = 3,
+) -> None:
+    """Time two commits on this machine, in turn."""
+    from . import records
+    from .compare import default_cases, run_compare
+    from .tables import print_compare, terminal
+
+    chosen = _device(device, threads)
+    console = terminal()
+    results = run_compare(
+        base, default_cases(chosen, quick), chosen, rounds,
+        lambda text: console.print(text, style="dim", highlight=False),
+    )  # fmt: skip
+    print_compare(console, results)
+    name = records.file_name("compare", results[0]["environment"])
+    path = records.write(results_folder(output, quick) / name, results)
+    console.print(f"\n{path}", soft_wrap=True)
+
+
 def main() -> None:
     """Run a command; mistakes of the user end in one line."""
     import sys

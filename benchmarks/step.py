@@ -58,11 +58,8 @@ class StepSettings:
 
     def chosen_ways(self) -> list[Way]:
         """New ways; a cached one has nothing in its cache."""
-        return [
-            way
-            for way in make_ways()
-            if not self.ways or any(part in way.name for part in self.ways)
-        ]
+        wanted = self.ways or [""]
+        return [way for way in make_ways() if any(part in way.name for part in wanted)]
 
 
 @dataclass

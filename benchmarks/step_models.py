@@ -38,24 +38,12 @@ class StepModel:
     heads: Mapping[int, Sequence[int]] | None = None
 
 
-def _shape(
-    hidden: int,
-    intermediate: int,
-    layers: int,
-    heads: int,
-    key_heads: int,
-    head_dim: int,
-    vocab: int,
-) -> dict[str, int]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_heads,
-        "head_dim": head_dim,
-        "vocab_size": vocab,
-    }
+def _shape(*sizes: int) -> dict[str, int]:
+    names = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "vocab_size",
+    )  # fmt: skip
+    return dict(zip(names, sizes, strict=True))
 
 
 STEP_MODELS = {

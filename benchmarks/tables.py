@@ -106,6 +106,15 @@ def print_scaling(console: Console, axis: str, records: Sequence[Record]) -> Non
     print_rows(console, ["peer", "exponent", *(f"{size:g}" for size in sizes)], rows)
 
 
+def print_compare(console: Console, records: Sequence[Record]) -> None:
+    """Print both revisions of every case."""
+    for case in {str(r["case"]): r["case"] for r in records}.values():
+        own = [r for r in records if r["case"] == case]
+        console.print(f"\n[bold]{describe_case(case)}[/bold]", highlight=False, soft_wrap=True)
+        rows = [[r["revision"], *kernel_row(r)[:9]] for r in own]
+        print_rows(console, ["revision", *kernel_columns()[:9]], rows)
+
+
 STEP_PHASES = (
     "tokenisation", "reading documents", "retriever forward", "reader forward", "reader backward",
     "retriever backward", "optimiser",
@@ -115,16 +124,14 @@ STEP_PHASES = (
 def step_columns() -> list[str]:
     """Heads of the columns of :func:`step_row`."""
     return [
-        "way", "status", "step s", "± %", "tokens/s", "faster", "peak MiB", "cosine",
-        *STEP_PHASES,
+        "way", "status", "step s", "± %", "tokens/s", "faster", "peak MiB", "loss", "cosine",
     ]  # fmt: skip
 
 
 def step_row(record: Record) -> list[str]:
-    """The cells of one way, phases in seconds."""
+    """The cells of one way."""
     if record["total"] is None:
         return [record["peer"], record["status"]]
-    phases = record["phases"]
     return [
         record["peer"],
         record["status"],
@@ -133,9 +140,16 @@ def step_row(record: Record) -> list[str]:
         number(record["tokens_per_second"], 0),
         number(record["ratio"], 1),
         number(scaled(record["peak_bytes"], 2**20), 0),
+        number(record["loss"], 4),
         number(record["gradient_cosine"], 4),
-        *(three_digits(phases[p]["median"]) if p in phases else "-" for p in STEP_PHASES),
     ]
+
+
+def phase_row(record: Record) -> list[str]:
+    """Where a way's seconds go."""
+    phases = record["phases"]
+    cells = [three_digits(phases[p]["median"]) if p in phases else "-" for p in STEP_PHASES]
+    return [record["peer"], *cells]
 
 
 def print_steps(console: Console, records: Sequence[Record]) -> None:
@@ -149,6 +163,8 @@ def print_steps(console: Console, records: Sequence[Record]) -> None:
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     print_rows(console, step_columns(), [step_row(r) for r in records])
+    console.print("seconds of each phase", style="dim")
+    print_rows(console, ["way", *STEP_PHASES], [phase_row(r) for r in records])
     for record in records:
         if record["reason"] is not None:
             console.print(f"  {record['peer']}: {record['reason']}", style="dim", soft_wrap=True)
