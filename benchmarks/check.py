@@ -56,7 +56,7 @@ class Oracle:
             exact = self.inputs.exact()
             case = replace(self.inputs.case, gradients=("query", "key", "value", "scores"))
             change = {"scored": 0.0} if kind == "plain" else {"mode": kind}
-            case = replace(case, **change)  # type: ignore[arg-type]
+            case = replace(case, **change)
             expected = _reference(replace(exact, case=case))
             yardstick = Eager().setup(replace(self.inputs, case=case))
             assert isinstance(yardstick, Prepared)
@@ -93,9 +93,10 @@ def _reference(inputs: Inputs) -> dict[str, Tensor]:
     leaves = [
         t.detach().requires_grad_() for t in (inputs.query, inputs.key, inputs.value, inputs.scores)
     ]
+    query, key, value, scores = leaves
     output = document_attention(
-        *leaves, inputs.spans, mode=case.mode, heads=case.heads, prefix=inputs.prefix,
-        impl="reference",
+        query, key, value, scores, inputs.spans, mode=case.mode, heads=case.heads,
+        prefix=inputs.prefix, impl="reference",
     )  # fmt: skip
     gradients = torch.autograd.grad(output, leaves, inputs.grad_output)
     return {

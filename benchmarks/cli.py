@@ -92,7 +92,8 @@ def kernel(
     if not wanted:
         raise ValueError(f"no case has {case!r} in its name and dtype {dtype!r}")
     console = terminal()
-    results = run_kernel(wanted, settings, lambda r: print_kernel(console, r), "kernel")
+    said: set[str] = set()
+    results = run_kernel(wanted, settings, lambda r: print_kernel(console, r, said), "kernel")
     overhead = run_overhead(settings)
     print_overhead(console, overhead)
     folder = results_folder(output, quick)

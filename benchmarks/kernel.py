@@ -68,19 +68,27 @@ def run_kernel(
     ceilings = measure_ceilings(settings.device, dtypes, 0.25 if settings.quick else 1.0)
     records: list[Record] = []
     prepared_before: set[tuple[str, str]] = set()
-    for case in cases:
-        late = time.monotonic() > deadline
-        outcomes = Outcomes(case, settings, environment, ceilings, suite)
-        if late:
-            for name in settings.peers:
-                outcomes.refuse(
-                    name, f"left out: the suite's {settings.total_seconds:.0f} s are up"
-                )
+    for group in _grouped(cases):
+        outcomes = [Outcomes(case, settings, environment, ceilings, suite) for case in group]
+        if time.monotonic() > deadline:
+            leave_out(outcomes)
         else:
-            _run_case(outcomes, prepared_before)
-        show(outcomes.records())
-        records += outcomes.records()
+            race_together(outcomes, prepared_before)
+        for own in outcomes:
+            show(own.records())
+            records += own.records()
     return records
+
+
+def _grouped(cases: Sequence[Case]) -> list[list[Case]]:
+    """Cases in turn that differ in their gradients only: their backwards are compared too."""
+    groups: list[list[Case]] = []
+    for case in cases:
+        if groups and replace(groups[-1][0], gradients=()) == replace(case, gradients=()):
+            groups[-1].append(case)
+        else:
+            groups.append([case])
+    return groups
 
 
 class Outcomes:
@@ -238,12 +246,27 @@ def figures(case: Case, times: Times, base: Times | None, ceilings: Ceilings) ->
     }
 
 
-def _run_case(outcomes: Outcomes, prepared_before: set[tuple[str, str]]) -> None:
-    settings = outcomes.settings
-    ready = outcomes.prepare(prepared_before)
-    outcomes.take(race(ready, settings.device, settings.runs, settings.seconds))
-    if settings.memory:
-        outcomes.measure_memory(ready)
+def race_together(outcomes: Sequence[Outcomes], prepared_before: set[tuple[str, str]]) -> None:
+    """Run the peers of several cases in one race, so that the cases can be compared as well."""
+    settings = outcomes[0].settings
+    ready = [own.prepare(prepared_before) for own in outcomes]
+    racers = {
+        f"{name} {place}": prepared
+        for place, peers in enumerate(ready)
+        for name, prepared in peers.items()
+    }
+    times = race(racers, settings.device, settings.runs, settings.seconds)
+    for place, own in enumerate(outcomes):
+        own.take({name: times[f"{name} {place}"] for name in ready[place]})
+        if settings.memory:
+            own.measure_memory(ready[place])
+
+
+def leave_out(outcomes: Sequence[Outcomes]) -> None:
+    """Note for all peers that there was no time for them."""
+    for own in outcomes:
+        for name in own.settings.peers:
+            own.refuse(name, f"left out: the suite's {own.settings.total_seconds:.0f} s are up")
 
 
 def run_overhead(settings: Settings) -> list[Record]:

@@ -125,7 +125,10 @@ def draw_scaling(records: Sequence[Record], device: str) -> Any:
             axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
             axes.set_xlabel(_AXES[name])
             axes.grid(alpha=0.3, which="both", lw=0.4)
-            axes.legend(fontsize=7, title="fitted exponent", title_fontsize=7)
+            axes.legend(
+                fontsize=7, title="fitted exponent", title_fontsize=7, frameon=False,
+                loc="upper center", bbox_to_anchor=(0.5, -0.16),
+            )  # fmt: skip
         unit = "forward + backward (ms)" if what == "total" else "memory beyond in/out (MiB)"
         grid[line][0].set_ylabel(unit)
     figure.suptitle(f"How cost grows, {device}", fontsize=11)
@@ -169,7 +172,7 @@ def _draw_phases(axes: Any, records: Sequence[Record]) -> None:
         if record["ratio"] is not None:
             text += f", {record['ratio']:.1f} times faster"
         axes.text(left[place] + 0.01 * max(left), place, text, va="center", fontsize=8)
-    axes.set_xlim(0, 1.35 * max(left))
+    axes.set_xlim(0, 1.45 * max(left))
     axes.set_xlabel("seconds a step")
     axes.tick_params(labelsize=8)
 

@@ -136,7 +136,8 @@ def _targets(records: Sequence[Record]) -> str:
 
 def _kernel(suite: str, records: Sequence[Record]) -> str:
     """One table for each case; reasons of refusals once, below."""
-    parts, reasons = [], {}
+    parts: list[str] = []
+    reasons: dict[str, None] = {}
     cases = list({str(r["case"]): r["case"] for r in records}.values())
     for case in cases:
         rows = [r for r in records if r["case"] == case]

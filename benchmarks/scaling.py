@@ -11,12 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .adapters import Prepared
 from .cases import Case
 from .ceilings import Ceilings
 from .environment import describe_environment
-from .kernel import Outcomes, Record, Settings
-from .measure import Times, race
+from .kernel import Outcomes, Record, Settings, leave_out, race_together
 
 # The operator, the way it would be written, and the floor: attention without scores.
 PEERS = ("ours (cuda)", "ours (triton)", "ours (cpu)", "eager", "sdpa, no scores, expanded")
@@ -99,29 +97,15 @@ def _run_axis(
         size: Outcomes(axis.case(size), settings, environment, Ceilings(), "scaling")
         for size in axis.sizes
     }
-    together: dict[str, Prepared] = {}
-    places: dict[str, tuple[float, str]] = {}
-    ready: dict[float, dict[str, Prepared]] = {}
-    for size, own in outcomes.items():
-        if late:
-            for name in settings.peers:
-                own.refuse(name, f"left out: the suite's {settings.total_seconds:.0f} s are up")
-            continue
-        ready[size] = own.prepare(set())
-        for name, prepared in ready[size].items():
-            key = f"{name} at {size}"
-            together[key], places[key] = prepared, (size, name)
-    times: dict[float, dict[str, Times]] = {size: {} for size in outcomes}
-    for key, own_times in race(together, settings.device, settings.runs, settings.seconds).items():
-        size, name = places[key]
-        times[size][name] = own_times
-    records = []
-    for size, own in outcomes.items():
-        own.take(times[size])
-        if settings.memory and size in ready:
-            own.measure_memory(ready[size])
-        records += [{**r, "axis": axis.name, "value": size} for r in own.records()]
-    return records
+    if late:
+        leave_out(list(outcomes.values()))
+    else:
+        race_together(list(outcomes.values()), set())
+    return [
+        {**record, "axis": axis.name, "value": size}
+        for size, own in outcomes.items()
+        for record in own.records()
+    ]
 
 
 def fitted_exponent(points: Sequence[tuple[float, float]]) -> float | None:

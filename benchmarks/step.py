@@ -20,7 +20,16 @@ from .measure import describe, quantiles
 from .memory import PeakMemory, measurable, spawn_environment
 from .records import SCHEMA
 from .step_models import STEP_MODELS, StepSetup, make_setup
-from .step_ways import FullSequence, Stopwatch, Way, make_ways, run_step, take_gradient, tokens
+from .step_ways import (
+    FullSequence,
+    Stopwatch,
+    Way,
+    gradient_of,
+    make_ways,
+    run_step,
+    tokens,
+    update,
+)
 
 Record = dict[str, Any]
 
@@ -68,7 +77,6 @@ class _Outcome:
 
     way: Way
     runs: list[dict[str, float]] = field(default_factory=list)
-    rounds: list[int] = field(default_factory=list)
     loss: float | None = None
     gradient: Tensor | None = None
     failure: tuple[str, str] | None = None
@@ -101,7 +109,7 @@ def run_steps(settings: StepSettings, say: Callable[[str], None]) -> list[Record
     for outcome in outcomes.values():
         outcome.way = next(w for w in settings.chosen_ways() if w.name == outcome.way.name)
     say("timing")
-    _time(setup, settings, list(outcomes.values()))
+    _time(setup, settings, list(outcomes.values()), say)
     if settings.memory:
         for name, outcome in outcomes.items():
             if outcome.failure is None:
@@ -150,30 +158,43 @@ def disagreements(setup: StepSetup, ways: Sequence[Way]) -> dict[str, str]:
 
 
 def _loss_and_gradient(setup: StepSetup, way: Way) -> tuple[float, Tensor]:
-    loss = run_step(setup, way, Stopwatch(setup.device), update=False)
-    return loss, take_gradient(setup)
+    loss = run_step(setup, way, Stopwatch(setup.device))
+    gradient = gradient_of(setup)
+    setup.optimizer.zero_grad()
+    return loss, gradient
 
 
-def _time(setup: StepSetup, settings: StepSettings, outcomes: list[_Outcome]) -> None:
-    """Run the ways in turn. The first, untimed round keeps loss and gradient."""
+def _time(
+    setup: StepSetup,
+    settings: StepSettings,
+    outcomes: list[_Outcome],
+    say: Callable[[str], None],
+) -> None:
+    """Run the ways in turn.
+
+    The first round keeps loss and gradient and warms up; it counts only for a way that is so slow
+    that warming up makes no difference.
+    """
     for number in range(settings.runs + 1):
         for outcome in outcomes:
-            enough = outcome.rounds and outcome.spent > settings.seconds
+            enough = outcome.runs and outcome.spent > settings.seconds
             if outcome.failure is not None or enough:
                 continue
             watch, start = Stopwatch(setup.device), time.perf_counter()
             try:
-                loss = run_step(setup, outcome.way, watch, update=number > 0)
+                loss = run_step(setup, outcome.way, watch)
+                if not number:
+                    outcome.loss, outcome.gradient = loss, gradient_of(setup)
+                update(setup, watch)
             except Exception as error:
                 outcome.failure = ("failed", describe(error))
                 setup.optimizer.zero_grad()
                 continue
             outcome.spent += time.perf_counter() - start
-            if number:
+            if number or outcome.spent > settings.seconds:
                 outcome.runs.append(watch.seconds)
-                outcome.rounds.append(number)
-            else:
-                outcome.loss, outcome.gradient = loss, take_gradient(setup)
+            if not number:
+                say(f"first run of: {outcome.way.name}, {outcome.spent:.1f} s")
 
 
 def _measure_memory(setup: StepSetup, settings: StepSettings, outcome: _Outcome) -> None:
@@ -181,7 +202,7 @@ def _measure_memory(setup: StepSetup, settings: StepSettings, outcome: _Outcome)
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         outcome.models = torch.cuda.memory_allocated()
-        run_step(setup, outcome.way, Stopwatch(setup.device))
+        _whole_step(setup, outcome.way)
         outcome.peak = torch.cuda.max_memory_allocated() - outcome.models
         return
     if not measurable():
@@ -214,12 +235,19 @@ def _worker(order: dict[str, Any]) -> None:
     (way,) = (w for w in make_ways() if w.name == order["way"])
     rows, setup.rows = setup.rows, setup.rows[:1]
     # Loading code, making threads and the optimiser's state are not the step's own memory.
-    run_step(setup, next(w for w in make_ways() if w.name == way.name), Stopwatch(device))
+    _whole_step(setup, next(w for w in make_ways() if w.name == way.name))
     setup.rows = rows
+    if isinstance(way, FullSequence):
+        way.limit = 2  # each query frees what it has taken, so the others show nothing new
     memory = PeakMemory()
-    models = memory.before
-    run_step(setup, way, Stopwatch(device))
-    print(json.dumps({"models": models, "peak": memory.bytes()}))
+    _whole_step(setup, way)
+    print(json.dumps({"models": memory.before, "peak": memory.bytes()}))
+
+
+def _whole_step(setup: StepSetup, way: Way) -> None:
+    watch = Stopwatch(setup.device)
+    run_step(setup, way, watch)
+    update(setup, watch)
 
 
 def _records(

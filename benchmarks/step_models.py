@@ -18,7 +18,8 @@ from dream_training.smollm2 import smollm2_path
 
 QUERY_TOKENS, TARGET_TOKENS = 32, 32
 _LORA_RANK = 32
-_LEARNING_RATE = 1e-4
+# The optimiser does all its work and changes nothing, so that every run computes the same step.
+_LEARNING_RATE = 0.0
 
 
 @dataclass(frozen=True)
@@ -185,11 +186,13 @@ def save_random_model(shape: Mapping[str, int], path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     torch.manual_seed(0)
+    options: dict[str, Any] = dict(shape)
     config = LlamaConfig(
-        **shape, max_position_embeddings=65536, tie_word_embeddings=True,
+        **options, max_position_embeddings=65536, tie_word_embeddings=True,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(path)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     ).save_pretrained(path)

@@ -51,9 +51,13 @@ class Way(Protocol):
         context: ``"joint"`` or ``"independent"``: ways of one context compute the same loss.
     """
 
-    name: str
-    note: str
     context: str
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def note(self) -> str: ...
 
     def read(self, setup: StepSetup, watch: Stopwatch) -> Any:
         """Read the documents; what comes back is given to :meth:`predict`."""
@@ -81,10 +85,12 @@ class FullSequence:
             the attention matrix, and autograd.
         context: ``"independent"`` hides the documents from each other with a dense mask, which
             makes it the oracle of independent reading.
+        limit: predict only so many queries, where the loop over them frees what each has taken.
     """
 
     fused: bool
     context: str = "joint"
+    limit: int | None = None
     _state: _NaiveState | None = field(default=None, repr=False)
 
     @property
@@ -104,7 +110,7 @@ class FullSequence:
         with watch("tokenisation"):
             header, documents, queries, targets = tokens(setup)
         count = sum(map(len, targets))
-        for b, (query, target) in enumerate(zip(queries, targets)):
+        for b, (query, target) in enumerate(list(zip(queries, targets))[: self.limit]):
             ids = [*header, *(t for d in documents for t in d), *query, *target]
             inputs = torch.tensor([ids], device=setup.device)
             labels = inputs.clone()
@@ -204,8 +210,8 @@ def make_ways() -> list[Way]:
     ]  # fmt: skip
 
 
-def run_step(setup: StepSetup, way: Way, watch: Stopwatch, *, update: bool = True) -> float:
-    """One training step; returns the loss. Without ``update`` the gradients are left in place."""
+def run_step(setup: StepSetup, way: Way, watch: Stopwatch) -> float:
+    """One training step up to the optimiser; returns the loss and leaves the gradients."""
     with watch("tokenisation"):
         batch = setup.collator(setup.rows)
     read = way.read(setup, watch)
@@ -223,19 +229,20 @@ def run_step(setup: StepSetup, way: Way, watch: Stopwatch, *, update: bool = Tru
     loss = way.predict(setup, read, leaf, watch)
     with watch("retriever backward"):
         scores.backward(leaf.grad)
-    if update:
-        with watch("optimiser"):
-            nn.utils.clip_grad_norm_(setup.trained, 1.0)
-            setup.optimizer.step()
-            setup.optimizer.zero_grad()
     return loss
 
 
-def take_gradient(setup: StepSetup) -> Tensor:
-    """The retriever's gradient as one vector; the parameters' own are cleared."""
-    gradient = torch.cat([p.grad.flatten().float() for p in setup.trained if p.grad is not None])
-    setup.optimizer.zero_grad()
-    return gradient
+def update(setup: StepSetup, watch: Stopwatch) -> None:
+    """The rest of the step: the optimiser, which clears the gradients."""
+    with watch("optimiser"):
+        nn.utils.clip_grad_norm_(setup.trained, 1.0)
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
+
+
+def gradient_of(setup: StepSetup) -> Tensor:
+    """The retriever's gradient as one vector, a copy."""
+    return torch.cat([p.grad.flatten().float() for p in setup.trained if p.grad is not None])
 
 
 def tokens(

@@ -30,7 +30,7 @@ class FlashAttention:
         if inputs.case.dtype == "float32":
             return Refusal("it has no float32 kernel")
         attend = importlib.import_module("flash_attn").flash_attn_func
-        key, value = inputs.joined()
+        key, value = inputs.joined(inputs.key, inputs.value)
         leaves = {
             name: tensor.detach().transpose(1, 2).contiguous().requires_grad_()
             for name, tensor in (
