@@ -154,8 +154,9 @@ def make_rows(count: int) -> list[dict[str, Any]]:
     for name in sorted(vars(nn)):
         text = " ".join((inspect.getdoc(getattr(nn, name)) or "").split())
         if isinstance(getattr(nn, name), type) and len(text) > 1000:
+            document = f"{name}: {text}"  # also the first few tokens differ
             query = f"What does torch.nn.{name} compute, and with which arguments is it made?"
-            rows.append({"query": query, "target": text[:400], "documents": [text]})
+            rows.append({"query": query, "target": text[:400], "documents": [document]})
     if len(rows) < count:
         raise ValueError(f"batch must be at most {len(rows)}, got {count}")
     return rows[:count]

@@ -40,12 +40,18 @@ ON_EVERY_CPU = [
 QUICK = Settings(peers=ON_EVERY_CPU, runs=3, seconds=1.0, memory=False, quick=True)
 
 
+def label(case: Case) -> str:
+    """What distinguishes a variant."""
+    own, base = case.record(), SMALL.record()
+    return ",".join(f"{k}={v}" for k, v in own.items() if v != base[k]) or "small"
+
+
 def quietly(_: object) -> None:
     """Shows nothing."""
 
 
 @pytest.mark.parametrize("name", ON_EVERY_CPU)
-@pytest.mark.parametrize("case", VARIANTS, ids=str)
+@pytest.mark.parametrize("case", VARIANTS, ids=label)
 def test_a_peer_agrees_with_the_reference_and_gives_the_gradients_asked_for(
     case: Case, name: str
 ) -> None:
@@ -89,12 +95,12 @@ class _Spoiled(Eager):
         def spoiled(output):
             gradients = backward(output)
             if self.what in gradients:
-                gradients[self.what] = gradients[self.what] * 1.02
+                gradients[self.what] = gradients[self.what] * 1.1
             return gradients
 
         forward = right.forward
         if self.what == "output":
-            forward = lambda: right.forward() * 1.02  # noqa: E731
+            forward = lambda: right.forward() * 1.1  # noqa: E731
         if self.what == "everything":
             raise MemoryError("a peer that needs too much")
         return Prepared(forward, spoiled)

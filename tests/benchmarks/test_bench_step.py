@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def setup():
-    return make_setup(STEP_MODELS["tiny"], 3, 12, CPU)
+    return make_setup(STEP_MODELS["tiny"], 3, 16, CPU)
 
 
 @dataclass
@@ -87,7 +87,7 @@ def test_records_of_a_run_validate(monkeypatch) -> None:
     wrong = _HalfScores("wrong", "")
     monkeypatch.setattr(step, "make_ways", lambda: [*make_ways(), wrong])
     settings = StepSettings(
-        model="tiny", batch=2, document_tokens=8, runs=1, memory=False, quick=True
+        model="tiny", batch=3, document_tokens=16, runs=1, memory=False, quick=True
     )
     said = []
     records = run_steps(settings, said.append)
