@@ -148,8 +148,8 @@ def step(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="queries, and documents of the pool")] = 16,
     document_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    runs: Annotated[int, typer.Option(min=1, help="timed rounds")] = 5,
-    seconds: Annotated[float, typer.Option(help="a way's time")] = 30.0,
+    runs: Annotated[int, typer.Option(min=1, help="timed rounds")] = 4,
+    seconds: Annotated[float, typer.Option(help="a way's time")] = 20.0,
     memory: Annotated[bool, typer.Option(help="measure peak memory")] = True,
 ) -> None:
     """Time one whole training step: retriever, reading, loss, backward, optimiser."""

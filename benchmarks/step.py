@@ -35,7 +35,7 @@ Record = dict[str, Any]
 
 # Ways of one context must agree to this in float32, before any of them is timed.
 _ALLOWED_LOSS, _ALLOWED_COSINE, _ALLOWED_SIZE = 1e-4, 1e-4, 1e-3
-_CHECK_BATCH = 3
+_CHECK_BATCH = 2
 _MEMORY_SECONDS = 280
 
 
@@ -59,8 +59,8 @@ class StepSettings:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     batch: int = 16
     document_tokens: int = 64
-    runs: int = 5
-    seconds: float = 30.0
+    runs: int = 4
+    seconds: float = 20.0
     ways: Sequence[str] = ()
     memory: bool = True
     quick: bool = False
