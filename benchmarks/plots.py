@@ -26,8 +26,8 @@ _AXES = {
 }
 # Line style, marker and grey tell peers apart without colour.
 _LINES = (("-", "o", "0.0"), ("--", "s", "0.35"), (":", "^", "0.5"), ("-.", "D", "0.2"))
-_GREYS = ("0.95", "0.80", "0.55", "0.65", "0.30", "0.45", "1.00")
-_HATCHES = ("...", "", "//", "", "", "\\\\", "xxx")
+_GREYS = ("0.95", "0.80", "0.55", "0.30", "0.55", "1.00")
+_HATCHES = ("...", "", "//", "", "\\\\", "xxx")
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:

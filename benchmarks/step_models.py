@@ -131,6 +131,7 @@ def make_setup(
         path, layers=model.retriever_layers, lora_r=_LORA_RANK, max_len=document_tokens,
         device=str(device),
     )  # fmt: skip
+    _checkpoint(retriever.transformers_model)
     for name, parameter in retriever.named_parameters():
         if "lora_B" in name:
             # Adapters begin as zeros, and half of their gradient with them.
@@ -146,6 +147,13 @@ def make_setup(
         folder=folder,
     )
     return setup
+
+
+def _checkpoint(backbone: Any) -> None:
+    """Have the retriever compute its activations again: they would be most of a step's memory."""
+    # renamed in transformers 5.24
+    new = getattr(backbone, "activation_checkpointing_enable", None)
+    (new or backbone.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def make_rows(count: int) -> list[dict[str, Any]]:

@@ -115,7 +115,7 @@ class FullSequence:
             inputs = torch.tensor([ids], device=setup.device)
             labels = inputs.clone()
             labels[:, : -len(target)] = -100
-            with watch("reader forward"):
+            with watch("reader"):
                 if self.fused:
                     loss = reader.model(
                         input_ids=inputs, labels=labels, document_scores=scores[b : b + 1],
@@ -124,7 +124,6 @@ class FullSequence:
                 else:
                     loss = self._hooked(setup, inputs, labels, scores[b : b + 1])
                 loss = loss * len(target) / count
-            with watch("reader backward"):
                 loss.backward()
             total += loss.item()
         return total
@@ -185,9 +184,8 @@ class WithPrefix:
         return prefix
 
     def predict(self, setup: StepSetup, read: Prefix, scores: Tensor, watch: Stopwatch) -> float:
-        with watch("reader forward"):
+        with watch("reader"):
             reading = setup.reader(read, setup.queries, setup.targets, scores)
-        with watch("reader backward"):
             reading.loss.backward()
         return reading.loss.item()
 

@@ -116,7 +116,7 @@ def print_compare(console: Console, records: Sequence[Record]) -> None:
 
 
 STEP_PHASES = (
-    "tokenisation", "reading documents", "retriever forward", "reader forward", "reader backward",
+    "tokenisation", "reading documents", "retriever forward", "reader",
     "retriever backward", "optimiser",
 )  # fmt: skip
 

@@ -60,7 +60,7 @@ def _steps() -> list[dict]:
             "peer": way, "status": "ok", "reason": None, "model": "tiny", "dtype": "float32",
             "batch": 2, "documents": 2, "document_tokens": 8, "note": "", "tokens": 100,
             "total": quantile(seconds),
-            "phases": {"reader forward": quantile(seconds), "optimiser": quantile(0.0)},
+            "phases": {"reader": quantile(seconds), "optimiser": quantile(0.0)},
             "tokens_per_second": 100 / seconds, "ratio": 4.0 / seconds, "loss": 1.0,
             "loss_difference": 0.0, "gradient_cosine": 1.0, "gradient_size": 1.0,
             "models_bytes": 10, "peak_bytes": int(100 * seconds),
