@@ -18,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_README = Path(__file__).resolve().parent / "README.md"
+
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 for PyTorch's own number")]
 Quick = Annotated[bool, typer.Option("--quick", help="small shapes, a first look in minutes")]
@@ -163,6 +165,7 @@ def step(
     models = [model] if model else shaped if chosen.type == "cuda" else ["smollm2-135m"]
     if quick:
         models, batch, document_tokens, runs = [model or "tiny"], min(batch, 4), 24, 3
+        memory = False  # a process for each way would take most of the time
     unknown = set(models) - STEP_MODELS.keys()
     if unknown:
         raise ValueError(f"model must be one of {', '.join(STEP_MODELS)}, got {unknown.pop()!r}")
@@ -178,6 +181,19 @@ def step(
         results += own
     path = results_folder(output, quick) / records.file_name("step", results[0]["environment"])
     console.print(f"\n{records.write(path, results)}", soft_wrap=True)
+
+
+@app.command("all")
+def everything(
+    device: Device = "auto", threads: Threads = 0, quick: Quick = False, output: Output = None
+) -> None:
+    """Run kernel, scaling and step one after the other, and report; --quick takes minutes."""
+    kernel(device=device, threads=threads, quick=quick, output=output)
+    scaling(device=device, threads=threads, quick=quick, output=output)
+    step(device=device, threads=threads, quick=quick, output=output)
+    folder = results_folder(output, quick)
+    # Only results proper go into the README.
+    report(output=folder, readme=None if quick or output is not None else _README)
 
 
 @app.command("gpu-acceptance")
@@ -233,8 +249,8 @@ def report(
     from .report import write_report
 
     folder = results_folder(output, quick=False)
-    here = Path(__file__).resolve().parent / "README.md"
-    for path in write_report(folder, readme or (here if output is None else folder / "none")):
+    default = _README if output is None else folder / "none"
+    for path in write_report(folder, readme or default):
         typer.echo(path)
 
 
