@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -152,6 +152,7 @@ def step(
     document_tokens: Annotated[int, typer.Option(min=1)] = 64,
     runs: Annotated[int, typer.Option(min=1, help="timed rounds")] = 4,
     seconds: Annotated[float, typer.Option(help="a way's time")] = 20.0,
+    total_seconds: Annotated[float, typer.Option(help="the time of one model")] = 600.0,
     memory: Annotated[bool, typer.Option(help="measure peak memory")] = True,
 ) -> None:
     """Time one whole training step: retriever, reading, loss, backward, optimiser."""
@@ -170,17 +171,24 @@ def step(
     if unknown:
         raise ValueError(f"model must be one of {', '.join(STEP_MODELS)}, got {unknown.pop()!r}")
     console = terminal()
-    results = []
+    folder, results = results_folder(output, quick), []
     for name in models:
         settings = StepSettings(
             model=name, device=chosen, batch=batch, document_tokens=document_tokens, runs=runs,
-            seconds=seconds, ways=way or (), memory=memory, quick=quick,
+            seconds=seconds, total_seconds=total_seconds, ways=way or (), memory=memory,
+            quick=quick,
         )  # fmt: skip
-        own = run_steps(settings, lambda text: console.print(text, style="dim"))
+
+        def keep(own: list[dict[str, Any]], before: list[dict[str, Any]] = results) -> None:
+            """Whatever stops the suite, what was measured stands in the file."""
+            name = records.file_name("step", own[0]["environment"])
+            records.write(folder / name, [*before, *own])
+
+        own = run_steps(settings, lambda text: console.print(text, style="dim"), keep)
         print_steps(console, own)
-        results += own
-    path = results_folder(output, quick) / records.file_name("step", results[0]["environment"])
-    console.print(f"\n{records.write(path, results)}", soft_wrap=True)
+        results = [*results, *own]
+    path = records.write(folder / records.file_name("step", results[0]["environment"]), results)
+    console.print(f"\n{path}", soft_wrap=True)
 
 
 @app.command("all")

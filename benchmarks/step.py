@@ -50,6 +50,7 @@ class StepSettings:
         document_tokens: of each document.
         runs: timed rounds.
         seconds: what one way may take before it stops.
+        total_seconds: what the suite may take; peak memory that does not fit is left out.
         ways: only ways whose name contains one of these; all by default.
         memory: whether peak memory is measured, on a CPU in a process for each way.
         quick: whether the figures are a first look.
@@ -61,6 +62,7 @@ class StepSettings:
     document_tokens: int = 64
     runs: int = 4
     seconds: float = 20.0
+    total_seconds: float = 600.0
     ways: Sequence[str] = ()
     memory: bool = True
     quick: bool = False
@@ -89,16 +91,20 @@ class _Outcome:
         return [sum(phases.values()) for phases in self.runs]
 
 
-def run_steps(settings: StepSettings, say: Callable[[str], None]) -> list[Record]:
+def run_steps(
+    settings: StepSettings, say: Callable[[str], None], keep: Callable[[list[Record]], None]
+) -> list[Record]:
     """Check, time and measure all ways.
 
     Args:
         settings: how.
         say: is told what is going on.
+        keep: is given the records when the times are there, and again with each peak of memory.
 
     Returns:
         One record for each way.
     """
+    deadline = time.monotonic() + settings.total_seconds
     environment = describe_environment(settings.device)
     model = STEP_MODELS[settings.model]
     setup = make_setup(model, settings.batch, settings.document_tokens, settings.device)
@@ -110,11 +116,13 @@ def run_steps(settings: StepSettings, say: Callable[[str], None]) -> list[Record
         outcome.way = next(w for w in settings.chosen_ways() if w.name == outcome.way.name)
     say("timing")
     _time(setup, settings, list(outcomes.values()), say)
+    keep(_records(setup, settings, environment, list(outcomes.values())))
     if settings.memory:
         for name, outcome in outcomes.items():
-            if outcome.failure is None:
+            if outcome.failure is None and time.monotonic() < deadline:
                 say(f"peak memory of: {name}")
                 _measure_memory(setup, settings, outcome)
+                keep(_records(setup, settings, environment, list(outcomes.values())))
     return _records(setup, settings, environment, list(outcomes.values()))
 
 

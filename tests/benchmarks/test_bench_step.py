@@ -89,10 +89,11 @@ def test_records_of_a_run_validate(monkeypatch) -> None:
     settings = StepSettings(
         model="tiny", batch=3, document_tokens=16, runs=1, memory=False, quick=True
     )
-    said = []
-    records = run_steps(settings, said.append)
+    said, kept = [], []
+    records = run_steps(settings, said.append, kept.append)
     for record in records:
         validate(record)
+    assert kept == [records]  # what is there before the memory is measured
     rows = {r["peer"]: r for r in records}
     assert rows["wrong"]["status"] == "wrong" and rows["wrong"]["total"] is None
     assert rows["naive"]["ratio"] == 1.0
