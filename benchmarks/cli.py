@@ -95,12 +95,16 @@ def kernel(
         raise ValueError(f"no case has {case!r} in its name and dtype {dtype!r}")
     console = terminal()
     said: set[str] = set()
-    results = run_kernel(wanted, settings, lambda r: print_kernel(console, r, said), "kernel")
+    keeper = records.Keeper(results_folder(output, quick), "kernel")
+
+    def show(own: list[dict[str, Any]]) -> None:
+        print_kernel(console, own, said)
+        keeper.add(own)
+
+    run_kernel(wanted, settings, show, "kernel")
     overhead = run_overhead(settings)
     print_overhead(console, overhead)
-    folder = results_folder(output, quick)
-    name = records.file_name("kernel", results[0]["environment"])
-    console.print(f"\n{records.write(folder / name, results + overhead)}", soft_wrap=True)
+    console.print(f"\n{keeper.add(overhead)}", soft_wrap=True)
 
 
 @app.command()
@@ -131,10 +135,14 @@ def scaling(
     if not wanted:
         raise ValueError(f"no axis is called {axis!r}")
     console = terminal()
-    results = run_scaling(wanted, settings, lambda name, r: print_scaling(console, name, r))
-    name = records.file_name("scaling", results[0]["environment"])
-    path = records.write(results_folder(output, quick) / name, results)
-    console.print(f"\n{path}", soft_wrap=True)
+    keeper = records.Keeper(results_folder(output, quick), "scaling")
+
+    def show(name: str, own: list[dict[str, Any]]) -> None:
+        print_scaling(console, name, own)
+        keeper.add(own)
+
+    run_scaling(wanted, settings, show)
+    console.print(f"\n{keeper.path}", soft_wrap=True)
 
 
 @app.command()
@@ -171,24 +179,19 @@ def step(
     if unknown:
         raise ValueError(f"model must be one of {', '.join(STEP_MODELS)}, got {unknown.pop()!r}")
     console = terminal()
-    folder, results = results_folder(output, quick), []
+    keeper = records.Keeper(results_folder(output, quick), "step")
     for name in models:
         settings = StepSettings(
             model=name, device=chosen, batch=batch, document_tokens=document_tokens, runs=runs,
             seconds=seconds, total_seconds=total_seconds, ways=way or (), memory=memory,
             quick=quick,
         )  # fmt: skip
-
-        def keep(own: list[dict[str, Any]], before: list[dict[str, Any]] = results) -> None:
-            """Whatever stops the suite, what was measured stands in the file."""
-            name = records.file_name("step", own[0]["environment"])
-            records.write(folder / name, [*before, *own])
-
-        own = run_steps(settings, lambda text: console.print(text, style="dim"), keep)
+        own = run_steps(
+            settings, lambda text: console.print(text, style="dim"), keeper.replace_last
+        )
         print_steps(console, own)
-        results = [*results, *own]
-    path = records.write(folder / records.file_name("step", results[0]["environment"]), results)
-    console.print(f"\n{path}", soft_wrap=True)
+        keeper.add([])
+    console.print(f"\n{keeper.path}", soft_wrap=True)
 
 
 @app.command("all")

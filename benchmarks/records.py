@@ -180,6 +180,31 @@ def write(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
     return path
 
 
+class Keeper:
+    """Writes the records of a suite as they come: whatever stops it, its file holds the rest."""
+
+    def __init__(self, folder: Path, suite: str) -> None:
+        self.folder, self.suite = folder, suite
+        self.path: Path | None = None
+        self._done: list[Mapping[str, Any]] = []
+        self._last: list[Mapping[str, Any]] = []
+
+    def add(self, records: list[dict[str, Any]]) -> Path | None:
+        """Add records to the file and return its path; what was added before stays."""
+        self._done += self._last
+        self._last = []
+        return self.replace_last(records)
+
+    def replace_last(self, records: list[dict[str, Any]]) -> Path | None:
+        """Put records into the place of those that came last."""
+        self._last = list(records)
+        everything = [*self._done, *self._last]
+        if everything:
+            name = file_name(self.suite, everything[0]["environment"])
+            self.path = write(self.folder / name, everything)
+        return self.path
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
     """Read and check all records of a folder, file by file in alphabetical order.
 

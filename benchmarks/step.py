@@ -92,7 +92,7 @@ class _Outcome:
 
 
 def run_steps(
-    settings: StepSettings, say: Callable[[str], None], keep: Callable[[list[Record]], None]
+    settings: StepSettings, say: Callable[[str], None], keep: Callable[[list[Record]], object]
 ) -> list[Record]:
     """Check, time and measure all ways.
 

@@ -75,6 +75,17 @@ def test_records_survive_their_file(measured, tmp_path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["kernel.jsonl"]
 
 
+def test_a_suite_that_is_stopped_leaves_what_it_has(measured, tmp_path) -> None:
+    keeper = store.Keeper(tmp_path, "kernel")
+    assert keeper.add([]) is None
+    keeper.add(measured[:2])
+    keeper.replace_last(measured[1:3])
+    keeper.replace_last(measured[:3])
+    assert store.read(tmp_path) == measured[:3]
+    keeper.add(measured[3:4])
+    assert store.read(tmp_path) == measured[:4] and keeper.path.parent == tmp_path
+
+
 @pytest.mark.parametrize(
     "spoil,message",
     (
