@@ -11,13 +11,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .cases import gpu_cases, rehearsal_cases
+from .cases import Case, gpu_cases, rehearsal_cases
 from .environment import describe_environment
 from .floors import Peaks, floor_table
 from .kernel import Settings, run_kernel
@@ -31,6 +31,7 @@ PEERS = (
     "ours (cuda)", "ours (triton)", "ours (cpu)", "eager", "sdpa, no scores, expanded",
     "sdpa, no scores, grouped", "sdpa, dense mask", "sdpa, extra channel", "flex_attention",
 )  # fmt: skip
+PEERS_GRADIENTS = ("query", "scores")
 _TEST_SECONDS = 1800
 _SANITIZERS = ("memcheck", "racecheck")
 # A sanitizer makes a kernel a hundred times slower: one small forward and backward of each kind.
@@ -54,22 +55,36 @@ def run_acceptance(
     settings: Settings,
     *,
     rehearse: bool,
+    checks: bool,
+    wanted: str,
     say: Callable[[str], None],
-    show: Callable[[list[Record]], None],
+    show: Callable[[list[Record]], object],
 ) -> list[Record]:
     """Run tests and times.
 
     Args:
         settings: of the timing.
         rehearse: tiny shapes, no GPU.
+        checks: whether tests and sanitizers run, too.
+        wanted: only cases whose name contains this.
         say: is told what is going on.
         show: is given the records of each case.
     """
-    records = _run_checks(settings, rehearse, say)
-    cases = rehearsal_cases() if rehearse else gpu_cases()
+    cases = [c for c in (rehearsal_cases() if rehearse else gpu_cases()) if wanted in c.name]
+    if not cases:
+        raise ValueError(f"no case has {wanted!r} in its name")
+    records = _run_checks(settings, rehearse, say) if checks else []
+    if records:
+        show(records)
     say(f"timing {len(cases)} cases")
-    records += run_kernel(cases, settings, show, "acceptance")
-    return records
+
+    def peers(case: Case) -> Sequence[str]:
+        """The peers race where their targets are; the other backwards are compared with ours."""
+        if case.gradients == PEERS_GRADIENTS:
+            return settings.peers
+        return [name for name in settings.peers if name.startswith("ours")]
+
+    return records + run_kernel(cases, settings, show, "acceptance", peers)
 
 
 def summary(records: list[Record]) -> list[list[str]]:
@@ -124,9 +139,10 @@ def _checks(rehearse: bool) -> list[tuple[str, list[str], Mapping[str, str]]]:
     if rehearse:
         # The real command collects; the tests themselves run in `make test`.
         pytest += ["--collect-only"]
-    device = "cpu" if rehearse else "cuda"
+    # The interpreter takes its time, so a rehearsal runs two cases.
+    arguments = ["cpu", "2"] if rehearse else ["cuda"]
     checks: list[tuple[str, list[str], Mapping[str, str]]] = [("tests", pytest, {})]
-    small = [sys.executable, "-m", _SANITIZED, device]
+    small = [sys.executable, "-m", _SANITIZED, *arguments]
     checks.append(("small shapes", small, {"TRITON_INTERPRET": "1"} if rehearse else {}))
     for tool in _SANITIZERS:
         # PyTorch's caching allocator hides reads beyond a tensor from the sanitizer.

@@ -212,6 +212,8 @@ def gpu_acceptance(
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="tiny shapes on the CPU, to try the command out")
     ] = False,
+    checks: Annotated[bool, typer.Option(help="run tests and sanitizers, too")] = True,
+    case: Annotated[str, typer.Option(help="only cases whose name contains this")] = "",
     output: Output = None,
     runs: Annotated[int, typer.Option(min=1, help="timed rounds")] = 25,
     seconds: Annotated[float, typer.Option(help="a peer's time for one case")] = 5.0,
@@ -234,17 +236,24 @@ def gpu_acceptance(
     )  # fmt: skip
     console = terminal()
     said: set[str] = set()
+    keeper = records.Keeper(results_folder(output, rehearse), "acceptance")
+
+    def show(own: list[dict[str, Any]]) -> None:
+        keeper.add(own)
+        if "case" in own[0]:
+            print_kernel(console, own, said)
+
     results = run_acceptance(
         settings,
         rehearse=rehearse,
+        checks=checks,
+        wanted=case,
         say=lambda text: console.print(text, style="dim", soft_wrap=True, highlight=False),
-        show=lambda r: print_kernel(console, r, said),
+        show=show,
     )
-    name = records.file_name("acceptance", results[0]["environment"])
-    path = records.write(results_folder(output, rehearse) / name, results)
     if not rehearse:
         console.print(f"\n{measured_floors(results)}", highlight=False, soft_wrap=True)
-    console.print(f"\n{path}\n", soft_wrap=True)
+    console.print(f"\n{keeper.path}\n", soft_wrap=True)
     print_rows(console, ["to be reached", "bound", "measured", "met"], summary(results))
 
 

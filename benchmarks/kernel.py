@@ -49,7 +49,11 @@ class Settings:
 
 
 def run_kernel(
-    cases: Sequence[Case], settings: Settings, show: Callable[[list[Record]], None], suite: str
+    cases: Sequence[Case],
+    settings: Settings,
+    show: Callable[[list[Record]], object],
+    suite: str,
+    peers: Callable[[Case], Sequence[str]] | None = None,
 ) -> list[Record]:
     """Run all cases.
 
@@ -58,6 +62,7 @@ def run_kernel(
         settings: how.
         show: is given the records of every case when it is done.
         suite: the name in the records.
+        peers: names of a case's adapters, instead of those in ``settings``.
 
     Returns:
         One record for every case and peer.
@@ -69,7 +74,16 @@ def run_kernel(
     records: list[Record] = []
     prepared_before: set[tuple[str, str]] = set()
     for group in _grouped(cases):
-        outcomes = [Outcomes(case, settings, environment, ceilings, suite) for case in group]
+        outcomes = [
+            Outcomes(
+                case,
+                settings if peers is None else replace(settings, peers=peers(case)),
+                environment,
+                ceilings,
+                suite,
+            )
+            for case in group
+        ]
         if time.monotonic() > deadline:
             leave_out(outcomes)
         else:
