@@ -39,6 +39,24 @@ class Prefix:
     def documents(self) -> int:
         return self.spans.shape[1]
 
+    def of_rows(self, rows: Tensor) -> Prefix:
+        """The prefix of some suffixes of a batch; a shared one is that of any.
+
+        Args:
+            rows: their indices; pools of rows in order are not copied.
+        """
+        if self.batch == 1:
+            return self
+        place: slice | Tensor = rows
+        if (rows.diff() == 1).all():
+            place = slice(int(rows[0]), int(rows[-1]) + 1)
+        return Prefix(
+            [(key[place], value[place]) for key, value in self.layers],
+            self.spans[place],
+            self.next_position[place],
+            None if self.mask is None else self.mask[place],
+        )
+
 
 class MassRecorder:
     """Collects the plain attention mass of the documents, averaged over chosen rows."""

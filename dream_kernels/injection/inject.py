@@ -101,6 +101,25 @@ class Injection:
             self._recorder = None
         return torch.stack([masses[layer].cpu() for layer in sorted(masses)])
 
+    def decode(self, **inputs: Any) -> Tensor:
+        """Run the decoder without its language-model head.
+
+        Args:
+            **inputs: the model's inputs, with ``document_scores`` and what belongs to them.
+
+        Returns:
+            The last hidden states ``[B, M, hidden]``.
+
+        Raises:
+            ValueError: as the injected model's own forward.
+        """
+        prepared = self._before_forward(self.model, (), inputs)
+        if prepared is not None:
+            _, inputs = prepared
+        output = self.model.base_model(**inputs)
+        self._after_forward(self.model, (), output)
+        return output.last_hidden_state
+
     def _before_forward(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

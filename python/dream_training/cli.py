@@ -125,6 +125,23 @@ def evaluate(
         )
 
 
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    add_help_option=False,
+)
+def bench(context: typer.Context) -> None:
+    """Measure speed and memory against peers; see dream bench --help."""
+    try:
+        from dream_benchmarks.cli import app as suite
+    except ModuleNotFoundError as error:
+        if error.name != "dream_benchmarks":
+            raise
+        raise ModuleNotFoundError(
+            "the benchmark suite is not installed; in a checkout run: python -m benchmarks"
+        ) from None
+    suite(context.args, prog_name="dream bench")
+
+
 def main() -> None:
     """Run the command; mistakes of the user end in one line, not in a traceback."""
     _quieten_libraries()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,15 @@ from dream_kernels import (
     read_independently,
     read_jointly,
 )
+from dream_training.target_loss import plain_head, target_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONTEXTS = ("independent", "joint")
+
+# Tokens of queries and targets that run at once, by default: enough for full speed.
+_ROWS_PER_PASS = {"cpu": 256, "accelerator": 8192}
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class Reader(nn.Module):
         target_max_len: tokens of a target that are predicted.
         prompt: the text around documents, query and target.
         impl: as in :func:`dream_kernels.document_attention`.
+        rows_per_pass: tokens of queries and targets that run at once, at least one query; None
+            for what keeps the device busy. It bounds memory and changes no result.
 
     Raises:
         ValueError: an argument is out of range, or the model cannot be injected.
@@ -101,6 +107,7 @@ class Reader(nn.Module):
         target_max_len: int = 32,
         prompt: ReaderPrompt | None = None,
         impl: str = "auto",
+        rows_per_pass: int | None = None,
     ) -> None:
         super().__init__()
         if context not in CONTEXTS:
@@ -109,8 +116,9 @@ class Reader(nn.Module):
             ("query_max_len", query_max_len),
             ("passage_max_len", passage_max_len),
             ("target_max_len", target_max_len),
+            ("rows_per_pass", rows_per_pass),
         ):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
@@ -118,10 +126,12 @@ class Reader(nn.Module):
         self.query_max_len = query_max_len
         self.passage_max_len = passage_max_len
         self.target_max_len = target_max_len
+        self.rows_per_pass = rows_per_pass
         self.prompt = prompt or ReaderPrompt()
         self.injection = inject_attention(
             self.model, heads, mode=mode, document_mass=document_mass, impl=impl
         )
+        self._head = plain_head(self.model)
         begin = getattr(tokenizer, "bos_token_id", None)
         self._header = ([] if begin is None else [begin]) + self._ids(self.prompt.header)
         self._around_document = self._around(self.prompt.document, "{document}")
@@ -201,31 +211,88 @@ class Reader(nn.Module):
         query_ids = [self._query_ids(query)[0] for query in queries]
         target_ids = [self._target_ids(target, i) for i, target in enumerate(targets)]
         self._check_context(prefix, query_ids, target_ids)
-        ids, mask = _pad([q + t for q, t in zip(query_ids, target_ids)], "left", self.device)
-        longest = max(map(len, target_ids))
-        # The rows that predict a target token. As indices, not as a count: a slice is not
-        # contiguous, and its product with the head would copy the vocabulary for every query.
-        predicting = torch.arange(ids.shape[1] - longest - 1, ids.shape[1] - 1, device=ids.device)
-        logits = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            document_prefix=prefix,
-            document_scores=scores,
-            logits_to_keep=predicting,
-            use_cache=False,
-        ).logits
-        lengths = torch.tensor([len(t) for t in target_ids], device=ids.device)
-        # Targets end at the right edge, so only the last `longest` positions can hold one.
-        is_target = torch.arange(longest, 0, -1, device=ids.device) <= lengths[:, None]
-        losses = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), ids[:, -longest:].flatten(), reduction="none"
-        ).view_as(is_target)
-        losses = losses.masked_fill(~is_target, 0.0)
-        return Reading(
-            loss=losses.sum() / lengths.sum(),
-            query_losses=losses.detach().sum(1) / lengths,
-            target_tokens=int(lengths.sum()),
+        passes = self._passes(query_ids, target_ids)
+        losses, query_losses = _ReaderLoss.apply(
+            scores, lambda own: self._run_passes(prefix, query_ids, target_ids, own, passes)
         )
+        return Reading(losses, query_losses, sum(map(len, target_ids)))
+
+    def _passes(self, query_ids: list[list[int]], target_ids: list[list[int]]) -> list[list[int]]:
+        """Which queries run at once: neighbours in the batch, up to ``rows_per_pass`` tokens."""
+        limit = self.rows_per_pass
+        if limit is None:
+            limit = _ROWS_PER_PASS["cpu" if self.device.type == "cpu" else "accelerator"]
+        lengths = [len(q) + len(t) for q, t in zip(query_ids, target_ids)]
+        passes: list[list[int]] = [[]]
+        longest = 0
+        for b, length in enumerate(lengths):
+            longest = max(longest, length)
+            if passes[-1] and longest * (len(passes[-1]) + 1) > limit:
+                passes.append([])
+                longest = length
+            passes[-1].append(b)
+        return passes
+
+    def _run_passes(
+        self,
+        prefix: Prefix,
+        query_ids: list[list[int]],
+        target_ids: list[list[int]],
+        scores: Tensor,
+        passes: list[list[int]],
+    ) -> tuple[Tensor, Tensor]:
+        """Return loss and losses by query, with the gradient of the loss left in ``scores``."""
+        count = sum(map(len, target_ids))
+        total = torch.zeros((), device=self.device)
+        by_query = []
+        for rows in passes:
+            losses = self._losses(
+                prefix.of_rows(torch.tensor(rows, device=self.device)),
+                [query_ids[b] for b in rows],
+                [target_ids[b] for b in rows],
+                scores[rows[0] : rows[-1] + 1],
+            )
+            own = losses.sum() / count
+            if own.requires_grad:
+                own.backward()
+            total += own.detach()
+            counts = torch.tensor([len(target_ids[b]) for b in rows], device=self.device)
+            query = torch.repeat_interleave(counts, output_size=len(losses))
+            sums = torch.zeros(len(rows), device=self.device)
+            by_query.append(sums.index_add_(0, query, losses.detach()) / counts)
+        return total, torch.cat(by_query)
+
+    def _losses(
+        self,
+        prefix: Prefix,
+        query_ids: list[list[int]],
+        target_ids: list[list[int]],
+        scores: Tensor,
+    ) -> Tensor:
+        """Return the loss of every target token, query after query."""
+        ids, mask = _pad([q + t for q, t in zip(query_ids, target_ids)], "left", self.device)
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "document_prefix": prefix,
+            "document_scores": scores,
+            "use_cache": False,
+        }
+        # Targets end at the right edge; the row before a token predicts it. Positions without a
+        # target get no logits: over a whole vocabulary those would cost more than all the rest.
+        width = ids.shape[1]
+        flat = [
+            b * width + place
+            for b, target in enumerate(target_ids)
+            for place in range(width - len(target), width)
+        ]
+        of_token = torch.tensor(flat, device=ids.device)
+        targets = ids.flatten()[of_token]
+        if self._head is not None:
+            states = self.injection.decode(**inputs).flatten(0, 1)[of_token - 1]
+            return target_losses(self._head, states, targets)
+        logits = self.model(**inputs).logits.flatten(0, 1)[of_token - 1]
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
     def query_rows(self, queries: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Tokenise queries alone, for head selection.
@@ -283,6 +350,32 @@ class Reader(nn.Module):
                     f"target {i} does not fit into the reader's context of {limit} tokens: "
                     f"documents {start}, query {len(query)}, target {len(target)}"
                 )
+
+
+class _ReaderLoss(torch.autograd.Function):
+    """Runs forward and backward of the reader at once, so that no two passes are in memory.
+
+    The reader is frozen and the prefix has no gradient: the scores are all that the loss depends
+    on, and its gradient in them is a small matrix.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, run: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        differentiable = ctx.needs_input_grad[0]
+        with torch.set_grad_enabled(differentiable):
+            own = scores.detach().requires_grad_(differentiable)
+            loss, query_losses = run(own)
+        if differentiable:
+            ctx.save_for_backward(own.grad)
+        ctx.mark_non_differentiable(query_losses)
+        return loss, query_losses
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0].to(gradient), None
 
 
 def _pad(sequences: Sequence[list[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:

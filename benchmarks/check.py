@@ -1,0 +1,119 @@
+"""No time is shown for a peer that is wrong: outputs and gradients against the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dream_kernels import document_attention
+
+from .adapters import Adapter, Prepared, Refusal
+from .adapters.eager import Eager
+from .cases import DTYPES, Case, Inputs
+
+# The float64 oracle of a case may keep this much; larger cases are checked on fewer batch elements.
+_ORACLE_BYTES = 4 * 2**30
+_ORACLE_MATRICES = 10
+# Sixteen-bit results are rounded once, from sums in float32. In float32 the sums themselves round.
+_FLOORS = {"float32": 8 * torch.finfo(torch.float32).eps} | {
+    name: torch.finfo(DTYPES[name]).eps for name in ("bfloat16", "float16")
+}
+
+
+def check_case(case: Case) -> Case:
+    """The case with as many batch elements as the oracle can hold, at least one."""
+    one = _ORACLE_MATRICES * 8 * case.query_heads * case.rows * case.length
+    return replace(case, batch=max(1, min(case.batch, _ORACLE_BYTES // one)))
+
+
+@dataclass
+class Oracle:
+    """What is right for one case, and how much plain PyTorch in the same dtype deviates from it.
+
+    A peer's error may be twice plain PyTorch's plus a few roundings of the dtype, in the norm of
+    the output and of every gradient.
+    """
+
+    inputs: Inputs
+
+    def __post_init__(self) -> None:
+        self._expected: dict[str, dict[str, Tensor]] = {}
+        self._allowed: dict[str, dict[str, float]] = {}
+
+    def complaint(self, adapter: Adapter, prepared: Prepared) -> str | None:
+        """Return what is wrong with a peer, or None."""
+        kind = adapter.computes(self.inputs.case)
+        expected, allowed = self._expect(kind)
+        for name, actual in run(prepared).items():
+            if name not in expected:
+                continue
+            error = relative_error(actual, expected[name])
+            if not error <= allowed[name]:  # NaN is wrong too
+                what = name if name == "output" else f"gradient of {name}"
+                return f"{what} is off by {error:.1e}, {allowed[name]:.1e} is allowed"
+        return None
+
+    def _expect(self, kind: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+        if kind not in self._expected:
+            exact = self.inputs.exact()
+            case = replace(self.inputs.case, gradients=("query", "key", "value", "scores"))
+            change = {"scored": 0.0} if kind == "plain" else {"mode": kind}
+            case = replace(case, **change)
+            expected = _reference(replace(exact, case=case))
+            yardstick = Eager().setup(replace(self.inputs, case=case))
+            assert isinstance(yardstick, Prepared)
+            floor = _FLOORS[case.dtype]
+            self._allowed[kind] = {
+                name: 2 * relative_error(value, expected[name]) + floor
+                for name, value in run(yardstick).items()
+            }
+            self._expected[kind] = expected
+        return self._expected[kind], self._allowed[kind]
+
+
+def run(prepared: Prepared) -> dict[str, Tensor]:
+    """Output and gradients of a peer, by name."""
+    if prepared.backward is None:
+        with torch.no_grad():
+            return {"output": prepared.forward()}
+    output = prepared.forward()
+    return {"output": output.detach(), **prepared.backward(output)}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of ``expected``; 0 where both vanish."""
+    expected = expected.double()
+    difference = (actual.double() - expected).norm()
+    size = expected.norm()
+    if size == 0:
+        return 0.0 if difference == 0 else float("inf")
+    return (difference / size).item()
+
+
+def _reference(inputs: Inputs) -> dict[str, Tensor]:
+    case = inputs.case
+    leaves = [
+        t.detach().requires_grad_() for t in (inputs.query, inputs.key, inputs.value, inputs.scores)
+    ]
+    query, key, value, scores = leaves
+    output = document_attention(
+        query, key, value, scores, inputs.spans, mode=case.mode, heads=case.heads,
+        prefix=inputs.prefix, impl="reference",
+    )  # fmt: skip
+    gradients = torch.autograd.grad(output, leaves, inputs.grad_output)
+    return {
+        "output": output.detach(),
+        **dict(zip(("query", "key", "value", "scores"), gradients)),
+    }
+
+
+def prepare(adapter: Adapter, inputs: Inputs, available: int) -> Prepared | Refusal:
+    """Set a peer up, unless it would need more than ``available`` bytes."""
+    needed = adapter.working_bytes(inputs.case)
+    if needed > available:
+        return Refusal(
+            f"would need about {needed / 2**30:.1f} GiB, and {available / 2**30:.1f} are free"
+        )
+    return adapter.setup(inputs)

@@ -1,0 +1,318 @@
+"""The commands of the benchmark suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+app = typer.Typer(
+    help="Race every peer, keep the record, draw it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_README = Path(__file__).resolve().parent / "README.md"
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 for PyTorch's own number")]
+Quick = Annotated[bool, typer.Option("--quick", help="small shapes, a first look in minutes")]
+Output = Annotated[
+    Optional[Path],  # noqa: UP045 - typer reads the annotation at run time
+    typer.Option(help="folder of the records; by default that of the checkout"),
+]
+Peers = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--peer", help="only peers whose name begins so; may be repeated"),
+]
+
+
+def results_folder(output: Path | None, quick: bool) -> Path:
+    """Where records go: a quick look never overwrites a result."""
+    if output is not None:
+        return output
+    here = Path(__file__).resolve().parent
+    # In an installed package there is no checkout to write into.
+    folder = here if (here.parent / "setup.py").is_file() else Path.cwd() / "dream-benchmarks"
+    return folder / "results" / ("quick" if quick else "")
+
+
+def _device(name: str, threads: int) -> torch.device:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+@app.callback()
+def _benchmarks() -> None:
+    """Keeps the commands named while there is only one."""
+
+
+@app.command()
+def kernel(
+    device: Device = "auto",
+    threads: Threads = 0,
+    quick: Quick = False,
+    output: Output = None,
+    peer: Peers = None,
+    case: Annotated[str, typer.Option(help="only cases whose name contains this")] = "",
+    dtype: Annotated[str, typer.Option(help="only this dtype")] = "",
+    runs: Annotated[int, typer.Option(min=1, help="timed rounds")] = 15,
+    seconds: Annotated[float, typer.Option(help="a peer's time for one case")] = 6.0,
+    total_seconds: Annotated[float, typer.Option(help="the suite's time")] = 1200.0,
+    memory: Annotated[bool, typer.Option(help="measure peak memory")] = True,
+) -> None:
+    """Time one call of the operator, forward and backward, against its peers."""
+    from . import cases as shapes
+    from . import records
+    from .kernel import Settings, choose, run_kernel, run_overhead
+    from .tables import print_kernel, print_overhead, terminal
+
+    chosen = _device(device, threads)
+    settings = Settings(
+        device=chosen, peers=choose(peer), runs=runs, seconds=seconds,
+        total_seconds=total_seconds, memory=memory, quick=quick,
+    )  # fmt: skip
+    if quick:
+        wanted = shapes.quick_cases()
+        settings.runs, settings.seconds = min(runs, 5), 2.0
+        if peer is None and settings.device.type == "cpu":
+            settings.peers = [name for name in settings.peers if name != "flex_attention"]
+    else:
+        wanted = shapes.gpu_cases() if settings.device.type == "cuda" else shapes.cpu_cases()
+    wanted = [c for c in wanted if case in c.name and dtype in c.dtype]
+    if not wanted:
+        raise ValueError(f"no case has {case!r} in its name and dtype {dtype!r}")
+    console = terminal()
+    said: set[str] = set()
+    keeper = records.Keeper(results_folder(output, quick), "kernel")
+
+    def show(own: list[dict[str, Any]]) -> None:
+        print_kernel(console, own, said)
+        keeper.add(own)
+
+    run_kernel(wanted, settings, show, "kernel")
+    overhead = run_overhead(settings)
+    print_overhead(console, overhead)
+    console.print(f"\n{keeper.add(overhead)}", soft_wrap=True)
+
+
+@app.command()
+def scaling(
+    device: Device = "auto",
+    threads: Threads = 0,
+    quick: Quick = False,
+    output: Output = None,
+    peer: Peers = None,
+    axis: Annotated[str, typer.Option(help="only this axis")] = "",
+    runs: Annotated[int, typer.Option(min=1, help="timed rounds")] = 7,
+    seconds: Annotated[float, typer.Option(help="a peer's time for one size")] = 4.0,
+    total_seconds: Annotated[float, typer.Option(help="the suite's time")] = 1200.0,
+    memory: Annotated[bool, typer.Option(help="measure peak memory")] = True,
+) -> None:
+    """Time the operator along prefix length, documents, batch and heads scored."""
+    from . import records
+    from .kernel import Settings, choose
+    from .scaling import PEERS, default_axes, run_scaling
+    from .tables import print_scaling, terminal
+
+    settings = Settings(
+        device=_device(device, threads), peers=choose(peer or PEERS), runs=3 if quick else runs,
+        seconds=1.0 if quick else seconds, total_seconds=total_seconds,
+        memory=memory and not quick, quick=quick,
+    )  # fmt: skip
+    wanted = [a for a in default_axes(settings) if axis in a.name]
+    if not wanted:
+        raise ValueError(f"no axis is called {axis!r}")
+    console = terminal()
+    keeper = records.Keeper(results_folder(output, quick), "scaling")
+
+    def show(name: str, own: list[dict[str, Any]]) -> None:
+        print_scaling(console, name, own)
+        keeper.add(own)
+
+    run_scaling(wanted, settings, show)
+    console.print(f"\n{keeper.path}", soft_wrap=True)
+
+
+@app.command()
+def step(
+    device: Device = "auto",
+    threads: Threads = 0,
+    quick: Quick = False,
+    output: Output = None,
+    model: Annotated[str, typer.Option(help="one of the suite's models; by the device")] = "",
+    way: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="only ways whose name contains this; may be repeated"),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="queries, and documents of the pool")] = 16,
+    document_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    runs: Annotated[int, typer.Option(min=1, help="timed rounds")] = 4,
+    seconds: Annotated[float, typer.Option(help="a way's time")] = 20.0,
+    total_seconds: Annotated[float, typer.Option(help="the time of one model")] = 600.0,
+    memory: Annotated[bool, typer.Option(help="measure peak memory")] = True,
+) -> None:
+    """Time one whole training step: retriever, reading, loss, backward, optimiser."""
+    from . import records
+    from .step import StepSettings, run_steps
+    from .step_models import STEP_MODELS
+    from .tables import print_steps, terminal
+
+    chosen = _device(device, threads)
+    shaped = [name for name in STEP_MODELS if name.endswith("shaped")]
+    models = [model] if model else shaped if chosen.type == "cuda" else ["smollm2-135m"]
+    if quick:
+        models, batch, document_tokens, runs = [model or "tiny"], min(batch, 4), 24, 3
+        memory = False  # a process for each way would take most of the time
+    unknown = set(models) - STEP_MODELS.keys()
+    if unknown:
+        raise ValueError(f"model must be one of {', '.join(STEP_MODELS)}, got {unknown.pop()!r}")
+    console = terminal()
+    keeper = records.Keeper(results_folder(output, quick), "step")
+    for name in models:
+        settings = StepSettings(
+            model=name, device=chosen, batch=batch, document_tokens=document_tokens, runs=runs,
+            seconds=seconds, total_seconds=total_seconds, ways=way or (), memory=memory,
+            quick=quick,
+        )  # fmt: skip
+        own = run_steps(
+            settings, lambda text: console.print(text, style="dim"), keeper.replace_last
+        )
+        print_steps(console, own)
+        keeper.add([])
+    console.print(f"\n{keeper.path}", soft_wrap=True)
+
+
+@app.command("all")
+def everything(
+    device: Device = "auto", threads: Threads = 0, quick: Quick = False, output: Output = None
+) -> None:
+    """Run kernel, scaling and step one after the other, and report; --quick takes minutes."""
+    kernel(device=device, threads=threads, quick=quick, output=output)
+    scaling(device=device, threads=threads, quick=quick, output=output)
+    step(device=device, threads=threads, quick=quick, output=output)
+    folder = results_folder(output, quick)
+    # Only results proper go into the README.
+    report(output=folder, readme=None if quick or output is not None else _README)
+
+
+@app.command("gpu-acceptance")
+def gpu_acceptance(
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="tiny shapes on the CPU, to try the command out")
+    ] = False,
+    checks: Annotated[bool, typer.Option(help="run tests and sanitizers, too")] = True,
+    case: Annotated[str, typer.Option(help="only cases whose name contains this")] = "",
+    output: Output = None,
+    runs: Annotated[int, typer.Option(min=1, help="timed rounds")] = 25,
+    seconds: Annotated[float, typer.Option(help="a peer's time for one case")] = 5.0,
+    total_seconds: Annotated[float, typer.Option(help="the time of all cases")] = 1500.0,
+) -> None:
+    """Run the tests on the GPU, then time the shapes that decide about the GPU kernels."""
+    import torch
+
+    from . import records
+    from .acceptance import PEERS, measured_floors, require_gpu, run_acceptance, summary
+    from .kernel import Settings, choose
+    from .tables import print_kernel, print_rows, terminal
+
+    if not rehearse:
+        require_gpu()
+    settings = Settings(
+        device=torch.device("cpu" if rehearse else "cuda"), peers=choose(PEERS),
+        runs=2 if rehearse else runs, seconds=seconds, total_seconds=total_seconds,
+        memory=not rehearse, quick=rehearse,
+    )  # fmt: skip
+    console = terminal()
+    said: set[str] = set()
+    keeper = records.Keeper(results_folder(output, rehearse), "acceptance")
+
+    def show(own: list[dict[str, Any]]) -> None:
+        keeper.add(own)
+        if "case" in own[0]:
+            print_kernel(console, own, said)
+
+    results = run_acceptance(
+        settings,
+        rehearse=rehearse,
+        checks=checks,
+        wanted=case,
+        say=lambda text: console.print(text, style="dim", soft_wrap=True, highlight=False),
+        show=show,
+    )
+    if not rehearse:
+        console.print(f"\n{measured_floors(results)}", highlight=False, soft_wrap=True)
+    console.print(f"\n{keeper.path}\n", soft_wrap=True)
+    print_rows(console, ["to be reached", "bound", "measured", "met"], summary(results))
+
+
+@app.command()
+def report(
+    output: Output = None,
+    readme: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="file with the markers; by default that of the checkout"),
+    ] = None,
+) -> None:
+    """Turn the records into tables, plots, and the block in the README."""
+    from .report import write_report
+
+    folder = results_folder(output, quick=False)
+    default = _README if output is None else folder / "none"
+    for path in write_report(folder, readme or default):
+        typer.echo(path)
+
+
+@app.command()
+def floors() -> None:
+    """Print the least times that an H100 needs for the acceptance shapes."""
+    from .floors import H100, floor_table
+
+    typer.echo(floor_table(H100))
+
+
+@app.command()
+def compare(
+    base: Annotated[str, typer.Option(help="revision to compare this checkout with")],
+    device: Device = "auto",
+    threads: Threads = 0,
+    quick: Quick = False,
+    output: Output = None,
+    rounds: Annotated[int, typer.Option(min=1, help="processes for each revision")] = 3,
+) -> None:
+    """Time two commits on this machine, in turn."""
+    from . import records
+    from .compare import default_cases, run_compare
+    from .tables import print_compare, terminal
+
+    chosen = _device(device, threads)
+    console = terminal()
+    results = run_compare(
+        base, default_cases(chosen, quick), chosen, rounds,
+        lambda text: console.print(text, style="dim", highlight=False),
+    )  # fmt: skip
+    print_compare(console, results)
+    name = records.file_name("compare", results[0]["environment"])
+    path = records.write(results_folder(output, quick) / name, results)
+    console.print(f"\n{path}", soft_wrap=True)
+
+
+def main() -> None:
+    """Run a command; mistakes of the user end in one line."""
+    import sys
+
+    try:
+        app()
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+        sys.exit(f"benchmarks: {error}")

@@ -1,0 +1,155 @@
+"""Paired, alternating timings in one process."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .adapters import Prepared
+
+MIN_RUNS = 3
+_FLUSH_BYTES = 256 * 2**20  # more than any GPU's second-level cache
+_SLEEP_CYCLES = 2_000_000  # about a millisecond: longer than launching one call takes
+
+
+@dataclass
+class Times:
+    """Seconds of every run of one peer.
+
+    Attributes:
+        forward: one a run.
+        backward: one a run; empty where the peer has no backward.
+        rounds: the round each run belongs to: runs of one round are a pair.
+        failure: why the peer stopped, or None.
+    """
+
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+    failure: str | None = None
+
+    @property
+    def total(self) -> list[float]:
+        if not self.backward:
+            return self.forward
+        return [f + b for f, b in zip(self.forward, self.backward)]
+
+
+class Clock:
+    """Times calls on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flush: torch.Tensor | None = None
+        if device.type == "cuda":
+            self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Any, float]:
+        """Return what ``function`` returns and the seconds it took."""
+        if self._flush is None:
+            start = time.perf_counter()
+            result = function()
+            return result, time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        # While the device sleeps the call is queued, so the time is the device's own.
+        torch.cuda._sleep(_SLEEP_CYCLES)
+        begin.record()
+        result = function()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return result, begin.elapsed_time(end) / 1e3
+
+
+def race(
+    peers: dict[str, Prepared], device: torch.device, runs: int, seconds: float, calls: int = 1
+) -> dict[str, Times]:
+    """Run all peers in turn, in a new order every round.
+
+    Args:
+        peers: by name.
+        device: where they run.
+        runs: rounds after the warm-up.
+        seconds: what one peer may take; after it a peer has ``MIN_RUNS`` runs and no more.
+        calls: repetitions inside one timing, for calls of microseconds; forward only if not 1.
+    """
+    clock = Clock(device)
+    times = {name: Times() for name in peers}
+    spent = dict.fromkeys(peers, 0.0)
+    order = random.Random(0)
+    for number in range(runs + 1):
+        for name in order.sample(list(peers), len(peers)):
+            record = times[name]
+            enough = len(record.rounds) >= MIN_RUNS and spent[name] > seconds
+            if record.failure is not None or enough:
+                continue
+            start = time.perf_counter()
+            try:
+                forward, backward = _run(peers[name], clock, calls)
+            except Exception as error:
+                record.failure = describe(error)
+                continue
+            spent[name] += time.perf_counter() - start
+            if number:  # round 0 warms up
+                record.rounds.append(number)
+                record.forward.append(forward)
+                if backward is not None:
+                    record.backward.append(backward)
+    return times
+
+
+def _run(peer: Prepared, clock: Clock, calls: int) -> tuple[float, float | None]:
+    if calls > 1:
+
+        def repeat() -> None:
+            for _ in range(calls):
+                peer.forward()
+
+        return clock(repeat)[1] / calls, None
+    backward = peer.backward
+    if backward is None:
+        with torch.no_grad():
+            return clock(peer.forward)[1], None
+    output, forward_seconds = clock(peer.forward)
+    return forward_seconds, clock(lambda: backward(output))[1]
+
+
+def describe(error: BaseException) -> str:
+    """One line that says what went wrong; out of memory is called so."""
+    text = str(error).strip().splitlines()
+    line = text[0][:200] if text else type(error).__name__
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in line:
+        return f"out of memory: {line}"
+    return f"{type(error).__name__}: {line}"
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles, least and number of some timings."""
+    ordered = sorted(values)
+    if len(ordered) == 1:
+        lower = upper = ordered[0]
+    else:
+        lower, _, upper = statistics.quantiles(ordered, n=4, method="inclusive")
+    return {
+        "median": statistics.median(ordered),
+        "lower": lower,
+        "upper": upper,
+        "least": ordered[0],
+        "runs": len(ordered),
+    }
+
+
+def paired_ratio(times: Times, base: Times) -> float | None:
+    """Median over the common rounds of this peer's time over the base's."""
+    own = dict(zip(times.rounds, times.total))
+    other = dict(zip(base.rounds, base.total))
+    common = own.keys() & other.keys()
+    if not common or bool(times.backward) != bool(base.backward):
+        return None
+    return statistics.median(own[i] / other[i] for i in common)

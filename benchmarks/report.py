@@ -1,0 +1,205 @@
+"""Records become tables, plots, and the block between the markers in the README."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .plots import draw
+from .records import read
+from .scaling import fitted_exponent, series
+from .tables import (
+    STEP_PHASES,
+    describe_case,
+    kernel_columns,
+    kernel_row,
+    number,
+    phase_row,
+    step_columns,
+    step_row,
+    three_digits,
+)
+from .targets import findings
+
+Record = dict[str, Any]
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+_COMMANDS = {
+    "kernel": "python -m benchmarks kernel",
+    "overhead": "python -m benchmarks kernel",
+    "scaling": "python -m benchmarks scaling",
+    "step": "python -m benchmarks step",
+    "acceptance": "python -m benchmarks gpu-acceptance",
+    "compare": "python -m benchmarks compare --base REV",
+}
+
+
+def write_report(results: Path, readme: Path) -> list[Path]:
+    """Draw the plots into ``results/plots`` and write the block into ``readme``.
+
+    Without such a file, or without markers in it, the block becomes ``results/report.md``.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: there are no records, or a line is not one.
+    """
+    records = read(results)
+    if not records:
+        raise ValueError(f"there are no records in {results}: run a suite first")
+    plots = draw(records, results / "plots")
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    if BEGIN in text and END in text:
+        before, rest = text.split(BEGIN, 1)
+        _, after = rest.split(END, 1)
+        block = render(records, plots, readme.parent)
+        _replace(readme, f"{before}{BEGIN}\n\n{block}\n{END}{after}")
+        return [*plots, readme]
+    target = results / "report.md"
+    _replace(target, render(records, plots, results))
+    return [*plots, target]
+
+
+def render(records: Sequence[Record], plots: Iterable[Path], root: Path) -> str:
+    """The records as Markdown, device by device; links are relative to ``root``."""
+    parts = []
+    plots = list(plots)
+    for device in dict.fromkeys(r["environment"]["device"] for r in records):
+        own = [r for r in records if r["environment"]["device"] == device]
+        parts.append(f"### {device}\n")
+        parts += [_environment(own), _targets(own)]
+        by_suite: dict[str, list[Record]] = {}
+        for record in own:
+            by_suite.setdefault(record["suite"], []).append(record)
+        for suite, rows in by_suite.items():
+            if suite in ("kernel", "acceptance", "compare"):
+                parts.append(_kernel(suite, rows))
+            elif suite == "scaling":
+                parts.append(_scaling(rows))
+            elif suite == "step":
+                parts.append(_steps(rows))
+            elif suite == "overhead":
+                parts.append(_overhead(rows))
+            elif suite == "gpu tests":
+                parts.append(_tests(rows))
+        slug = "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
+        parts += [
+            f"![{path.stem}]({os.path.relpath(path, root)})\n"
+            for path in plots
+            if path.stem.endswith(slug)
+        ]
+    return "\n".join(part for part in parts if part)
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; the first column is text, the others are figures."""
+    lines = [
+        "| " + " | ".join(columns) + " |",
+        "|" + "|".join(["---", *["---:"] * (len(columns) - 1)]) + "|",
+    ]
+    for row in rows:
+        cells = [*row, *[""] * (len(columns) - len(row))]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _environment(records: Sequence[Record]) -> str:
+    lines = []
+    for suite in dict.fromkeys(r["suite"] for r in records):
+        rows = [r for r in records if r["suite"] == suite]
+        environment = rows[0]["environment"]
+        versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
+        driver = f", driver {environment['driver']}" if environment["driver"] else ""
+        command = f" by `{_COMMANDS[suite]}`" if suite in _COMMANDS else ""
+        lines.append(
+            f"- {suite}: {environment['date'][:10]}, commit {environment['commit']}, "
+            f"{environment['threads']} threads{driver}, {versions}{command}"
+        )
+        ceilings = rows[0].get("ceilings")
+        if ceilings and ceilings["copy"]:
+            rates = ", ".join(f"{v / 1e9:,.0f} GFLOP/s {k}" for k, v in ceilings["gemm"].items())
+            copied = f"copy {ceilings['copy'] / 1e9:,.1f} GB/s"
+            lines.append(f"  (ceilings on the spot: matrix product {rates}; {copied})")
+    return "\n".join(lines) + "\n"
+
+
+def _targets(records: Sequence[Record]) -> str:
+    found = findings(records)
+    if not found:
+        return ""
+    rows = [finding.row() for finding in found]
+    return markdown(["to be reached", "bound", "measured", "met"], rows)
+
+
+def _kernel(suite: str, records: Sequence[Record]) -> str:
+    """One table for each case; reasons of refusals once, below."""
+    parts: list[str] = []
+    reasons: dict[str, None] = {}
+    cases = list({str(r["case"]): r["case"] for r in records}.values())
+    for case in cases:
+        rows = [r for r in records if r["case"] == case]
+        fine = [r for r in rows if r["status"] == "ok"]
+        if suite == "compare":
+            cells = [[f"{r['peer']} at {r['revision']}", *kernel_row(r)[1:]] for r in fine]
+        else:
+            cells = [kernel_row(r) for r in fine]
+        parts.append(f"**{describe_case(case)}**\n\n" + markdown(kernel_columns(), cells))
+        for row in rows:
+            if row["status"] != "ok":
+                reasons[f"{row['peer']}: {row['status']}, {row['reason']}"] = None
+    if reasons:
+        parts.append("Not timed: " + "; ".join(reasons) + ".\n")
+    return "\n".join(parts)
+
+
+def _overhead(records: Sequence[Record]) -> str:
+    rows = [
+        [r["peer"], f"{1e6 * r['forward']['median']:.0f}"] for r in records if r["status"] == "ok"
+    ]
+    return markdown(["one eager call, forward, a problem of 9 keys", "µs"], rows)
+
+
+def _scaling(records: Sequence[Record]) -> str:
+    parts = []
+    for axis in dict.fromkeys(r["axis"] for r in records):
+        sizes = sorted({r["value"] for r in records if r["axis"] == axis})
+        rows = []
+        for peer in dict.fromkeys(r["peer"] for r in records):
+            points = dict(series(records, axis, peer, "total"))
+            if points:
+                cells = [three_digits(1e3 * points[x]) if x in points else "-" for x in sizes]
+                rows.append([peer, number(fitted_exponent(list(points.items())), 2), *cells])
+        columns = [f"ms against {axis}", "exponent", *(f"{size:g}" for size in sizes)]
+        parts.append(markdown(columns, rows))
+    return "\n".join(parts)
+
+
+def _steps(records: Sequence[Record]) -> str:
+    parts = []
+    for model in dict.fromkeys(r["model"] for r in records):
+        own = [r for r in records if r["model"] == model]
+        first = own[0]
+        parts.append(
+            f"**One training step, {model} in {first['dtype']}, {first['batch']} queries, "
+            f"{first['documents']} documents of {first['document_tokens']} tokens**\n"
+        )
+        parts.append(markdown(step_columns(), [step_row(r) for r in own]))
+        parts.append(markdown(["seconds", *STEP_PHASES], [phase_row(r) for r in own]))
+        reasons = [f"{r['peer']}: {r['reason']}" for r in own if r["reason"]]
+        if reasons:
+            parts.append("; ".join(reasons) + "\n")
+    return "\n".join(parts)
+
+
+def _tests(records: Sequence[Record]) -> str:
+    rows = [[r["peer"], r["status"], f"{r['seconds']:.0f}", r["reason"] or ""] for r in records]
+    return markdown(["check", "status", "s", "reason"], rows)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,204 @@
+"""Records as tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .scaling import fitted_exponent, series
+
+Record = dict[str, Any]
+
+
+def describe_case(case: dict[str, Any]) -> str:
+    """A case in one line."""
+    heads = f"Hq {case['query_heads']} Hkv {case['key_heads']} D {case['head_dim']}"
+    prefix = f"prefix {case['prefix']} {'shared' if case['shared'] else 'per query'}, "
+    return (
+        f"{case['name']}: {case['dtype']}, B {case['batch']} {heads}, M {case['rows']}, "
+        f"{prefix if case['prefix'] else ''}N {case['local']}, C {case['documents']}, "
+        f"{case['mode']}, {percent(case['scored'])} of heads scored, "
+        f"gradients: {', '.join(case['gradients']) or 'none'}"
+    )
+
+
+def terminal() -> Console:
+    """A console that is wide enough for the tables, also in a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def kernel_columns() -> list[str]:
+    """Heads of the columns of :func:`kernel_row`."""
+    return [
+        "peer", "computes", "forward ms", "backward ms", "sum ms", "± %", "ratio", "GFLOP/s",
+        "GB/s", "of ceiling", "peak MiB",
+    ]  # fmt: skip
+
+
+def kernel_row(record: Record) -> list[str]:
+    """The cells of one record, or the reason why there are none."""
+    if record["status"] != "ok":
+        return [record["peer"], record["computes"], f"{record['status']}: {record['reason']}"]
+    total = record["total"]
+    return [
+        record["peer"],
+        record["computes"],
+        milliseconds(record["forward"]),
+        milliseconds(record["backward"]),
+        milliseconds(total),
+        spread(total or record["forward"]),
+        number(record["ratio"], 2),
+        number(scaled(record["operations_per_second"], 1e9), 0),
+        number(scaled(record["bytes_per_second"], 1e9), 1),
+        percent(record["share_of_ceiling"]),
+        number(scaled(record["peak_bytes"], 2**20), 1),
+    ]
+
+
+def print_kernel(console: Console, records: Sequence[Record], said: set[str]) -> None:
+    """Print the records of one case; a reason that was ``said`` for another one is not repeated."""
+    title = f"\n[bold]{describe_case(records[0]['case'])}[/bold]"
+    console.print(title, highlight=False, soft_wrap=True)
+    print_rows(console, kernel_columns(), [kernel_row(r) for r in records if r["status"] == "ok"])
+    for record in records:
+        line = f"  {record['peer']}: {record['status']}, {record['reason']}"
+        if record["status"] != "ok" and line not in said:
+            said.add(line)
+            console.print(line, style="dim", highlight=False, soft_wrap=True)
+
+
+def print_rows(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a plain table; all columns but the first two hold figures."""
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False)
+    for i, head in enumerate(columns):
+        table.add_column(head, justify="left" if i < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_overhead(console: Console, records: Sequence[Record]) -> None:
+    """Print what a call costs that computes next to nothing."""
+    console.print("\n[bold]one eager call, forward, a problem of 9 keys[/bold]", highlight=False)
+    for record in records:
+        if record["status"] == "ok":
+            microseconds = 1e6 * record["forward"]["median"]
+            console.print(f"  {record['peer']:28}{microseconds:8.1f} µs", highlight=False)
+
+
+def print_scaling(console: Console, axis: str, records: Sequence[Record]) -> None:
+    """Print milliseconds of forward and backward along one axis, with the fitted exponents."""
+    console.print(f"\n[bold]forward and backward in ms against {axis}[/bold]", highlight=False)
+    sizes = sorted({record["value"] for record in records})
+    rows = []
+    for peer in dict.fromkeys(record["peer"] for record in records):
+        points = dict(series(records, axis, peer, "total"))
+        if points:
+            exponent = fitted_exponent(list(points.items()))
+            cells = [three_digits(1e3 * points[x]) if x in points else "-" for x in sizes]
+            rows.append([peer, number(exponent, 2), *cells])
+    print_rows(console, ["peer", "exponent", *(f"{size:g}" for size in sizes)], rows)
+
+
+def print_compare(console: Console, records: Sequence[Record]) -> None:
+    """Print both revisions of every case."""
+    for case in {str(r["case"]): r["case"] for r in records}.values():
+        own = [r for r in records if r["case"] == case]
+        console.print(f"\n[bold]{describe_case(case)}[/bold]", highlight=False, soft_wrap=True)
+        rows = [[r["revision"], *kernel_row(r)[:9]] for r in own]
+        print_rows(console, ["revision", *kernel_columns()[:9]], rows)
+
+
+STEP_PHASES = (
+    "tokenisation", "reading documents", "retriever forward", "reader",
+    "retriever backward", "optimiser",
+)  # fmt: skip
+
+
+def step_columns() -> list[str]:
+    """Heads of the columns of :func:`step_row`."""
+    return [
+        "way", "status", "step s", "± %", "tokens/s", "faster", "peak MiB", "loss", "cosine",
+    ]  # fmt: skip
+
+
+def step_row(record: Record) -> list[str]:
+    """The cells of one way."""
+    if record["total"] is None:
+        return [record["peer"], record["status"]]
+    return [
+        record["peer"],
+        record["status"],
+        three_digits(record["total"]["median"]),
+        spread(record["total"]),
+        number(record["tokens_per_second"], 0),
+        number(record["ratio"], 1),
+        number(scaled(record["peak_bytes"], 2**20), 0),
+        number(record["loss"], 4),
+        number(record["gradient_cosine"], 4),
+    ]
+
+
+def phase_row(record: Record) -> list[str]:
+    """Where a way's seconds go."""
+    phases = record["phases"]
+    cells = [three_digits(phases[p]["median"]) if p in phases else "-" for p in STEP_PHASES]
+    return [record["peer"], *cells]
+
+
+def print_steps(console: Console, records: Sequence[Record]) -> None:
+    """Print the ways of one model."""
+    first = records[0]
+    models = number(scaled(max(r["models_bytes"] or 0 for r in records), 2**20), 0)
+    console.print(
+        f"\n[bold]one training step: {first['model']}, {first['dtype']}, B {first['batch']}, "
+        f"{first['documents']} documents of {first['document_tokens']} tokens, "
+        f"{first['tokens']} tokens a step; process with models {models} MiB[/bold]",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    print_rows(console, step_columns(), [step_row(r) for r in records])
+    console.print("seconds of each phase", style="dim")
+    print_rows(console, ["way", *STEP_PHASES], [phase_row(r) for r in records])
+    for record in records:
+        if record["reason"] is not None:
+            console.print(f"  {record['peer']}: {record['reason']}", style="dim", soft_wrap=True)
+
+
+def milliseconds(quantiles: dict[str, float] | None) -> str:
+    """A median in ms with three digits that count."""
+    if quantiles is None:
+        return "-"
+    return three_digits(1e3 * quantiles["median"])
+
+
+def spread(quantiles: dict[str, float]) -> str:
+    """Half the distance of the quartiles, in percent of the median."""
+    half = (quantiles["upper"] - quantiles["lower"]) / 2
+    return f"{100 * half / quantiles['median']:.0f}"
+
+
+def three_digits(value: float) -> str:
+    """A positive number with at least three digits."""
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+def number(value: float | None, digits: int) -> str:
+    """A number, or a dash."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def percent(value: float | None) -> str:
+    """A share in percent, or a dash."""
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def scaled(value: float | None, unit: float) -> float | None:
+    """A value in another unit."""
+    return None if value is None else value / unit

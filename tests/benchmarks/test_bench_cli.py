@@ -1,0 +1,86 @@
+"""The commands as a user meets them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dream_benchmarks import records, sanitized
+from dream_benchmarks.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def bench(*arguments: object, module: str = "dream_benchmarks") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"},
+        check=False,
+    )
+
+
+def test_a_quick_kernel_run_writes_its_records(tmp_path: Path) -> None:
+    result = bench(
+        "kernel", "--quick", "--device", "cpu", "--case", "full", "--peer", "ours (cpu)",
+        "--peer", "flash", "--output", tmp_path, "--runs", 2, "--no-memory",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (path,) = tmp_path.glob("kernel-*.jsonl")
+    assert str(path) in result.stdout
+    assert {r["status"] for r in records.read(tmp_path)} == {"ok", "refused"}
+    assert all(r["quick"] for r in records.read(tmp_path))
+    assert "flash_attn, no scores: refused, flash_attn is not installed" in result.stdout
+
+
+def test_dream_bench_is_the_same_suite() -> None:
+    result = bench("bench", "--help", module="dream_training.cli")
+    assert result.returncode == 0, result.stderr
+    for command in ("kernel", "step", "scaling", "report", "gpu-acceptance", "compare"):
+        assert f"\n  {command} " in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    (
+        (("kernel", "--peer", "nobody"), "no peer is called 'nobody'"),
+        (("kernel", "--case", "nothing"), "no case has 'nothing'"),
+        (("step", "--model", "gpt"), "model must be one of"),
+        (("report", "--output", "nowhere"), "there are no records in nowhere"),
+        (("gpu-acceptance",), "gpu-acceptance needs an NVIDIA GPU"),
+        (("compare", "--base", "no-such-revision"), "git knows no revision 'no-such-revision'"),
+    ),
+)
+def test_mistakes_end_in_one_line(monkeypatch, capsys, arguments, message: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    with pytest.raises(SystemExit, match=message) as stopped:
+        main()
+    assert "\n" not in str(stopped.value) and capsys.readouterr().out == ""
+
+
+def test_the_gpu_acceptance_is_rehearsed(tmp_path: Path) -> None:
+    result = bench("gpu-acceptance", "--rehearse", "--output", tmp_path, "--seconds", 0.1)
+    assert result.returncode == 0, result.stderr
+    (path,) = tmp_path.glob("acceptance-*.jsonl")
+    rows = records.read(tmp_path)
+    checks = {r["peer"]: r for r in rows if r["suite"] == "gpu tests"}
+    assert checks["small shapes"]["status"] == "ok", checks["small shapes"]
+    assert {"tests", "compute-sanitizer memcheck", "compute-sanitizer racecheck"} <= checks.keys()
+    timed = [r for r in rows if r["suite"] == "acceptance" and r["status"] == "ok"]
+    assert {"ours (cpu)", "eager", "sdpa, extra channel"} <= {r["peer"] for r in timed}
+    lines = result.stdout.strip().splitlines()
+    assert any("to be reached" in line for line in lines[-8:]), lines[-8:]
+    assert str(path) in result.stdout
+
+
+def test_small_shapes_run_for_a_sanitizer(capsys: pytest.CaptureFixture[str]) -> None:
+    sanitized.main("cpu")
+    assert "ours (cpu)" in capsys.readouterr().out

@@ -1,0 +1,200 @@
+"""Records, tables, plots and floors."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import dream_benchmarks
+from dream_benchmarks import records as store
+from dream_benchmarks.cases import Case, cpu_cases, gpu_cases, make_inputs
+from dream_benchmarks.floors import H100, floor_of, floor_table
+from dream_benchmarks.kernel import Settings, run_kernel
+from dream_benchmarks.report import BEGIN, END, write_report
+from dream_benchmarks.scaling import Axis, fitted_exponent, run_scaling
+from dream_benchmarks.targets import findings
+from dream_benchmarks.work import Work, backward_work, forward_work
+
+PACKAGE = Path(dream_benchmarks.__file__).resolve().parent
+CASE = Case(
+    "shared pool", batch=2, query_heads=3, key_heads=1, head_dim=16, rows=4, prefix=32, local=4,
+    documents=4, covered=32,
+)  # fmt: skip
+PEERS = ["ours (cpu)", "eager", "sdpa, no scores, expanded"]
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[dict]:
+    settings = Settings(peers=PEERS, runs=3, seconds=0.5, memory=False, quick=True)
+
+    def quietly(*_: object) -> None:
+        """Shows nothing."""
+
+    cases = [CASE, replace(CASE, gradients=("scores",)), replace(CASE, dtype="bfloat16")]
+    axis = Axis(
+        "prefix", "prefix", [16, 64], lambda n: replace(CASE, prefix=int(n), covered=int(n))
+    )
+    return [
+        *run_kernel(cases, settings, quietly, "kernel"),
+        *run_scaling([axis], settings, quietly),
+        *_steps(),
+    ]
+
+
+def _steps() -> list[dict]:
+    """A step record like those of the suite, without training anything."""
+    from dream_benchmarks.environment import describe_environment
+
+    def quantile(x: float) -> dict:
+        return {"median": x, "lower": x, "upper": x, "least": x, "runs": 1}
+
+    return [
+        {
+            "schema": 1, "suite": "step", "quick": True,
+            "environment": describe_environment(torch.device("cpu")),
+            "peer": way, "status": "ok", "reason": None, "model": "tiny", "dtype": "float32",
+            "batch": 2, "documents": 2, "document_tokens": 8, "note": "", "tokens": 100,
+            "total": quantile(seconds),
+            "phases": {"reader": quantile(seconds), "optimiser": quantile(0.0)},
+            "tokens_per_second": 100 / seconds, "ratio": 4.0 / seconds, "loss": 1.0,
+            "loss_difference": 0.0, "gradient_cosine": 1.0, "gradient_size": 1.0,
+            "models_bytes": 10, "peak_bytes": int(100 * seconds),
+        }
+        for way, seconds in (("naive", 4.0), ("prefix, shared pool", 0.25), ("another", 1.0))
+    ]  # fmt: skip
+
+
+def test_records_survive_their_file(measured, tmp_path) -> None:
+    path = store.write(tmp_path / "some" / "kernel.jsonl", measured)
+    assert store.read(path.parent) == measured
+    assert [p.name for p in path.parent.iterdir()] == ["kernel.jsonl"]
+
+
+def test_a_suite_that_is_stopped_leaves_what_it_has(measured, tmp_path) -> None:
+    keeper = store.Keeper(tmp_path, "kernel")
+    assert keeper.add([]) is None
+    keeper.add(measured[:2])
+    keeper.replace_last(measured[1:3])
+    keeper.replace_last(measured[:3])
+    assert store.read(tmp_path) == measured[:3]
+    keeper.add(measured[3:4])
+    assert store.read(tmp_path) == measured[:4] and keeper.path.parent == tmp_path
+
+
+@pytest.mark.parametrize(
+    "spoil,message",
+    (
+        (lambda r: r.pop("ratio"), "exactly its fields"),
+        (lambda r: r["case"].update(rows="4"), "case.rows"),
+        (lambda r: r["forward"].update(median=True), "forward.median"),
+        (lambda r: r.update(status="fine"), "status must be one of"),
+        (lambda r: r.update(reason="none"), "reason"),
+        (lambda r: r.update(schema=0), "schema must be"),
+        (lambda r: r.update(suite="kernels"), "suite must be one of"),
+    ),
+)
+def test_a_record_that_breaks_the_schema_is_not_written(measured, tmp_path, spoil, message) -> None:
+    record = copy.deepcopy(measured[0])
+    spoil(record)
+    with pytest.raises(ValueError, match=message):
+        store.write(tmp_path / "kernel.jsonl", [record])
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "kernel.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match=r"kernel.jsonl:1: .*" + message):
+        store.read(tmp_path)
+
+
+def test_the_recorded_results_validate() -> None:
+    files = sorted((PACKAGE / "results").glob("*.jsonl"))
+    if not files:
+        pytest.skip("this checkout has no recorded results")
+    recorded = store.read(PACKAGE / "results")
+    assert recorded and not any(r["quick"] for r in recorded)
+
+
+def test_the_report_draws_and_writes_the_same_block_twice(measured, tmp_path) -> None:
+    store.write(tmp_path / "results" / "all.jsonl", measured)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    *plots, written = write_report(tmp_path / "results", readme)
+    first = readme.read_text()
+    assert written == readme and first.startswith("before\n") and first.endswith("after\n")
+    assert "old" not in first and "| eager | reweight |" in first
+    assert "times faster than the naive one | ≥ 8 | 16 | yes |" in first
+    assert {p.name.split("-")[0] for p in plots} == {"kernel", "scaling", "step"}
+    for path in plots:
+        assert f"({path.relative_to(tmp_path)})" in first
+        _assert_not_blank(path)
+    before = [path.read_bytes() for path in plots]
+    write_report(tmp_path / "results", readme)
+    assert readme.read_text() == first
+    assert [path.read_bytes() for path in plots] == before
+
+
+def _assert_not_blank(path: Path) -> None:
+    """Something is drawn in every quarter, dark enough to be read, and without colour."""
+    import matplotlib.image
+
+    pixels = torch.from_numpy(matplotlib.image.imread(path)[..., :3].copy())
+    height, width, _ = pixels.shape
+    assert height > 200 and width > 400
+    for rows in pixels.split(-(-height // 2)):
+        for quarter in rows.split(-(-width // 2), dim=1):
+            assert 0.005 < (quarter.mean(-1) < 0.5).float().mean() < 0.6
+    assert (pixels.amax(-1) - pixels.amin(-1)).max() < 0.05
+
+
+def test_without_markers_the_report_is_a_file_of_its_own(measured, tmp_path) -> None:
+    store.write(tmp_path / "all.jsonl", measured)
+    *_, written = write_report(tmp_path, tmp_path / "none")
+    assert written == tmp_path / "report.md" and "### " in written.read_text()
+    with pytest.raises(ValueError, match="no records"):
+        write_report(tmp_path / "plots", tmp_path / "none")
+
+
+def test_targets_are_found_in_the_records_of_their_own_shape_only(measured) -> None:
+    claims = [f.claim for f in findings(measured)]
+    assert any("exponent" in claim for claim in claims) and any("tiny" in c for c in claims)
+    assert not any("GEMM" in claim for claim in claims)  # the case above is not the target's shape
+    record = copy.deepcopy(measured[0])
+    record["case"] = cpu_cases()[0].record()
+    record["forward_share_of_gemm"] = 0.4
+    (found,) = (f for f in findings([record]) if "GEMM" in f.claim)
+    assert not found.met and found.row()[-1] == "**no**"
+
+
+def test_exponents_of_power_laws() -> None:
+    assert fitted_exponent([(x, 3.0 * x**1.5) for x in (1, 2, 8, 64)]) == pytest.approx(1.5)
+    assert fitted_exponent([(1.0, 2.0)]) is None
+
+
+def test_the_committed_floors_are_those_of_the_code() -> None:
+    text = (PACKAGE / "floors.md").read_text(encoding="utf-8")
+    assert floor_table(H100) in text, "run: python -m benchmarks floors, and put it into floors.md"
+    assert {c.name for c in gpu_cases()} == {
+        line.split("|")[1].strip() for line in text.splitlines() if "documents, " in line
+    }
+
+
+def test_work_counts_matrix_products() -> None:
+    visible = int(make_inputs(CASE).visible().sum())
+    heads = CASE.batch * CASE.query_heads
+    assert forward_work(CASE).operations == 2 * (2 * heads * visible * CASE.head_dim)
+    local = heads * sum(range(1, CASE.rows + 1))
+    expected = 2 * CASE.head_dim * (3 * heads * visible + 2 * local)
+    assert backward_work(CASE).operations == expected
+    only = backward_work(replace(CASE, gradients=("scores",)))
+    assert only.operations == 2 * CASE.head_dim * 2 * heads * visible
+    shared, own = forward_work(CASE), forward_work(replace(CASE, shared=False))
+    assert own.bytes - shared.bytes == 4 * 2 * CASE.prefix * CASE.head_dim  # one more prefix
+
+
+def test_a_floor_names_what_binds() -> None:
+    floor = floor_of(Work(operations=750 * 10**12, bytes=3 * 10**12, exponentials=0), H100)
+    assert floor.products == pytest.approx(1.0) and floor.memory == pytest.approx(1.0)
+    assert floor.share == pytest.approx(1.0)
