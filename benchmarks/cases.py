@@ -238,6 +238,8 @@ def cpu_cases() -> list[Case]:
     main = Case("shared pool")
     cases = [c for both in _in_both_dtypes(main) for c in _three_backwards(both)]
     neighbours = [
+        # a step of training on a laptop: short suffixes over one pool of 1,024 tokens
+        Case("laptop", batch=16, rows=48, local=48, prefix=1024, covered=1024),
         Case("pool per query", batch=4, shared=False),
         Case("one query, one row", batch=1, rows=1, local=1),
         Case("head size 128", head_dim=128),

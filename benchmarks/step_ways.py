@@ -240,7 +240,7 @@ def update(setup: StepSetup, watch: Stopwatch) -> None:
 
 def gradient_of(setup: StepSetup) -> Tensor:
     """The retriever's gradient as one vector, a copy."""
-    return torch.cat([p.grad.flatten().float() for p in setup.trained if p.grad is not None])
+    return torch.cat([p.grad.flatten().double() for p in setup.trained if p.grad is not None])
 
 
 def tokens(
