@@ -9,11 +9,16 @@ from functools import cache
 from dream_kernels.cpu import CpuImplementation, native_import_error
 from dream_kernels.problem import Implementation, Problem
 from dream_kernels.reference import ReferenceImplementation
+from dream_kernels.triton.implementation import TritonImplementation
 
 # Fastest first: "auto" takes the first that can run the problem.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
-    for implementation in (CpuImplementation(), ReferenceImplementation())
+    for implementation in (
+        TritonImplementation(),
+        CpuImplementation(),
+        ReferenceImplementation(),
+    )
 }
 
 
