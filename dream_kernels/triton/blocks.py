@@ -10,10 +10,13 @@ FIRST = tl.constexpr(1)
 LAST = tl.constexpr(2)
 # Entries of the plan's counts, per batch element.
 N_TILES = tl.constexpr(0)
-N_SHORT = tl.constexpr(1)
-N_REST = tl.constexpr(2)
-FIRST_ROW = tl.constexpr(3)
-COUNTS = tl.constexpr(4)
+N_SHORT_PREFIX = tl.constexpr(1)
+N_SHORT_LOCAL = tl.constexpr(2)
+N_REST_PREFIX = tl.constexpr(3)
+N_REST = tl.constexpr(4)
+FIRST_ROW = tl.constexpr(5)
+LIKE_FIRST = tl.constexpr(6)
+COUNTS = tl.constexpr(8)
 # Columns of the per-row coefficients.
 NORM = tl.constexpr(0)
 FACTOR = tl.constexpr(1)
@@ -23,24 +26,49 @@ COLUMNS = tl.constexpr(4)
 
 
 @triton.jit
-def locate_rows(i_m, i_h, table, M, G, BM: tl.constexpr):
-    """Rows ``i_m * BM ...`` of a key head: its query heads, scored ones first, times ``M`` rows.
+def locate_rows(i_m, i_h, i_z, table, B, M, G, BM: tl.constexpr, FOLD: tl.constexpr):
+    """The rows of a tile: those of a key head's query heads, scored heads first.
+
+    Within a head come the ``M`` rows of batch element ``i_z``, or with ``FOLD`` of all elements.
 
     Returns:
-        ``[BM]`` each: validity, rank of the head in the group, query head, row in ``0 .. M - 1``.
+        ``[BM]`` each: validity, batch element, rank of the head in its group, query head, row.
     """
     o_r = i_m * BM + tl.arange(0, BM)
-    m_r = o_r < G * M
-    o_g = tl.where(m_r, o_r // M, 0)
     o_m = o_r % M
+    o_g = o_r // M
+    if FOLD:
+        m_r = o_r < G * B * M
+        o_b = o_g % B
+        o_g = o_g // B
+    else:
+        m_r = o_r < G * M
+        o_b = o_g * 0 + i_z
+    o_g = tl.where(m_r, o_g, 0)
     o_h = tl.load(table + i_h * G + o_g)
-    return m_r, o_g, o_h, o_m
+    return m_r, o_b, o_g, o_h, o_m
 
 
 @triton.jit
-def row_pointers(base, i_b, o_h, o_m, s_b, s_h, s_m):
+def fold_range(i_m, counts, m_r, o_b, B, M, G, BM: tl.constexpr):
+    """The batch elements that a folded tile has rows of.
+
+    Returns:
+        first: the element of the tile's first row; the others follow it, cyclically.
+        n: how many there are.
+        unlike: 0 if all have the same documents and padding in the prefix and no document is
+            elsewhere, else 1.
+    """
+    first = i_m * BM // M
+    last = (tl.minimum((i_m + 1) * BM, G * B * M) - 1) // M
+    b_alike = tl.load(counts + o_b * COUNTS + LIKE_FIRST, mask=m_r, other=1)
+    return first % B, tl.minimum(last - first + 1, B), 1 - tl.min(b_alike, 0)
+
+
+@triton.jit
+def row_pointers(base, o_b, o_h, o_m, s_b, s_h, s_m):
     """``[BM]`` pointers to rows of a ``[B, Hq, M, D]`` tensor with any strides."""
-    return base + (i_b.to(tl.int64) * s_b + o_h.to(tl.int64) * s_h + o_m.to(tl.int64) * s_m)
+    return base + (o_b.to(tl.int64) * s_b + o_h.to(tl.int64) * s_h + o_m.to(tl.int64) * s_m)
 
 
 @triton.jit
@@ -67,29 +95,82 @@ def split_range(n_work, i_s, S):
 
 
 @triton.jit
-def tile_pointers(
-    local, prefix, s_n, s_pn, key0, P, BN: tl.constexpr, HAS_PREFIX: tl.constexpr
-):  # fmt: skip
-    """``[BN]`` pointers to the rows of a tile that lies wholly in the prefix or behind it.
+def key_pointers(local, prefix, s_n, s_pn, b_n, inside, HAS_PREFIX: tl.constexpr):
+    """``[BN]`` pointers to the keys at positions ``b_n``, all ``inside`` the prefix or none.
 
-    ``local`` and ``prefix`` are based so that positions count from the start of the prefix.
+    ``local`` and ``prefix`` are based so that positions count from the start of the prefix. The
+    choice is one for the tile: chosen key by key, pointers lose the alignment of 16-byte loads.
     """
-    pos = key0.to(tl.int64) + tl.arange(0, BN)
+    o_n = b_n.to(tl.int64)
     if HAS_PREFIX:
-        inside = key0 < P
-        return tl.where(inside, prefix, local) + pos * tl.where(inside, s_pn, s_n)
+        return tl.where(inside, prefix, local) + o_n * tl.where(inside, s_pn, s_n)
     else:
-        return local + pos * s_n
+        return local + o_n * s_n
 
 
 @triton.jit
-def gather_pointers(local, prefix, s_n, s_pn, pos, P, HAS_PREFIX: tl.constexpr):
-    """``[BN]`` pointers to the rows at any positions ``pos`` ``[BN]``."""
-    o_n = pos.to(tl.int64)
-    if HAS_PREFIX:
-        return tl.where(pos < P, prefix + o_n * s_pn, local + o_n * s_n)
-    else:
-        return local + o_n * s_n
+def work(p_counts, i_s, S, BN: tl.constexpr, SLOT: tl.constexpr, SPLIT: tl.constexpr):
+    """The work list of a batch element, tiles then packs then the rest, and a split's share of it.
+
+    Returns:
+        n_tiles: tiles of documents.
+        n_behind: where the rest begins.
+        t_begin, t_end: what split ``i_s`` does.
+    """
+    NS: tl.constexpr = BN // SLOT
+    n_tiles = tl.load(p_counts + N_TILES)
+    n_packs = tl.cdiv(tl.load(p_counts + N_SHORT_PREFIX), NS)
+    n_packs += tl.cdiv(tl.load(p_counts + N_SHORT_LOCAL), NS)
+    n_rest_prefix = tl.load(p_counts + N_REST_PREFIX)
+    n_rest = tl.cdiv(n_rest_prefix, BN)
+    n_rest += tl.cdiv(tl.load(p_counts + N_REST) - n_rest_prefix, BN)
+    n_behind = n_tiles + n_packs
+    t_begin = n_tiles * 0
+    t_end = n_behind + n_rest
+    if SPLIT:
+        t_begin, t_end = split_range(t_end, i_s, S)
+    return n_tiles, n_behind, t_begin, t_end
+
+
+@triton.jit
+def load_pack(shorts, p_counts, i_b, t, C, BN: tl.constexpr, SLOT: tl.constexpr):
+    """Pack ``t``: ``BN / SLOT`` short documents, all of the prefix or all of the local keys.
+
+    Returns:
+        b_doc: ``[BN / SLOT]`` their indices, and m_doc: which of them there are.
+        b_n: ``[BN]`` positions of the keys, and m_n: which of them there are.
+        inside: whether they stand in the prefix.
+    """
+    NS: tl.constexpr = BN // SLOT
+    n_prefix = tl.load(p_counts + N_SHORT_PREFIX)
+    inside = t < tl.cdiv(n_prefix, NS)
+    # Those of the prefix are listed from the front, the local ones from the back.
+    o_s = tl.where(inside, t, t - tl.cdiv(n_prefix, NS)) * NS + tl.arange(0, NS)
+    m_doc = o_s < tl.where(inside, n_prefix, tl.load(p_counts + N_SHORT_LOCAL))
+    p_short = shorts + (i_b.to(tl.int64) * C + tl.where(inside, o_s, C - 1 - o_s)) * 4
+    b_doc = tl.load(p_short, mask=m_doc, other=0)
+    b_start = tl.load(p_short + 1, mask=m_doc, other=0)
+    b_length = tl.load(p_short + 2, mask=m_doc, other=0)
+    o_l = tl.arange(0, SLOT)
+    m_n = tl.reshape(o_l[None, :] < b_length[:, None], [BN])
+    return b_doc, m_doc, tl.reshape(b_start[:, None] + o_l[None, :], [BN]), m_n, inside
+
+
+@triton.jit
+def load_rest(rest, p_counts, i_b, t, T, BN: tl.constexpr):
+    """Tile ``t`` of the rest: positions and validity, whether in the prefix, and the end's rank."""
+    n_prefix = tl.load(p_counts + N_REST_PREFIX)
+    inside = t < tl.cdiv(n_prefix, BN)
+    begin = tl.where(inside, t * BN, n_prefix + (t - tl.cdiv(n_prefix, BN)) * BN)
+    o_n = begin + tl.arange(0, BN)
+    m_n = o_n < tl.where(inside, n_prefix, tl.load(p_counts + N_REST))
+    return tl.load(rest + i_b.to(tl.int64) * T + o_n, mask=m_n, other=0), m_n, inside, begin + BN
+
+
+@triton.jit
+def rest_tiles(n, n_prefix, BN: tl.constexpr):
+    """How many tiles the first ``n`` keys of the rest take."""
+    return tl.cdiv(tl.minimum(n, n_prefix), BN) + tl.cdiv(tl.maximum(n - n_prefix, 0), BN)
 
 
 @triton.jit

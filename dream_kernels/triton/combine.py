@@ -10,16 +10,13 @@ from dream_kernels.triton.blocks import (
     FIRST,
     FIRST_ROW,
     LAST,
-    N_REST,
-    N_SHORT,
-    N_TILES,
     finite,
     inverse,
     load_rows,
     locate_rows,
     log_add,
-    split_range,
     store_rows,
+    work,
 )
 from dream_kernels.triton.forward import document_share
 
@@ -34,11 +31,7 @@ def split_documents(p_counts, p_tiles, i_s, S, BN: tl.constexpr, SLOT: tl.conste
         opens: whether this split's last document goes on in the next one.
         has_rest: whether the split reaches into the rest.
     """
-    NS: tl.constexpr = BN // SLOT
-    n_tiles = tl.load(p_counts + N_TILES)
-    n_behind = n_tiles + (tl.load(p_counts + N_SHORT) + NS - 1) // NS
-    n_work = n_behind + (tl.load(p_counts + N_REST) + BN - 1) // BN
-    begin, end = split_range(n_work, i_s, S)
+    n_tiles, n_behind, begin, end = work(p_counts, i_s, S, BN, SLOT, True)
     last = tl.minimum(end, n_tiles) - 1
     any_tile = begin <= last
     p_first, p_last = p_tiles + begin * 4, p_tiles + last * 4
@@ -70,7 +63,7 @@ def combine_kernel(
 ):  # fmt: skip
     """``o`` and ``state`` from the partial results of ``forward_kernel``; grid (rows, Hkv, B)."""
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    m_r, o_g, o_h, o_m = locate_rows(i_m, i_h, table, M, G, BM)
+    m_r, _, o_g, o_h, o_m = locate_rows(i_m, i_h, i_b, table, B, M, G, BM, False)
     p_counts = counts + i_b * COUNTS
     p_tiles = tiles + i_b.to(tl.int64) * NT * 4
     m_scored = m_r & (o_g < tl.load(n_scored + i_h)) & (o_m >= tl.load(p_counts + FIRST_ROW))
@@ -155,7 +148,7 @@ def join_kernel(
     may hold a part of.
     """
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    m_r, o_g, o_h, o_m = locate_rows(i_m, i_h, table, M, G, BM)
+    m_r, _, o_g, o_h, o_m = locate_rows(i_m, i_h, i_b, table, B, M, G, BM, False)
     p_counts = counts + i_b * COUNTS
     p_tiles = tiles + i_b.to(tl.int64) * NT * 4
     m_scored = m_r & (o_g < tl.load(n_scored + i_h)) & (o_m >= tl.load(p_counts + FIRST_ROW))

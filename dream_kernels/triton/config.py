@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,7 +31,7 @@ class Config:
 
 
 # The interpreter gets tiles so small that short tests meet every path.
-_INTERPRETER = Config(rows=16, keys=16, warps=4, stages=1, slot=4)
+_INTERPRETER = Config(rows=64, keys=16, warps=4, stages=1, slot=4)
 
 # By width of a padded head and of an element in bytes. Two accumulators of a row's width in
 # registers bound rows * head size; query, keys and values in shared memory bound keys * stages to
@@ -83,15 +83,15 @@ def candidates(kernel: str, head_dim: int, dtype: torch.dtype, rows: int) -> tup
         dtype: of the query.
         rows: rows of one tile's reach: a tile is not made taller than that.
     """
-    if INTERPRETED:
-        return (_INTERPRETER,)
     table = _TABLES[kernel][max(64, padded_head(head_dim)), dtype.itemsize]
+    if INTERPRETED:
+        table = (_INTERPRETER,)
     limit = max(16, 1 << (rows - 1).bit_length())
     fitting: dict[Config, None] = {}
     for config in table:
         height = min(config.rows, limit)
         warps = config.warps if height == config.rows else min(config.warps, 4)
-        fitting[Config(height, config.keys, warps, config.stages)] = None
+        fitting[replace(config, rows=height, warps=warps)] = None
     return tuple(fitting)
 
 

@@ -11,26 +11,28 @@ from dream_kernels.triton.blocks import (
     FIRST_ROW,
     LAST,
     N_REST,
-    N_SHORT,
-    N_TILES,
+    N_REST_PREFIX,
     finite,
-    gather_pointers,
+    fold_range,
     inverse,
+    key_pointers,
+    load_pack,
+    load_rest,
     load_rows,
     locate_rows,
     log_add,
     online_step,
+    rest_tiles,
     row_pointers,
     split_range,
     store_rows,
-    tile_pointers,
+    work,
 )
-from dream_kernels.triton.plan import load_span
 
 
 @triton.jit(do_not_specialize=["M", "T", "P", "C", "NT", "S", "B", "Hq"])
 def forward_kernel(
-    q, k, v, pk, pv, spans, mask, table, n_scored, tiles, shorts, rest, counts, weights,
+    q, k, v, pk, pv, mask, table, n_scored, tiles, shorts, rest, counts, weights,
     o, state, part_o, part_lse,
     s_qb, s_qh, s_qm, s_qd, s_kb, s_kh, s_kn, s_kd, s_vb, s_vh, s_vn, s_vd,
     s_pkb, s_pkh, s_pkn, s_pvb, s_pvh, s_pvn,
@@ -38,35 +40,34 @@ def forward_kernel(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
     PER_HEAD: tl.constexpr, BIAS: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr,
-    SPLIT: tl.constexpr, IP: tl.constexpr,
+    FOLD: tl.constexpr, SPLIT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """``o`` ``[B, Hq, M, D]`` and ``state`` for one block of rows, or one split of its keys.
 
-    Grid ``(row blocks * S, Hkv, B)``. See README.md for the algorithm and the layout of the
-    state and of the partial results that ``combine_kernel`` joins.
+    Grid ``(row blocks * S, Hkv, B)``, or with ``FOLD``, which needs a shared prefix,
+    ``(row blocks of the whole batch * S, Hkv, 1)``. See README.md for the algorithm and the layout
+    of the state and of the partial results that ``combine_kernel`` joins.
     """
     i_x, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_m, i_s = i_x, i_x * 0
     if SPLIT:
         i_m, i_s = i_x // S, i_x % S
-    else:
-        i_m, i_s = i_x, i_x * 0
-    m_r, o_g, o_h, o_m = locate_rows(i_m, i_h, table, M, G, BM)
-    p_counts = counts + i_b * COUNTS
-    m_scored = m_r & (o_g < tl.load(n_scored + i_h)) & (o_m >= tl.load(p_counts + FIRST_ROW))
+    m_r, o_b, o_g, o_h, o_m = locate_rows(i_m, i_h, i_b, table, B, M, G, BM, FOLD)
+    first_row = tl.load(counts + o_b * COUNTS + FIRST_ROW)  # [BM]
+    m_scored = m_r & (o_g < tl.load(n_scored + i_h)) & (o_m >= first_row)
     b_pos = T - M + o_m  # [BM] position of each row
 
-    b_q = load_rows(row_pointers(q, i_b, o_h, o_m, s_qb, s_qh, s_qm), m_r, s_qd, D, BD)
+    b_q = load_rows(row_pointers(q, o_b, o_h, o_m, s_qb, s_qh, s_qm), m_r, s_qd, D, BD)
     if NEGATE:
         b_q = -b_q
     i_kh = i_h.to(tl.int64)
-    k_l = k + (i_b.to(tl.int64) * s_kb + i_kh * s_kh - P.to(tl.int64) * s_kn)
-    v_l = v + (i_b.to(tl.int64) * s_vb + i_kh * s_vh - P.to(tl.int64) * s_vn)
-    k_p = pk + (i_b.to(tl.int64) * s_pkb + i_kh * s_pkh)
-    v_p = pv + (i_b.to(tl.int64) * s_pvb + i_kh * s_pvh)
-    p_mask = mask + i_b.to(tl.int64) * T
+    k_l = k + (i_kh * s_kh - P.to(tl.int64) * s_kn)
+    v_l = v + (i_kh * s_vh - P.to(tl.int64) * s_vn)
+    k_p = pk + i_kh * s_pkh
+    v_p = pv + i_kh * s_pvh
     # state [B, Hq, C + 1 or 1, M]: the documents, and last the rest or the whole softmax.
     n_slots = C * 0 + 1 if BIAS else C + 1
-    b_row = i_b.to(tl.int64) * Hq + o_h  # [BM]
+    b_row = o_b.to(tl.int64) * Hq + o_h  # [BM]
     p_state = state + b_row * n_slots * M + o_m
     p_last = p_state + (n_slots - 1).to(tl.int64) * M
     p_o = o + (b_row * M + o_m) * D
@@ -74,27 +75,19 @@ def forward_kernel(
     # document that an earlier split began, and what goes on in the next split or is the rest.
     n_rows = B.to(tl.int64) * Hq * M
     p_part = i_s.to(tl.int64) * 3 * n_rows + b_row * M + o_m
+    # A folded tile visits the prefix once if its batch elements are alike in it, else once for
+    # each of them, and the local keys once for each.
+    b_first = i_b
+    n_own = 1
+    n_common = 1
+    unlike = 0
+    if FOLD:
+        b_first, n_own, unlike = fold_range(i_m, counts, m_r, o_b, B, M, G, BM)
+        n_common = 1 + (n_own - 1) * unlike
 
     if tl.max(m_scored.to(tl.int32), 0) > 0:
-        b_visible = tl.max(tl.where(m_scored, b_pos, 0), 0)
-        if CAUSAL:
-            # All documents end before a scored row, so it sees this many keys of the rest.
-            n_rest = tl.load(p_counts + N_REST) - (T - 1 - b_visible)
-            n_clear = n_rest - (b_visible - tl.min(tl.where(m_scored, b_pos, T), 0))
-        else:
-            n_rest = tl.load(p_counts + N_REST)
-            n_clear = n_rest
-        n_tiles = tl.load(p_counts + N_TILES)
-        n_short = tl.load(p_counts + N_SHORT)
-        NS: tl.constexpr = BN // SLOT
-        n_packs = (n_short + NS - 1) // NS
-        # The same for all rows, so that combine_kernel can tell which split has what.
-        n_work = n_tiles + n_packs + (tl.load(p_counts + N_REST) + BN - 1) // BN
-        t_begin = n_tiles * 0
-        t_end = n_work
-        if SPLIT:
-            t_begin, t_end = split_range(n_work, i_s, S)
-
+        top_pos = tl.max(tl.where(m_scored, b_pos, 0), 0)
+        low_pos = tl.min(tl.where(m_scored, b_pos, T), 0)
         b_acc = tl.zeros([BM, BD], tl.float32)  # bias: the softmax; reweight: finished documents
         b_all_m = tl.full([BM], float("-inf"), tl.float32)  # the logits of all documents together
         b_all_l = tl.zeros([BM], tl.float32)
@@ -105,105 +98,118 @@ def forward_kernel(
         if PER_HEAD:
             p_weights = weights + b_row * C
         else:
-            p_weights = weights + i_b.to(tl.int64) * C + o_h * 0
-        begun = t_begin < 0  # whether the document at hand began in this split
-        open_document = t_begin < 0
+            p_weights = weights + o_b.to(tl.int64) * C
 
-        for t in range(t_begin, tl.minimum(t_end, n_tiles)):
-            p_tile = tiles + (i_b.to(tl.int64) * NT + t) * 4
-            key0, n, doc, flags = (
-                tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2), tl.load(p_tile + 3),
-            )  # fmt: skip
-            o_n = tl.arange(0, BN)
-            m_n = o_n < n
-            b_k = load_rows(
-                tile_pointers(k_l, k_p, s_kn, s_pkn, key0, P, BN, HAS_PREFIX), m_n, s_kd, D, BD
-            )
-            b_v = load_rows(
-                tile_pointers(v_l, v_p, s_vn, s_pvn, key0, P, BN, HAS_PREFIX), m_n, s_vd, D, BD
-            )
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)  # [BM, BN]
-            if HAS_MASK:
-                m_n = tl.load(p_mask + key0 + o_n, mask=m_n, other=0) != 0
-                b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-            elif n < BN:
-                b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-            if BIAS:
-                b_bias = tl.load(p_weights + doc)
-                b_all_m, b_all_l, b_acc = online_step(
-                    b_s, b_v, b_all_m, b_all_l, b_acc, b_bias, scale, IP
-                )
-            else:
-                first = (flags & FIRST) != 0
-                b_m = tl.where(first, float("-inf"), b_m)  # which empties b_part as well
-                begun = begun | first
-                b_m, b_l, b_part = online_step(b_s, b_v, b_m, b_l, b_part, b_zero, scale, IP)
-                open_document = (flags & LAST) == 0
-                closes = (flags & LAST) != 0
-                if SPLIT:
-                    if closes & (begun == 0):
-                        _store_part(part_o, part_lse, p_part + n_rows, b_part, b_m, b_l,
-                                    m_scored, D, BD)  # fmt: skip
-                    closes = closes & begun
-                if closes:
-                    b_lse = b_m + tl.log2(b_l)
-                    tl.store(p_state + doc.to(tl.int64) * M, b_lse, mask=m_scored)
-                    b_acc += b_part * (tl.load(p_weights + doc) * inverse(b_l))[:, None]
-                    b_all_m, b_all_l = log_add(b_all_m, b_all_l, b_lse)
+        for z in range(0, n_common):
+            b_z = i_b
+            m_z = m_scored
+            if FOLD:
+                b_z = (b_first + z) % B
+                m_z = m_scored & ((o_b - b_z) * unlike == 0)
+            i_z = b_z.to(tl.int64)
+            p_counts = counts + b_z * COUNTS
+            p_mask = mask + i_z * T
+            n_tiles, n_behind, t_begin, t_end = work(p_counts, i_s, S, BN, SLOT, SPLIT)
+            begun = t_begin < 0  # whether the document at hand began in this split
+            open_document = t_begin < 0
 
-        if SPLIT:
-            if open_document:
-                _store_part(part_o, part_lse, p_part + 2 * n_rows, b_part, b_m, b_l,
-                            m_scored, D, BD)  # fmt: skip
-
-        p_spans = spans + i_b.to(tl.int64) * C * 2
-        first_pack = tl.maximum(t_begin - n_tiles, 0)
-        last_pack = tl.minimum(t_end - n_tiles, n_packs)
-        for t in range(first_pack, last_pack):
-            o_s = t * NS + tl.arange(0, NS)
-            m_s = o_s < n_short
-            b_doc = tl.load(shorts + i_b.to(tl.int64) * C + o_s, mask=m_s, other=0)  # [NS]
-            b_start, b_end = load_span(p_spans, b_doc, m_s, T)
-            b_n = b_start[:, None] + tl.arange(0, SLOT)[None, :]  # [NS, SLOT]
-            m_n = tl.reshape(b_n < b_end[:, None], [BN])
-            b_n = tl.reshape(b_n, [BN])
-            b_k = load_rows(gather_pointers(k_l, k_p, s_kn, s_pkn, b_n, P, HAS_PREFIX),
-                            m_n, s_kd, D, BD)  # fmt: skip
-            b_v = load_rows(gather_pointers(v_l, v_p, s_vn, s_pvn, b_n, P, HAS_PREFIX),
-                            m_n, s_vd, D, BD)  # fmt: skip
-            if HAS_MASK:
-                m_n = tl.load(p_mask + b_n, mask=m_n, other=0) != 0
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
-            b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-            b_s = tl.reshape(b_s, [BM, NS, SLOT]) * scale
-            b_w = tl.load(p_weights[:, None] + b_doc[None, :], mask=m_s[None, :], other=0.0)
-            if BIAS:
-                b_s += b_w[:, :, None]
-                b_new = tl.maximum(b_all_m, tl.max(tl.max(b_s, 2), 1))
-                b_safe = finite(b_new)
-                b_p = tl.exp2(b_s - b_safe[:, None, None])
-                b_alpha = tl.exp2(b_all_m - b_safe)
-                b_all_m = b_new
-                b_all_l = b_all_l * b_alpha + tl.sum(tl.sum(b_p, 2), 1)
-                b_acc = b_acc * b_alpha[:, None]
-            else:
-                b_peak = tl.max(b_s, 2)  # [BM, NS]
-                b_p = tl.exp2(b_s - finite(b_peak)[:, :, None])
-                b_sum = tl.sum(b_p, 2)
-                b_lse = b_peak + tl.log2(b_sum)
-                tl.store(
-                    p_state[:, None] + b_doc.to(tl.int64)[None, :] * M, b_lse,
-                    mask=m_scored[:, None] & m_s[None, :],
+            for t in range(t_begin, tl.minimum(t_end, n_tiles)):
+                p_tile = tiles + (i_z * NT + t) * 4
+                key0, n, doc, flags = (
+                    tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2), tl.load(p_tile + 3),
                 )  # fmt: skip
-                b_new = tl.maximum(b_all_m, tl.max(b_lse, 1))
-                b_safe = finite(b_new)
-                b_all_l = b_all_l * tl.exp2(b_all_m - b_safe) + tl.sum(
-                    tl.exp2(b_lse - b_safe[:, None]), 1
+                o_n = tl.arange(0, BN)
+                m_n = o_n < n
+                p_k = key_pointers(k_l + i_z * s_kb, k_p + i_z * s_pkb, s_kn, s_pkn, key0 + o_n,
+                                   key0 < P, HAS_PREFIX)  # fmt: skip
+                p_v = key_pointers(v_l + i_z * s_vb, v_p + i_z * s_pvb, s_vn, s_pvn, key0 + o_n,
+                                   key0 < P, HAS_PREFIX)  # fmt: skip
+                b_k = load_rows(p_k, m_n, s_kd, D, BD)
+                b_v = load_rows(p_v, m_n, s_vd, D, BD)
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)  # [BM, BN]
+                if HAS_MASK:
+                    m_n = tl.load(p_mask + key0 + o_n, mask=m_n, other=0) != 0
+                    b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+                elif n < BN:
+                    b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+                if FOLD:
+                    if unlike != 0:
+                        b_s = tl.where(m_z[:, None], b_s, float("-inf"))
+                b_w = tl.load(p_weights + doc)  # [BM]
+                if BIAS:
+                    b_all_m, b_all_l, b_acc = online_step(
+                        b_s, b_v, b_all_m, b_all_l, b_acc, b_w, scale, IP
+                    )
+                else:
+                    first = (flags & FIRST) != 0
+                    b_m = tl.where(first, float("-inf"), b_m)  # which empties b_part as well
+                    begun = begun | first
+                    b_m, b_l, b_part = online_step(b_s, b_v, b_m, b_l, b_part, b_zero, scale, IP)
+                    open_document = (flags & LAST) == 0
+                    closes = (flags & LAST) != 0
+                    if SPLIT:
+                        if closes & (begun == 0):
+                            _store_part(part_o, part_lse, p_part + n_rows, b_part, b_m, b_l,
+                                        m_z, D, BD)  # fmt: skip
+                        closes = closes & begun
+                    if closes:
+                        b_lse = b_m + tl.log2(b_l)
+                        tl.store(p_state + doc.to(tl.int64) * M, b_lse, mask=m_z)
+                        b_acc += b_part * (b_w * inverse(b_l))[:, None]
+                        b_all_m, b_all_l = log_add(b_all_m, b_all_l, b_lse)
+
+            if SPLIT:
+                if open_document:
+                    _store_part(part_o, part_lse, p_part + 2 * n_rows, b_part, b_m, b_l,
+                                m_z, D, BD)  # fmt: skip
+
+            NS: tl.constexpr = BN // SLOT
+            for t in range(tl.maximum(t_begin, n_tiles), tl.minimum(t_end, n_behind)):
+                b_doc, m_doc, b_n, m_n, inside = load_pack(
+                    shorts, p_counts, b_z, t - n_tiles, C, BN, SLOT
                 )
-                b_all_m = b_new
-                b_p = b_p * (b_w * inverse(b_sum))[:, :, None]
-            b_p = tl.reshape(b_p, [BM, BN])
-            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=IP)
+                p_k = key_pointers(k_l + i_z * s_kb, k_p + i_z * s_pkb, s_kn, s_pkn, b_n, inside,
+                                   HAS_PREFIX)  # fmt: skip
+                p_v = key_pointers(v_l + i_z * s_vb, v_p + i_z * s_pvb, s_vn, s_pvn, b_n, inside,
+                                   HAS_PREFIX)  # fmt: skip
+                b_k = load_rows(p_k, m_n, s_kd, D, BD)
+                b_v = load_rows(p_v, m_n, s_vd, D, BD)
+                if HAS_MASK:
+                    m_n = tl.load(p_mask + b_n, mask=m_n, other=0) != 0
+                m_s = m_n[None, :]
+                if FOLD:
+                    m_s = m_s & m_z[:, None]
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
+                b_s = tl.where(m_s, b_s, float("-inf"))
+                b_s = tl.reshape(b_s, [BM, NS, SLOT]) * scale
+                b_w = tl.load(p_weights[:, None] + b_doc[None, :], mask=m_doc[None, :], other=0.0)
+                if BIAS:
+                    b_s += b_w[:, :, None]
+                    b_new = tl.maximum(b_all_m, tl.max(tl.max(b_s, 2), 1))
+                    b_safe = finite(b_new)
+                    b_p = tl.exp2(b_s - b_safe[:, None, None])
+                    b_alpha = tl.exp2(b_all_m - b_safe)
+                    b_all_m = b_new
+                    b_all_l = b_all_l * b_alpha + tl.sum(tl.sum(b_p, 2), 1)
+                    b_acc = b_acc * b_alpha[:, None]
+                else:
+                    b_peak = tl.max(b_s, 2)  # [BM, NS]
+                    b_p = tl.exp2(b_s - finite(b_peak)[:, :, None])
+                    b_sum = tl.sum(b_p, 2)
+                    b_lse = b_peak + tl.log2(b_sum)
+                    tl.store(
+                        p_state[:, None] + b_doc.to(tl.int64)[None, :] * M, b_lse,
+                        mask=m_z[:, None] & m_doc[None, :],
+                    )  # fmt: skip
+                    b_new = tl.maximum(b_all_m, tl.max(b_lse, 1))
+                    b_safe = finite(b_new)
+                    b_all_l = b_all_l * tl.exp2(b_all_m - b_safe) + tl.sum(
+                        tl.exp2(b_lse - b_safe[:, None]), 1
+                    )
+                    b_all_m = b_new
+                    b_p = b_p * (b_w * inverse(b_sum))[:, :, None]
+                b_p = tl.reshape(b_p, [BM, BN])
+                b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=IP)
 
         if BIAS:
             b_m, b_l, b_part = b_all_m, b_all_l, b_acc
@@ -211,33 +217,63 @@ def forward_kernel(
             b_m = tl.full([BM], float("-inf"), tl.float32)
             b_l = tl.zeros([BM], tl.float32)
             b_part = tl.zeros([BM, BD], tl.float32)
-        p_rest = rest + i_b.to(tl.int64) * T
-        first_rest = tl.maximum(t_begin - n_tiles - n_packs, 0)
-        last_rest = tl.minimum(t_end - n_tiles - n_packs, (n_rest + BN - 1) // BN)
-        for t in range(first_rest, last_rest):
-            o_n = t * BN + tl.arange(0, BN)
-            m_n = o_n < n_rest
-            b_n = tl.load(p_rest + o_n, mask=m_n, other=0)
-            b_k = load_rows(gather_pointers(k_l, k_p, s_kn, s_pkn, b_n, P, HAS_PREFIX),
-                            m_n, s_kd, D, BD)  # fmt: skip
-            b_v = load_rows(gather_pointers(v_l, v_p, s_vn, s_pvn, b_n, P, HAS_PREFIX),
-                            m_n, s_vd, D, BD)  # fmt: skip
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
-            if HAS_MASK:
-                m_n = tl.load(p_mask + b_n, mask=m_n, other=0) != 0
-                b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-            if (t + 1) * BN > n_clear:
-                m_s = m_n[None, :] & (b_n[None, :] <= b_pos[:, None]) if CAUSAL else m_n[None, :]
-                b_s = tl.where(m_s, b_s, float("-inf"))
-            b_m, b_l, b_part = online_step(b_s, b_v, b_m, b_l, b_part, b_zero, scale, IP)
+        b_has_rest = o_b * 0  # in this split
+        # Pass 0 is the prefix in common, pass z > 0 what is element z's own.
+        for z in range(0 if FOLD else 1, n_own + 1):
+            b_z = i_b
+            m_z = m_scored
+            if FOLD:
+                b_z = (b_first + tl.maximum(z - 1, i_b)) % B
+                m_z = m_scored & ((o_b - b_z) * z == 0)
+            i_z = b_z.to(tl.int64)
+            p_counts = counts + b_z * COUNTS
+            p_mask = mask + i_z * T
+            n_rest_prefix = tl.load(p_counts + N_REST_PREFIX)
+            n_rest = tl.load(p_counts + N_REST)
+            n_clear = n_rest
+            if CAUSAL:
+                # All documents end before a scored row, so the keys behind it are of the rest.
+                n_clear = n_rest - (T - 1 - low_pos)
+                n_rest = n_rest - (T - 1 - top_pos)
+            n_tiles, n_behind, t_begin, t_end = work(p_counts, i_s, S, BN, SLOT, SPLIT)
+            begin = tl.maximum(t_begin - n_behind, 0)
+            end = tl.minimum(t_end - n_behind, rest_tiles(n_rest, n_rest_prefix, BN))
+            if FOLD:
+                n_shared = tl.cdiv(n_rest_prefix, BN) * (1 - unlike)
+                if z == 0:
+                    end = tl.minimum(end, n_shared)
+                else:
+                    begin = tl.maximum(begin, n_shared)
+            b_has_rest = tl.where(m_z, t_end - n_behind, b_has_rest)
+            for t in range(begin, end):
+                b_n, m_n, inside, t_rank = load_rest(rest, p_counts, b_z, t, T, BN)
+                p_k = key_pointers(k_l + i_z * s_kb, k_p + i_z * s_pkb, s_kn, s_pkn, b_n, inside,
+                                   HAS_PREFIX)  # fmt: skip
+                p_v = key_pointers(v_l + i_z * s_vb, v_p + i_z * s_pvb, s_vn, s_pvn, b_n, inside,
+                                   HAS_PREFIX)  # fmt: skip
+                b_k = load_rows(p_k, m_n, s_kd, D, BD)
+                b_v = load_rows(p_v, m_n, s_vd, D, BD)
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
+                if HAS_MASK:
+                    m_n = tl.load(p_mask + b_n, mask=m_n, other=0) != 0
+                    b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+                if t_rank > tl.minimum(n_clear, tl.where(inside, n_rest_prefix, n_rest)):
+                    m_s = m_n[None, :]
+                    if CAUSAL:
+                        m_s = m_s & (b_n[None, :] <= b_pos[:, None])
+                    b_s = tl.where(m_s, b_s, float("-inf"))
+                if FOLD:
+                    b_s = tl.where(m_z[:, None], b_s, float("-inf"))
+                b_m, b_l, b_part = online_step(b_s, b_v, b_m, b_l, b_part, b_zero, scale, IP)
 
         if SPLIT:
-            if (t_end > n_tiles + n_packs) | BIAS:
-                _store_part(part_o, part_lse, p_part + 2 * n_rows, b_part, b_m, b_l,
-                            m_scored, D, BD)  # fmt: skip
+            m_rest = m_scored
             if not BIAS:
+                m_rest = m_scored & (b_has_rest > 0)
                 tl.store(part_lse + p_part, b_all_m + tl.log2(b_all_l), mask=m_scored)
                 store_rows(part_o + p_part * D, b_acc, m_scored, D, BD)
+            _store_part(part_o, part_lse, p_part + 2 * n_rows, b_part, b_m, b_l,
+                        m_rest, D, BD)  # fmt: skip
         else:
             b_lse = b_m + tl.log2(b_l)
             tl.store(p_last, b_lse, mask=m_scored)
@@ -252,30 +288,35 @@ def forward_kernel(
 
     m_plain = m_r & (m_scored == 0)
     if tl.max(m_plain.to(tl.int32), 0) > 0:
-        n_visible = T
-        n_clear = T
-        if CAUSAL:
-            n_visible = tl.max(tl.where(m_plain, b_pos, -1), 0) + 1
-            n_clear = tl.maximum(tl.min(tl.where(m_plain, b_pos, T), 0) + 1, 0)
-        n_visible = tl.maximum(n_visible, 0)
-        begin = n_visible * 0
-        end = n_visible
-        if SPLIT:
-            n_work = (n_visible + BN - 1) // BN
-            begin, end = split_range(n_work, i_s, S)
-            begin, end = begin * BN, tl.minimum(end * BN, n_visible)
+        begin, end, n_clear = visible_range(m_plain, b_pos, T, i_s, S, BN, CAUSAL, SPLIT)
         b_m = tl.full([BM], float("-inf"), tl.float32)
         b_l = tl.zeros([BM], tl.float32)
         b_part = tl.zeros([BM, BD], tl.float32)
         if HAS_PREFIX:
+            for z in range(0, n_common):
+                b_z = i_b
+                m_z = m_plain
+                if FOLD:
+                    b_z = (b_first + z) % B
+                    m_z = m_plain & ((o_b - b_z) * unlike == 0)
+                i_z = b_z.to(tl.int64)
+                b_m, b_l, b_part = _plain_keys(
+                    b_q, b_m, b_l, b_part, m_z, b_pos, k_p + i_z * s_pkb, v_p + i_z * s_pvb,
+                    mask + i_z * T, s_pkn, s_kd, s_pvn, s_vd, begin, tl.minimum(end, P), n_clear,
+                    scale, D, BD, BN, CAUSAL, HAS_MASK, FOLD, IP,
+                )  # fmt: skip
+        for z in range(0, n_own):
+            b_z = i_b
+            m_z = m_plain
+            if FOLD:
+                b_z = (b_first + z) % B
+                m_z = m_plain & (o_b == b_z)
+            i_z = b_z.to(tl.int64)
             b_m, b_l, b_part = _plain_keys(
-                b_q, b_m, b_l, b_part, b_pos, k_p, v_p, p_mask, s_pkn, s_kd, s_pvn, s_vd,
-                begin, tl.minimum(end, P), n_clear, scale, D, BD, BN, CAUSAL, HAS_MASK, IP,
+                b_q, b_m, b_l, b_part, m_z, b_pos, k_l + i_z * s_kb, v_l + i_z * s_vb,
+                mask + i_z * T, s_kn, s_kd, s_vn, s_vd, tl.maximum(begin, P), end, n_clear,
+                scale, D, BD, BN, CAUSAL, HAS_MASK, FOLD, IP,
             )  # fmt: skip
-        b_m, b_l, b_part = _plain_keys(
-            b_q, b_m, b_l, b_part, b_pos, k_l, v_l, p_mask, s_kn, s_kd, s_vn, s_vd,
-            tl.maximum(begin, P), end, n_clear, scale, D, BD, BN, CAUSAL, HAS_MASK, IP,
-        )  # fmt: skip
         if SPLIT:
             _store_part(
                 part_o, part_lse, p_part + 2 * n_rows, b_part, b_m, b_l, m_plain, D, BD
@@ -283,6 +324,23 @@ def forward_kernel(
         else:
             tl.store(p_last, b_m + tl.log2(b_l), mask=m_plain)
             store_rows(p_o, b_part * inverse(b_l)[:, None], m_plain, D, BD)
+
+
+@triton.jit
+def visible_range(
+    m_rows, b_pos, T, i_s, S, BN: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """The keys ``begin .. end`` of a split that any row sees; all rows see those to ``n_clear``."""
+    end = T
+    n_clear = T
+    if CAUSAL:
+        end = tl.maximum(tl.max(tl.where(m_rows, b_pos, -1), 0) + 1, 0)
+        n_clear = tl.maximum(tl.min(tl.where(m_rows, b_pos, T), 0) + 1, 0)
+    begin = end * 0
+    if SPLIT:
+        first, last = split_range(tl.cdiv(end, BN), i_s, S)
+        begin, end = first * BN, tl.minimum(last * BN, end)
+    return begin, end, n_clear
 
 
 @triton.jit
@@ -309,9 +367,9 @@ def _store_part(
 
 @triton.jit
 def _plain_keys(
-    b_q, b_m, b_l, b_acc, b_pos, k, v, p_mask, s_kn, s_kd, s_vn, s_vd, begin, end, n_clear, scale,
-    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
-    IP: tl.constexpr,
+    b_q, b_m, b_l, b_acc, m_rows, b_pos, k, v, p_mask, s_kn, s_kd, s_vn, s_vd, begin, end, n_clear,
+    scale, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr, FOLD: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """Plain attention to the keys ``begin .. end`` of one segment of memory.
 
@@ -329,6 +387,8 @@ def _plain_keys(
         if HAS_MASK:
             m_n = tl.load(p_mask + o_n, mask=m_n, other=0) != 0
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+        if FOLD:
+            b_s = tl.where(m_rows[:, None], b_s, float("-inf"))
         b_m, b_l, b_acc = online_step(b_s, b_v, b_m, b_l, b_acc, b_zero, scale, IP)
     for key0 in range(clear, end, BN):
         o_n = key0 + tl.arange(0, BN)
@@ -339,7 +399,11 @@ def _plain_keys(
         if HAS_MASK:
             m_n = tl.load(p_mask + o_n, mask=m_n, other=0) != 0
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
-        m_s = m_n[None, :] & (o_n[None, :] <= b_pos[:, None]) if CAUSAL else m_n[None, :]
+        m_s = m_n[None, :]
+        if CAUSAL:
+            m_s = m_s & (o_n[None, :] <= b_pos[:, None])
+        if FOLD:
+            m_s = m_s & m_rows[:, None]
         b_s = tl.where(m_s, b_s, float("-inf"))
         b_m, b_l, b_acc = online_step(b_s, b_v, b_m, b_l, b_acc, b_zero, scale, IP)
     return b_m, b_l, b_acc

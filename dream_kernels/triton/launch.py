@@ -68,6 +68,21 @@ class Plan:
     limit: int
 
 
+@dataclass(frozen=True)
+class RowGrid:
+    """Programs of a kernel over rows.
+
+    Attributes:
+        shape: of the grid.
+        splits: parts of the keys, 1 where row blocks alone fill the device.
+        fold: whether a tile may hold rows of several batch elements.
+    """
+
+    shape: tuple[int, int, int]
+    splits: int
+    fold: bool
+
+
 class Call:
     """One problem, reduced to what the kernels take: aligned strides, flags, heads, plans."""
 
@@ -90,6 +105,9 @@ class Call:
         self.document_mass = problem.document_mass if problem.document_mass is not None else 1.0
         # Never 0, so that a masked logit of -inf stays one.
         self.scale = max(abs(problem.scale) * LOG2_E, 1e-30)
+        # Without padding any pointer serves: the kernels do not follow it.
+        mask = self.heads.scored if problem.mask is None else problem.mask.contiguous()
+        self.mask = mask.view(torch.uint8)
         self._plans: dict[tuple[int, int, bool], Plan] = {}
         tf32 = self.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         self.shape_flags = {
@@ -105,11 +123,6 @@ class Call:
             "BIAS": self.bias,
         }
 
-    def mask(self, plan: Plan) -> Tensor:
-        # Without padding any pointer serves: the kernels do not follow it.
-        mask = self.problem.mask
-        return plan.counts if mask is None else mask.contiguous().view(torch.uint8)
-
     def plan(self, config: Config, segment: bool = False) -> Plan:
         key = (config.keys, config.slot, segment)
         if key not in self._plans:
@@ -118,10 +131,11 @@ class Call:
 
     def _make_plan(self, keys: int, slot: int, segment: bool) -> Plan:
         problem, batch, length, documents = self.problem, self.batch, self.length, self.documents
-        # Every tile but a document's last is full, and one document may be cut at the prefix's end.
-        limit = length // keys + min(documents, length // (slot + 1)) + 1
+        # Every tile but a document's last is full, and one document, short or not, may be cut at the
+        # prefix's end.
+        limit = length // keys + min(documents, length // (slot + 1)) + 2
         sizes = (
-            batch * limit * 4, batch * documents, batch * length,
+            batch * limit * 4, batch * documents * 4, batch * length,
             batch * length if segment else 0, batch * COUNTS.value,
         )  # fmt: skip
         buffer = torch.empty(sum(sizes), dtype=torch.int32, device=self.device)
@@ -133,11 +147,11 @@ class Call:
         plan = Plan(*parts, weights, limit)
         blocks = triton.cdiv(max(limit, length), _PLAN_BLOCK)
         plan_kernel[(blocks + score_heads, batch)](
-            self.spans, problem.scores, plan.tiles, plan.shorts, plan.rest, plan.segment,
+            self.spans, self.mask, problem.scores, plan.tiles, plan.shorts, plan.rest, plan.segment,
             plan.counts, weights, *problem.scores.stride(), self.rows, length, self.prefix_length,
             documents, limit, blocks, BN=keys, SLOT=slot, BX=_PLAN_BLOCK, BC=_PLAN_DOCUMENTS,
             BW=min(1024, max(16, bucket(documents))), HS=score_heads, CAUSAL=problem.causal,
-            BIAS=self.bias, SEGMENT=segment, num_warps=4,
+            BIAS=self.bias, SEGMENT=segment, HAS_MASK=problem.mask is not None, num_warps=4,
         )  # fmt: skip
         return plan
 
@@ -169,11 +183,27 @@ class Call:
         )  # fmt: skip
         return choose(key, configs, launch, self.device)
 
-    def splits(self, config: Config) -> int:
-        """Into how many parts the keys are split: 1 where row blocks alone fill the device."""
-        programs = triton.cdiv(self.group * self.rows, config.rows) * self.key_heads * self.batch
-        wanted = 2 * _processors(self.device) // programs
-        return max(1, min(wanted, self.length // MIN_SPLIT_KEYS))
+    @property
+    def reach(self) -> int:
+        """Rows of a key head that may share a tile: those of the batch where the prefix is shared.
+
+        Folded tiles visit the local keys once per batch element, for all their rows: the prefix
+        has to be the larger part.
+        """
+        shared = self.prefix_key is not None and self.prefix_key.shape[0] < self.batch
+        long = self.prefix_length >= 2 * (self.length - self.prefix_length)
+        return self.group * self.rows * (self.batch if shared and long else 1)
+
+    def grid(self, config: Config) -> RowGrid:
+        """How the rows are cut into blocks, and their keys split."""
+        rows = self.group * self.rows
+        blocks, elements = triton.cdiv(rows, config.rows), self.batch
+        fold = self.reach > rows and triton.cdiv(self.reach, config.rows) < blocks * elements
+        if fold:
+            blocks, elements = triton.cdiv(self.reach, config.rows), 1
+        wanted = 2 * _processors(self.device) // (blocks * self.key_heads * elements)
+        splits = max(1, min(wanted, self.length // MIN_SPLIT_KEYS))
+        return RowGrid((blocks * splits, self.key_heads, elements), splits, fold)
 
 
 @lru_cache
@@ -194,17 +224,17 @@ def forward(problem: Problem, state: Tensor) -> Tensor:
     """Return the output and fill ``state`` ``[B, Hq, C + 1, M]`` with log-sum-exps."""
     call = Call(problem)
     output = torch.empty(problem.query.shape, dtype=problem.query.dtype, device=call.device)
-    rows = call.group * call.rows
 
     def launch(config: Config) -> None:
         _forward(call, config, output, state)
 
-    launch(call.tuned("forward", rows, launch, call.fixed))
+    launch(call.tuned("forward", call.reach, launch, call.fixed))
     return output
 
 
 def _forward(call: Call, config: Config, output: Tensor, state: Tensor) -> None:
-    problem, plan, heads, splits = call.problem, call.plan(config), call.heads, call.splits(config)
+    problem, plan, heads, grid = call.problem, call.plan(config), call.heads, call.grid(config)
+    splits = grid.splits
     tensors, strides = call.memory()
     part_o, part_lse = output, state
     if splits > 1:
@@ -212,15 +242,14 @@ def _forward(call: Call, config: Config, output: Tensor, state: Tensor) -> None:
         part_o = torch.empty(
             (*part_lse.shape, call.head_dim), dtype=torch.float32, device=call.device
         )
-    blocks = triton.cdiv(call.group * call.rows, config.rows)
     flags = {"BN": config.keys, "SLOT": config.slot, "FIXED": call.fixed, **call.mode_flags}
-    forward_kernel[(blocks * splits, call.key_heads, call.batch)](
-        problem.query, *tensors, call.spans, call.mask(plan), heads.order, heads.count,
+    forward_kernel[grid.shape](
+        problem.query, *tensors, call.mask, heads.order, heads.count,
         plan.tiles, plan.shorts, plan.rest, plan.counts, plan.weights,
         output, state, part_o, part_lse, *problem.query.stride(), *strides,
         call.scale, call.document_mass, call.batch, call.query_heads, call.group, call.rows,
         call.length, call.prefix_length, call.documents, plan.limit, splits,
-        BM=config.rows, HAS_PREFIX=call.has_prefix, SPLIT=splits > 1, **flags,
+        BM=config.rows, HAS_PREFIX=call.has_prefix, FOLD=grid.fold, SPLIT=splits > 1, **flags,
         **call.shape_flags, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if splits > 1:
@@ -302,8 +331,7 @@ def _rows(
     def launch(config: Config) -> None:
         _launch_rows(call, config, state, grad_output, columns, documents, grad_query, by_document)
 
-    rows = call.group * call.rows
-    launch(call.tuned(kernel, rows, launch, call.fixed, by_document))
+    launch(call.tuned(kernel, call.reach, launch, call.fixed, by_document))
 
 
 def _launch_rows(
@@ -316,7 +344,8 @@ def _launch_rows(
     grad_query: Tensor | None,
     by_document: bool,
 ) -> None:
-    problem, plan, heads, splits = call.problem, call.plan(config), call.heads, call.splits(config)
+    problem, plan, heads, grid = call.problem, call.plan(config), call.heads, call.grid(config)
+    splits = grid.splits
     tensors, strides = call.memory()
     documents = columns if documents is None else documents
     split = splits > 1
@@ -324,17 +353,16 @@ def _launch_rows(
     into = columns if grad_query is None else grad_query
     if split and grad_query is not None:
         into = torch.empty((splits, *grad_query.shape), dtype=torch.float32, device=call.device)
-    blocks = triton.cdiv(call.group * call.rows, config.rows)
-    rows_kernel[(blocks * splits, call.key_heads, call.batch)](
-        problem.query, *tensors, grad_output, call.spans, call.mask(plan), heads.order,
-        heads.count, plan.tiles, plan.shorts, plan.rest, plan.counts, plan.weights,
+    rows_kernel[grid.shape](
+        problem.query, *tensors, grad_output, call.mask, heads.order, heads.count,
+        plan.tiles, plan.shorts, plan.rest, plan.counts, plan.weights,
         state, columns, documents, parts, into,
         *problem.query.stride(), *strides, *grad_output.stride(),
         call.scale, problem.scale, call.batch, call.query_heads, call.group, call.rows,
         call.length, call.prefix_length, call.documents, plan.limit, splits,
         BM=config.rows, BN=config.keys, SLOT=config.slot, FIXED=call.fixed,
         HAS_PREFIX=call.has_prefix, DOCUMENTS=by_document, DQ=grad_query is not None,
-        SPLIT=split, **call.shape_flags, **call.mode_flags,
+        FOLD=grid.fold, SPLIT=split, **call.shape_flags, **call.mode_flags,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if split and by_document:
@@ -408,7 +436,7 @@ def _keys(
     def launch(config: Config) -> None:
         plan = call.plan(config, segment=True)
         keys_kernel[(triton.cdiv(key.shape[2], config.keys), call.key_heads, key.shape[0])](
-            problem.query, key, value, grad_output, call.mask(plan), call.heads.scored,
+            problem.query, key, value, grad_output, call.mask, call.heads.scored,
             plan.segment, plan.counts, plan.weights, state, columns, documents,
             key if grad_key is None else grad_key, value if grad_value is None else grad_value,
             *problem.query.stride(), *key.stride(), *value.stride(), *grad_output.stride(),
@@ -434,10 +462,10 @@ def mass(problem: Problem) -> Tensor:
         plan = call.plan(config)
         blocks = triton.cdiv(call.group * call.rows, config.rows)
         mass_kernel[(blocks, call.key_heads, call.batch)](
-            problem.query, tensors[0], tensors[2], call.spans, call.mask(plan), call.heads.order,
+            problem.query, tensors[0], tensors[2], call.mask, call.heads.order,
             plan.tiles, plan.shorts, plan.rest, plan.counts, state,
-            *problem.query.stride(), *strides[:4], *strides[8:11], call.scale, call.query_heads,
-            call.group, call.rows, call.length, call.prefix_length, call.documents, plan.limit,
+            *problem.query.stride(), *strides[:4], *strides[8:11], call.scale, call.batch,
+            call.query_heads, call.group, call.rows, call.length, call.prefix_length, call.documents, plan.limit,
             BM=config.rows, BN=config.keys, SLOT=config.slot, HAS_PREFIX=call.has_prefix,
             **call.shape_flags, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

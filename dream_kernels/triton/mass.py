@@ -10,17 +10,18 @@ from dream_kernels.triton.blocks import (
     FIRST,
     LAST,
     N_REST,
-    N_SHORT,
-    N_TILES,
+    N_REST_PREFIX,
     finite,
-    gather_pointers,
+    key_pointers,
+    load_pack,
+    load_rest,
     load_rows,
     locate_rows,
     log_add,
+    rest_tiles,
     row_pointers,
-    tile_pointers,
+    work,
 )
-from dream_kernels.triton.plan import load_span
 
 
 @triton.jit
@@ -31,11 +32,11 @@ def _tile_lse(b_s, m_s, scale):
     return b_m + tl.log2(tl.sum(tl.exp2(b_s * scale - finite(b_m)[:, None]), 1))
 
 
-@triton.jit(do_not_specialize=["M", "T", "P", "C", "NT", "Hq"])
+@triton.jit(do_not_specialize=["M", "T", "P", "C", "NT", "B", "Hq"])
 def mass_kernel(
-    q, k, pk, spans, mask, table, tiles, shorts, rest, counts, state,
+    q, k, pk, mask, table, tiles, shorts, rest, counts, state,
     s_qb, s_qh, s_qm, s_qd, s_kb, s_kh, s_kn, s_kd, s_pkb, s_pkh, s_pkn,
-    scale, Hq, G, M, T, P, C, NT,
+    scale, B, Hq, G, M, T, P, C, NT,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr,
     NEGATE: tl.constexpr, IP: tl.constexpr,
@@ -45,7 +46,7 @@ def mass_kernel(
     Grid ``(row blocks, Hkv, B)``. Unlike the forward's, the rows may stand inside documents.
     """
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    m_r, _, o_h, o_m = locate_rows(i_m, i_h, table, M, G, BM)
+    m_r, _, _, o_h, o_m = locate_rows(i_m, i_h, i_b, table, B, M, G, BM, False)
     p_counts = counts + i_b * COUNTS
     b_pos = T - M + o_m
     b_q = load_rows(row_pointers(q, i_b, o_h, o_m, s_qb, s_qh, s_qm), m_r, s_qd, D, BD)
@@ -56,9 +57,7 @@ def mass_kernel(
     k_p = pk + (i_b.to(tl.int64) * s_pkb + i_kh * s_pkh)
     p_mask = mask + i_b.to(tl.int64) * T
     p_state = state + (i_b.to(tl.int64) * Hq + o_h) * (C + 1) * M + o_m
-    n_tiles = tl.load(p_counts + N_TILES)
-    n_short = tl.load(p_counts + N_SHORT)
-    n_rest = tl.load(p_counts + N_REST)
+    n_tiles, n_behind, _, _ = work(p_counts, i_b, 1, BN, SLOT, False)
     b_all_m = tl.full([BM], float("-inf"), tl.float32)
     b_all_l = tl.zeros([BM], tl.float32)
 
@@ -71,9 +70,8 @@ def mass_kernel(
         )  # fmt: skip
         o_n = tl.arange(0, BN)
         m_n = o_n < n
-        b_k = load_rows(
-            tile_pointers(k_l, k_p, s_kn, s_pkn, key0, P, BN, HAS_PREFIX), m_n, s_kd, D, BD
-        )
+        p_k = key_pointers(k_l, k_p, s_kn, s_pkn, key0 + o_n, key0 < P, HAS_PREFIX)
+        b_k = load_rows(p_k, m_n, s_kd, D, BD)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
         if HAS_MASK:
             m_n = tl.load(p_mask + key0 + o_n, mask=m_n, other=0) != 0
@@ -90,46 +88,37 @@ def mass_kernel(
             b_all_m, b_all_l = log_add(b_all_m, b_all_l, b_lse)
 
     NS: tl.constexpr = BN // SLOT
-    p_spans = spans + i_b.to(tl.int64) * C * 2
-    for t in range(0, (n_short + NS - 1) // NS):
-        o_s = t * NS + tl.arange(0, NS)
-        m_o = o_s < n_short
-        b_doc = tl.load(shorts + i_b.to(tl.int64) * C + o_s, mask=m_o, other=0)
-        b_start, b_end = load_span(p_spans, b_doc, m_o, T)
-        b_at = b_start[:, None] + tl.arange(0, SLOT)[None, :]
-        m_n = tl.reshape(b_at < b_end[:, None], [BN])
-        b_at = tl.reshape(b_at, [BN])
-        b_k = load_rows(gather_pointers(k_l, k_p, s_kn, s_pkn, b_at, P, HAS_PREFIX),
-                        m_n, s_kd, D, BD)  # fmt: skip
+    for t in range(0, n_behind - n_tiles):
+        b_doc, m_doc, b_n, m_n, inside = load_pack(shorts, p_counts, i_b, t, C, BN, SLOT)
+        p_k = key_pointers(k_l, k_p, s_kn, s_pkn, b_n, inside, HAS_PREFIX)
+        b_k = load_rows(p_k, m_n, s_kd, D, BD)
         if HAS_MASK:
-            m_n = tl.load(p_mask + b_at, mask=m_n, other=0) != 0
+            m_n = tl.load(p_mask + b_n, mask=m_n, other=0) != 0
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
         m_s = m_n[None, :]
         if CAUSAL:
-            m_s = m_s & (b_at[None, :] <= b_pos[:, None])
+            m_s = m_s & (b_n[None, :] <= b_pos[:, None])
         b_s = tl.reshape(tl.where(m_s, b_s, float("-inf")), [BM, NS, SLOT]) * scale
         b_peak = tl.max(b_s, 2)  # [BM, NS]
         b_lse = b_peak + tl.log2(tl.sum(tl.exp2(b_s - finite(b_peak)[:, :, None]), 2))
         tl.store(
             p_state[:, None] + b_doc.to(tl.int64)[None, :] * M, b_lse,
-            mask=m_r[:, None] & m_o[None, :],
+            mask=m_r[:, None] & m_doc[None, :],
         )  # fmt: skip
         b_top = tl.max(b_lse, 1)
         b_sum = tl.sum(tl.exp2(b_lse - finite(b_top)[:, None]), 1)
         b_all_m, b_all_l = log_add(b_all_m, b_all_l, b_top + tl.log2(b_sum))
 
-    p_rest = rest + i_b.to(tl.int64) * T
-    for t in range(0, (n_rest + BN - 1) // BN):
-        o_n = t * BN + tl.arange(0, BN)
-        m_n = o_n < n_rest
-        b_at = tl.load(p_rest + o_n, mask=m_n, other=0)
-        b_k = load_rows(gather_pointers(k_l, k_p, s_kn, s_pkn, b_at, P, HAS_PREFIX),
-                        m_n, s_kd, D, BD)  # fmt: skip
+    n_rest = rest_tiles(tl.load(p_counts + N_REST), tl.load(p_counts + N_REST_PREFIX), BN)
+    for t in range(0, n_rest):
+        b_n, m_n, inside, _ = load_rest(rest, p_counts, i_b, t, T, BN)
+        p_k = key_pointers(k_l, k_p, s_kn, s_pkn, b_n, inside, HAS_PREFIX)
+        b_k = load_rows(p_k, m_n, s_kd, D, BD)
         if HAS_MASK:
-            m_n = tl.load(p_mask + b_at, mask=m_n, other=0) != 0
+            m_n = tl.load(p_mask + b_n, mask=m_n, other=0) != 0
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
         m_s = m_n[None, :]
         if CAUSAL:
-            m_s = m_s & (b_at[None, :] <= b_pos[:, None])
+            m_s = m_s & (b_n[None, :] <= b_pos[:, None])
         b_all_m, b_all_l = log_add(b_all_m, b_all_l, _tile_lse(b_s, m_s, scale))
     tl.store(p_state + C.to(tl.int64) * M, b_all_m + tl.log2(b_all_l), mask=m_r)

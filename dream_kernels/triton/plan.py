@@ -5,7 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dream_kernels.triton.blocks import COUNTS, FIRST, FIRST_ROW, LAST, N_REST, N_SHORT, N_TILES
+from dream_kernels.triton.blocks import (
+    COUNTS,
+    FIRST,
+    FIRST_ROW,
+    LAST,
+    LIKE_FIRST,
+    N_REST,
+    N_REST_PREFIX,
+    N_SHORT_LOCAL,
+    N_SHORT_PREFIX,
+    N_TILES,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -21,10 +32,11 @@ def load_span(p_spans, o_c, m_c, T):
 
 @triton.jit(do_not_specialize=["M", "T", "P", "C", "NT", "n_blocks"])
 def plan_kernel(
-    spans, scores, tiles, shorts, rest, segment, counts, weights,
+    spans, mask, scores, tiles, shorts, rest, segment, counts, weights,
     s_sb, s_sh, s_sc, M, T, P, C, NT, n_blocks,
     BN: tl.constexpr, SLOT: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
     HS: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, SEGMENT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """Write one block of the plan, or the weights of the documents for one row of scores.
 
@@ -33,11 +45,15 @@ def plan_kernel(
 
     Outputs, int32 but for the weights:
         tiles: ``[B, NT, 4]``: first key, keys, document, flags. A document longer than ``SLOT``
-            keys is cut into tiles of ``BN`` from its own start, and anew at the prefix's end.
-        shorts: ``[B, C]``: the documents of up to ``SLOT`` keys.
+            keys, or across the prefix's end, is cut into tiles of ``BN`` from its own start and
+            anew at the prefix's end.
+        shorts: ``[B, C, 4]``: document, first key and keys of those of up to ``SLOT`` keys, from
+            the front the ones in the prefix, from the back the ones behind it.
         rest: ``[B, T]``: the positions outside all documents, ascending.
         segment: ``[B, T]``: the document of each key, ``C`` for the rest; only for ``SEGMENT``.
-        counts: ``[B, 4]``: tiles, short documents, keys of the rest, first scored row.
+        counts: ``[B, 8]``: tiles, short documents in the prefix and behind it, keys of the rest in
+            the prefix and all, first scored row, whether spans and padding of the prefix are those
+            of element 0 and no document reaches beyond the prefix.
         weights: ``[B, HS, C]`` float32: softmax of the scores over the present documents; for
             ``BIAS`` the scores in powers of two.
     """
@@ -52,8 +68,11 @@ def plan_kernel(
         b_doc = tl.zeros([BX], tl.int32)
         b_flags = tl.zeros([BX], tl.int32)
         n_tiles = tl.program_id(0) * 0
-        n_short = n_tiles
+        n_front = n_tiles
+        n_back = n_tiles
         n_inside = n_tiles
+        n_inside_prefix = n_tiles
+        n_unlike = n_tiles
         last_end = n_tiles
         for c in range(0, C, BC):
             o_c = c + tl.arange(0, BC)
@@ -65,14 +84,22 @@ def plan_kernel(
             b_segment = tl.minimum(b_segment, tl.min(tl.where(b_in, o_c[None, :], C), 1))
             b_before += tl.sum(tl.minimum(tl.maximum(b_past, 0), b_length[None, :]), 1)
 
-            b_short = ((b_length > 0) & (b_length <= SLOT)).to(tl.int32)
-            b_rank = n_short + tl.cumsum(b_short, 0) - b_short
+            b_fits = (b_length > 0) & (b_length <= SLOT)
+            b_front = (b_fits & (b_end <= P)).to(tl.int32)
+            b_back = (b_fits & (b_start >= P)).to(tl.int32)
+            b_place = n_front + tl.cumsum(b_front, 0) - 1
+            b_place = tl.where(b_back > 0, C - n_back - tl.cumsum(b_back, 0), b_place)
             if i_x == 0:
-                tl.store(shorts + i_b.to(tl.int64) * C + b_rank, o_c, mask=b_short > 0)
+                p_short = shorts + (i_b.to(tl.int64) * C + b_place) * 4
+                m_short = (b_front + b_back) > 0
+                tl.store(p_short, o_c, mask=m_short)
+                tl.store(p_short + 1, b_start, mask=m_short)
+                tl.store(p_short + 2, b_length, mask=m_short)
 
             b_cut = tl.where((b_start < P) & (b_end > P), P, b_start)
             b_head = (b_cut - b_start + BN - 1) // BN  # tiles before the cut
-            b_tiles = tl.where(b_length > SLOT, b_head + (b_end - b_cut + BN - 1) // BN, 0)
+            b_tiles = b_head + (b_end - b_cut + BN - 1) // BN
+            b_tiles = tl.where((b_length > 0) & (b_front + b_back == 0), b_tiles, 0)
             b_first = n_tiles + tl.cumsum(b_tiles, 0) - b_tiles
             b_t = o_x[:, None] - b_first[None, :]  # [BX, BC]
             b_hit = (b_t >= 0) & (b_t < b_tiles[None, :])
@@ -92,8 +119,12 @@ def plan_kernel(
             b_flags += tl.sum(tl.where(b_hit, b_edge, 0), 1)
 
             n_tiles += tl.sum(b_tiles, 0)
-            n_short += tl.sum(b_short, 0)
+            n_front += tl.sum(b_front, 0)
+            n_back += tl.sum(b_back, 0)
             n_inside += tl.sum(b_length, 0)
+            n_inside_prefix += tl.sum(tl.minimum(tl.maximum(P - b_start, 0), b_length), 0)
+            b_start0, b_end0 = load_span(spans, o_c, m_c, T)
+            n_unlike += tl.sum(((b_start != b_start0) | (b_end != b_end0)).to(tl.int32), 0)
             last_end = tl.maximum(last_end, tl.max(b_end, 0))
 
         p_tiles = tiles + (i_b.to(tl.int64) * NT + o_x) * 4
@@ -114,9 +145,19 @@ def plan_kernel(
                 first_row = tl.where(n_inside == 0, M, tl.maximum(last_end - (T - M), 0))
             p_counts = counts + i_b * COUNTS
             tl.store(p_counts + N_TILES, tl.minimum(n_tiles, NT))
-            tl.store(p_counts + N_SHORT, n_short)
+            tl.store(p_counts + N_SHORT_PREFIX, n_front)
+            tl.store(p_counts + N_SHORT_LOCAL, n_back)
+            tl.store(p_counts + N_REST_PREFIX, tl.maximum(P - n_inside_prefix, 0))
             tl.store(p_counts + N_REST, tl.maximum(T - n_inside, 0))
             tl.store(p_counts + FIRST_ROW, first_row)
+            if HAS_MASK:
+                for n in range(0, P, BW):
+                    o_n = n + tl.arange(0, BW)
+                    b_own = tl.load(mask + row + o_n, mask=o_n < P, other=0)
+                    b_first_own = tl.load(mask + o_n, mask=o_n < P, other=0)
+                    n_unlike += tl.sum((b_own != b_first_own).to(tl.int32), 0)
+            alike = (n_unlike == 0) & (last_end <= P)
+            tl.store(p_counts + LIKE_FIRST, alike.to(tl.int32))
     else:
         i_h = i_x - n_blocks
         p_scores = scores + (i_b.to(tl.int64) * s_sb + i_h.to(tl.int64) * s_sh)
