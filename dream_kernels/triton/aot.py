@@ -95,15 +95,15 @@ def variants(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[Var
     for mode, mode_flags in (("reweight", reweight), ("bias", bias)):
         for split in (False, True):
             yield Variant(
-                f"forward-{mode}{'-split' * split}", forward_kernel, config("forward"),
-                {**memory, **mode_flags, "SPLIT": split},
+                f"forward-{mode}{'-fold-split' * split}", forward_kernel, config("forward"),
+                {**memory, **mode_flags, "FOLD": split, "SPLIT": split},
             )  # fmt: skip
         yield Variant(f"combine-{mode}", combine_kernel, small, {**base, **mode_flags})
         for name, documents, query in (("documents", 1, 0), ("query", mode == "bias", 1)):
             yield Variant(
                 f"{name}-{mode}", rows_kernel, config(name),
                 {**memory, **mode_flags, "DOCUMENTS": bool(documents), "DQ": bool(query),
-                 "SPLIT": False},
+                 "FOLD": False, "SPLIT": False},
             )  # fmt: skip
         yield Variant(
             f"coefficients-{mode}", coefficients_kernel, Config(32, 64, 4, 1),
@@ -119,7 +119,8 @@ def variants(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[Var
     yield Variant("join", join_kernel, Config(16, 64, 1, 1), {"REST": False})
     yield Variant(
         "plan", plan_kernel, Config(128, 64, 4, 1),
-        {"BX": 128, "BC": 32, "BW": 64, "HS": 1, "CAUSAL": True, "BIAS": False, "SEGMENT": True},
+        {"BX": 128, "BC": 32, "BW": 64, "HS": 1, "CAUSAL": True, "BIAS": False, "SEGMENT": True,
+         "HAS_MASK": False},
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+from dream_kernels.triton.implementation import interpreted
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def candidates(kernel: str, head_dim: int, dtype: torch.dtype, rows: int) -> tup
         rows: rows of one tile's reach: a tile is not made taller than that.
     """
     table = _TABLES[kernel][max(64, padded_head(head_dim)), dtype.itemsize]
-    if INTERPRETED:
+    if interpreted():
         table = (_INTERPRETER,)
     limit = max(16, 1 << (rows - 1).bit_length())
     fitting: dict[Config, None] = {}

@@ -52,9 +52,9 @@ def forward_kernel(
     i_m, i_s = i_x, i_x * 0
     if SPLIT:
         i_m, i_s = i_x // S, i_x % S
-    m_r, o_b, o_g, o_h, o_m = locate_rows(i_m, i_h, i_b, table, B, M, G, BM, FOLD)
-    first_row = tl.load(counts + o_b * COUNTS + FIRST_ROW)  # [BM]
-    m_scored = m_r & (o_g < tl.load(n_scored + i_h)) & (o_m >= first_row)
+    m_r, o_b, o_h, o_m, m_scored = _locate(
+        i_m, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
+    )  # fmt: skip
     b_pos = T - M + o_m  # [BM] position of each row
 
     b_q = load_rows(row_pointers(q, o_b, o_h, o_m, s_qb, s_qh, s_qm), m_r, s_qd, D, BD)
@@ -69,12 +69,13 @@ def forward_kernel(
     n_slots = C * 0 + 1 if BIAS else C + 1
     b_row = o_b.to(tl.int64) * Hq + o_h  # [BM]
     p_state = state + b_row * n_slots * M + o_m
-    p_last = p_state + (n_slots - 1).to(tl.int64) * M
-    p_o = o + (b_row * M + o_m) * D
     # part_lse [S, 3, B * Hq * M], part_o [S, 3, B * Hq * M, D]: complete documents, the end of a
     # document that an earlier split began, and what goes on in the next split or is the rest.
     n_rows = B.to(tl.int64) * Hq * M
     p_part = i_s.to(tl.int64) * 3 * n_rows + b_row * M + o_m
+    # Where the rows are located anew: 0, but the compiler does not know, and so holds no pointers
+    # in registers through the loops, from which they would spill.
+    i_later = i_m + tl.minimum(T, 0)
     # A folded tile visits the prefix once if its batch elements are alike in it, else once for
     # each of them, and the local keys once for each.
     b_first = i_b
@@ -91,14 +92,13 @@ def forward_kernel(
         b_acc = tl.zeros([BM, BD], tl.float32)  # bias: the softmax; reweight: finished documents
         b_all_m = tl.full([BM], float("-inf"), tl.float32)  # the logits of all documents together
         b_all_l = tl.zeros([BM], tl.float32)
-        b_part = tl.zeros([BM, BD], tl.float32)  # reweight: the document at hand, then the rest
-        b_m = tl.full([BM], float("-inf"), tl.float32)
-        b_l = tl.zeros([BM], tl.float32)
         b_zero = tl.zeros([BM], tl.float32)
         if PER_HEAD:
-            p_weights = weights + b_row * C
+            p_weights = weights + b_row * C  # [BM] or, one for all rows, [1]
+        elif FOLD:
+            p_weights = weights + o_b * C
         else:
-            p_weights = weights + o_b.to(tl.int64) * C
+            p_weights = weights + i_b * C + tl.zeros([1], tl.int32)
 
         for z in range(0, n_common):
             b_z = i_b
@@ -112,7 +112,9 @@ def forward_kernel(
             n_tiles, n_behind, t_begin, t_end = work(p_counts, i_s, S, BN, SLOT, SPLIT)
             begun = t_begin < 0  # whether the document at hand began in this split
             open_document = t_begin < 0
-
+            b_part = tl.zeros([BM, BD], tl.float32)  # reweight: the document at hand
+            b_m = tl.full([BM], float("-inf"), tl.float32)
+            b_l = tl.zeros([BM], tl.float32)
             for t in range(t_begin, tl.minimum(t_end, n_tiles)):
                 p_tile = tiles + (i_z * NT + t) * 4
                 key0, n, doc, flags = (
@@ -135,7 +137,7 @@ def forward_kernel(
                 if FOLD:
                     if unlike != 0:
                         b_s = tl.where(m_z[:, None], b_s, float("-inf"))
-                b_w = tl.load(p_weights + doc)  # [BM]
+                b_w = tl.load(p_weights + doc)
                 if BIAS:
                     b_all_m, b_all_l, b_acc = online_step(
                         b_s, b_v, b_all_m, b_all_l, b_acc, b_w, scale, IP
@@ -266,7 +268,12 @@ def forward_kernel(
                     b_s = tl.where(m_z[:, None], b_s, float("-inf"))
                 b_m, b_l, b_part = online_step(b_s, b_v, b_m, b_l, b_part, b_zero, scale, IP)
 
+        m_r, o_b, o_h, o_m, m_scored = _locate(
+            i_later, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
+        )  # fmt: skip
+        b_row = o_b.to(tl.int64) * Hq + o_h
         if SPLIT:
+            p_part = i_s.to(tl.int64) * 3 * n_rows + b_row * M + o_m
             m_rest = m_scored
             if not BIAS:
                 m_rest = m_scored & (b_has_rest > 0)
@@ -276,6 +283,7 @@ def forward_kernel(
                         m_rest, D, BD)  # fmt: skip
         else:
             b_lse = b_m + tl.log2(b_l)
+            p_last = state + (b_row * n_slots + n_slots - 1) * M + o_m
             tl.store(p_last, b_lse, mask=m_scored)
             if BIAS:
                 b_o = b_part * inverse(b_l)[:, None]
@@ -284,10 +292,14 @@ def forward_kernel(
                     b_all_m + tl.log2(b_all_l), b_lse, document_mass, FIXED
                 )
                 b_o = b_acc * b_mu[:, None] + b_part * (b_rest * inverse(b_l))[:, None]
-            store_rows(p_o, b_o, m_scored, D, BD)
+            store_rows(o + (b_row * M + o_m) * D, b_o, m_scored, D, BD)
 
+    m_r, o_b, o_h, o_m, m_scored = _locate(
+        i_later, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
+    )  # fmt: skip
     m_plain = m_r & (m_scored == 0)
     if tl.max(m_plain.to(tl.int32), 0) > 0:
+        b_pos = T - M + o_m
         begin, end, n_clear = visible_range(m_plain, b_pos, T, i_s, S, BN, CAUSAL, SPLIT)
         b_m = tl.full([BM], float("-inf"), tl.float32)
         b_l = tl.zeros([BM], tl.float32)
@@ -317,13 +329,32 @@ def forward_kernel(
                 mask + i_z * T, s_kn, s_kd, s_vn, s_vd, tl.maximum(begin, P), end, n_clear,
                 scale, D, BD, BN, CAUSAL, HAS_MASK, FOLD, IP,
             )  # fmt: skip
+        m_r, o_b, o_h, o_m, m_scored = _locate(
+            i_later + tl.minimum(T, 0), i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
+        )  # fmt: skip
+        m_plain = m_r & (m_scored == 0)
+        b_row = o_b.to(tl.int64) * Hq + o_h
         if SPLIT:
+            p_part = i_s.to(tl.int64) * 3 * n_rows + b_row * M + o_m
             _store_part(
                 part_o, part_lse, p_part + 2 * n_rows, b_part, b_m, b_l, m_plain, D, BD
             )  # fmt: skip
         else:
+            p_last = state + (b_row * n_slots + n_slots - 1) * M + o_m
             tl.store(p_last, b_m + tl.log2(b_l), mask=m_plain)
-            store_rows(p_o, b_part * inverse(b_l)[:, None], m_plain, D, BD)
+            b_o = b_part * inverse(b_l)[:, None]
+            store_rows(o + (b_row * M + o_m) * D, b_o, m_plain, D, BD)
+
+
+@triton.jit
+def _locate(
+    i_m, i_h, i_b, table, n_scored, counts, B, M, G, BM: tl.constexpr, FOLD: tl.constexpr
+):  # fmt: skip
+    """:func:`locate_rows`, and which of the rows are scored in place of the head's rank."""
+    m_r, o_b, o_g, o_h, o_m = locate_rows(i_m, i_h, i_b, table, B, M, G, BM, FOLD)
+    first_row = tl.load(counts + o_b * COUNTS + FIRST_ROW)  # [BM]
+    m_scored = m_r & (o_g < tl.load(n_scored + i_h)) & (o_m >= first_row)
+    return m_r, o_b, o_h, o_m, m_scored
 
 
 @triton.jit

@@ -31,7 +31,8 @@ def _triton_missing() -> str | None:
     return None
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Return whether triton's kernels run in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -66,7 +67,7 @@ class TritonImplementation:
         missing = _triton_missing()
         if missing is not None:
             return missing
-        if device.type == "cpu" and not _interpreted():
+        if device.type == "cpu" and not interpreted():
             return f"it needs tensors on a CUDA or HIP device, got {device}"
         if device.type not in ("cpu", "cuda"):
             return f"it needs tensors on a CUDA or HIP device, got {device}"

@@ -87,9 +87,11 @@ def rows_kernel(
     n_rows = B.to(tl.int64) * Hq * M
     p_part = parts + i_s.to(tl.int64) * 2 * n_rows + b_row * M + o_m
     if PER_HEAD:
-        p_weights = weights + b_row * C
+        p_weights = weights + b_row * C  # [BM] or, one for all rows, [1]
+    elif FOLD:
+        p_weights = weights + o_b * C
     else:
-        p_weights = weights + o_b.to(tl.int64) * C
+        p_weights = weights + i_b * C + tl.zeros([1], tl.int32)
     b_first = i_b
     n_own = 1
     n_common = 1
@@ -187,7 +189,7 @@ def rows_kernel(
                     m_n = tl.load(p_mask + b_at, mask=m_n, other=0) != 0
                 m_rs = m_z[:, None] & m_doc[None, :]  # [BM, NS]
                 b_slot = b_doc.to(tl.int64)[None, :] * M
-                b_w = tl.load(p_weights[:, None] + b_doc[None, :], mask=m_rs, other=0.0)
+                b_w = tl.load(p_weights[:, None] + b_doc[None, :], mask=m_doc[None, :], other=0.0)
                 if BIAS:
                     b_n = tl.where(m_rs, b_norm[:, None] - b_w, float("inf"))
                 else:
