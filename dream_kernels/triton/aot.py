@@ -80,7 +80,7 @@ class Resources:
     tensor_cores: dict[str, int]
 
 
-def variants(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[Variant]:
+def variants(head_dim: int, hopper: bool, dtype: torch.dtype = torch.bfloat16) -> Iterator[Variant]:
     """Every kernel in the form of the main case: a prefix, padding, reweight and bias."""
     base: dict[str, Any] = {"D": head_dim, "BD": padded_head(head_dim)}
     shape = {**base, "CAUSAL": True, "HAS_MASK": False, "NEGATE": False, "IP": "ieee"}
@@ -89,39 +89,38 @@ def variants(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Iterator[Var
     bias = {**reweight, "BIAS": True}
 
     def config(kernel: str) -> Config:
-        return candidates(kernel, head_dim, dtype, rows=1 << 20)[0]
+        return candidates(kernel, head_dim, dtype, rows=1 << 20, hopper=hopper)[0]
 
-    small = Config(16, 64, 4, 1)
-    for mode, mode_flags in (("reweight", reweight), ("bias", bias)):
-        for split in (False, True):
+    for mode, flags in (("reweight", reweight), ("bias", bias)):
+        for form, folds, splits in (("", 0, 0), ("-fold", 1, 0), ("-split", 0, 1)):
             yield Variant(
-                f"forward-{mode}{'-fold-split' * split}", forward_kernel, config("forward"),
-                {**memory, **mode_flags, "FOLD": split, "SPLIT": split},
+                f"forward-{mode}{form}", forward_kernel, config("forward"),
+                {**memory, **flags, "FOLD": bool(folds), "SPLIT": bool(splits)},
             )  # fmt: skip
-        yield Variant(f"combine-{mode}", combine_kernel, small, {**base, **mode_flags})
         for name, documents, query in (("documents", 1, 0), ("query", mode == "bias", 1)):
             yield Variant(
                 f"{name}-{mode}", rows_kernel, config(name),
-                {**memory, **mode_flags, "DOCUMENTS": bool(documents), "DQ": bool(query),
+                {**memory, **flags, "DOCUMENTS": bool(documents), "DQ": bool(query),
                  "FOLD": False, "SPLIT": False},
             )  # fmt: skip
-        yield Variant(
-            f"coefficients-{mode}", coefficients_kernel, Config(32, 64, 4, 1),
-            {**base, **mode_flags, "BC": 32, "DOCUMENTS": mode == "reweight",
-             "SCORES": mode == "reweight", "LOGITS": True},
-        )  # fmt: skip
         yield Variant(
             f"keys-{mode}", keys_kernel, config("keys"),
             {**shape, "PER_HEAD": False, "BIAS": mode == "bias", "SHARED": False, "DK": True,
              "DV": True},
         )  # fmt: skip
     yield Variant("mass", mass_kernel, config("mass"), memory)
-    yield Variant("join", join_kernel, Config(16, 64, 1, 1), {"REST": False})
+    yield Variant("combine", combine_kernel, Config(16, 64, 4, 1), {**base, **reweight})
     yield Variant(
-        "plan", plan_kernel, Config(128, 64, 4, 1),
-        {"BX": 128, "BC": 32, "BW": 64, "HS": 1, "CAUSAL": True, "BIAS": False, "SEGMENT": True,
-         "HAS_MASK": False},
+        "coefficients", coefficients_kernel, Config(32, 64, 4, 1),
+        {**base, **reweight, "BC": 32, "DOCUMENTS": True, "SCORES": True, "LOGITS": True},
     )  # fmt: skip
+    if head_dim == HEAD_DIMS[0]:  # the others do not hang on it
+        yield Variant("join", join_kernel, Config(16, 64, 1, 1), {"REST": False})
+        yield Variant(
+            "plan", plan_kernel, Config(128, 64, 4, 1),
+            {"BX": 128, "BC": 32, "BW": 64, "HS": 1, "CAUSAL": True, "BIAS": False,
+             "SEGMENT": True, "HAS_MASK": False},
+        )  # fmt: skip
 
 
 def compile_variant(variant: Variant, target: GPUTarget, dtype: torch.dtype) -> Any:
@@ -136,7 +135,7 @@ def compile_variant(variant: Variant, target: GPUTarget, dtype: torch.dtype) -> 
         parameter = kernel.params[i]
         if parameter.is_constexpr:
             constants[name], signature[name] = known[name], "constexpr"
-        elif name.startswith("s_") and name.endswith("d") or name == "s_sc":
+        elif (name.startswith("s_") and name.endswith("d")) or name == "s_sc":
             constants[name], signature[name] = 1, "constexpr"
         else:
             kind = _POINTERS.get(name, "i32")
@@ -156,12 +155,10 @@ def _source_arguments(
         return signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
     from triton.backends.compiler import AttrsDescriptor
 
-    names = list(signature)
     kept = {name: kind for name, kind in signature.items() if kind != "constexpr"}
     attributes = AttrsDescriptor.from_dict(
         {"arg_properties": {"tt.divisibility": aligned}, "cls": "AttrsDescriptor"}
     )
-    del names
     return kept, constants, attributes
 
 
@@ -174,7 +171,8 @@ def measure(compiled: Any) -> Resources:
         kinds[match] = kinds.get(match, 0) + 1
     shared = compiled.metadata.shared
     if "cubin" not in asm:
-        found = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text)}
+        numbers = re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text)
+        found = {name: int(number) for name, number in numbers}
         return Resources(found["vgpr_count"], found["vgpr_spill_count"], shared, kinds)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
@@ -207,13 +205,14 @@ def table(
     """Resources in bfloat16 by ``"target/head size/kernel"``, for all kernels or those named."""
     rows: dict[str, dict[str, Any]] = {}
     for target, head_dim in itertools.product(targets, head_dims):
-        for variant in variants(head_dim):
+        for variant in variants(head_dim, hopper=target in ("sm_90", "sm_100")):
             if names and variant.name not in names:
                 continue
             compiled = compile_variant(variant, TARGETS[target], torch.bfloat16)
             config = variant.config
             rows[f"{target}/{head_dim}/{variant.name}"] = {
-                "tile": f"{config.rows}x{config.keys}, {config.warps} warps, {config.stages} stages",
+                "tile": f"{config.rows}x{config.keys}, {config.warps} warps, "
+                f"{config.stages} stages",
                 **asdict(measure(compiled)),
             }
     return rows

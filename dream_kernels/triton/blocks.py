@@ -50,6 +50,17 @@ def locate_rows(i_m, i_h, i_z, table, B, M, G, BM: tl.constexpr, FOLD: tl.conste
 
 
 @triton.jit
+def locate_scored_rows(
+    i_m, i_h, i_b, table, n_scored, counts, B, M, G, BM: tl.constexpr, FOLD: tl.constexpr
+):  # fmt: skip
+    """:func:`locate_rows`, and which of the rows are scored in place of the head's rank."""
+    m_r, o_b, o_g, o_h, o_m = locate_rows(i_m, i_h, i_b, table, B, M, G, BM, FOLD)
+    first_row = tl.load(counts + o_b * COUNTS + FIRST_ROW)  # [BM]
+    m_scored = m_r & (o_g < tl.load(n_scored + i_h)) & (o_m >= first_row)
+    return m_r, o_b, o_h, o_m, m_scored
+
+
+@triton.jit
 def fold_range(i_m, counts, m_r, o_b, B, M, G, BM: tl.constexpr):
     """The batch elements that a folded tile has rows of.
 

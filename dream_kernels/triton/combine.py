@@ -8,12 +8,11 @@ import triton.language as tl
 from dream_kernels.triton.blocks import (
     COUNTS,
     FIRST,
-    FIRST_ROW,
     LAST,
     finite,
     inverse,
     load_rows,
-    locate_rows,
+    locate_scored_rows,
     log_add,
     store_rows,
     work,
@@ -63,10 +62,11 @@ def combine_kernel(
 ):  # fmt: skip
     """``o`` and ``state`` from the partial results of ``forward_kernel``; grid (rows, Hkv, B)."""
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    m_r, _, o_g, o_h, o_m = locate_rows(i_m, i_h, i_b, table, B, M, G, BM, False)
+    m_r, _, o_h, o_m, m_scored = locate_scored_rows(
+        i_m, i_h, i_b, table, n_scored, counts, B, M, G, BM, False
+    )  # fmt: skip
     p_counts = counts + i_b * COUNTS
     p_tiles = tiles + i_b.to(tl.int64) * NT * 4
-    m_scored = m_r & (o_g < tl.load(n_scored + i_h)) & (o_m >= tl.load(p_counts + FIRST_ROW))
     b_row = i_b.to(tl.int64) * Hq + o_h
     n_rows = B.to(tl.int64) * Hq * M
     n_slots = C * 0 + 1 if BIAS else C + 1
@@ -148,10 +148,11 @@ def join_kernel(
     may hold a part of.
     """
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    m_r, _, o_g, o_h, o_m = locate_rows(i_m, i_h, i_b, table, B, M, G, BM, False)
+    _, _, o_h, o_m, m_scored = locate_scored_rows(
+        i_m, i_h, i_b, table, n_scored, counts, B, M, G, BM, False
+    )  # fmt: skip
     p_counts = counts + i_b * COUNTS
     p_tiles = tiles + i_b.to(tl.int64) * NT * 4
-    m_scored = m_r & (o_g < tl.load(n_scored + i_h)) & (o_m >= tl.load(p_counts + FIRST_ROW))
     b_row = i_b.to(tl.int64) * Hq + o_h
     n_rows = B.to(tl.int64) * Hq * M
     p_documents = documents + b_row * (C + 1) * M + o_m

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -35,37 +37,60 @@ _INTERPRETER = Config(rows=64, keys=16, warps=4, stages=1, slot=4)
 
 # By width of a padded head and of an element in bytes. Two accumulators of a row's width in
 # registers bound rows * head size; query, keys and values in shared memory bound keys * stages to
-# what a device of the family gives a block, of which 99 KB (sm_86, sm_89) is the least.
+# what a device of the family gives a block, of which 99 KB (sm_86, sm_89) is the least. The first
+# of each list spills no register at head sizes 64 and 128.
 _FORWARD = {
-    (64, 2): (Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(128, 128, 8, 2)),
-    (128, 2): (Config(128, 64, 8, 2), Config(64, 64, 4, 2), Config(128, 32, 8, 3)),
+    (64, 2): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
+    (128, 2): (Config(64, 32, 4, 3), Config(64, 64, 8, 2)),
     (256, 2): (Config(64, 32, 8, 2), Config(32, 32, 4, 2)),
     (64, 4): (Config(64, 32, 4, 2), Config(32, 32, 4, 2)),
     (128, 4): (Config(32, 32, 4, 2), Config(32, 16, 4, 2)),
     (256, 4): (Config(16, 16, 4, 2),),
 }
-_ROWS = {
-    (64, 2): (Config(128, 64, 8, 2), Config(64, 64, 4, 3), Config(64, 64, 4, 2)),
-    (128, 2): (Config(64, 64, 4, 2), Config(128, 64, 8, 2), Config(64, 32, 4, 2)),
+_DOCUMENTS = {
+    (64, 2): (Config(128, 64, 8, 2), Config(64, 64, 4, 3)),
+    (128, 2): (Config(64, 64, 4, 2), Config(128, 32, 8, 2)),
     (256, 2): (Config(64, 32, 8, 1), Config(32, 32, 4, 1)),
     (64, 4): (Config(32, 32, 4, 2), Config(32, 16, 4, 2)),
     (128, 4): (Config(32, 16, 4, 2), Config(16, 16, 4, 2)),
     (256, 4): (Config(16, 16, 4, 1),),
 }
+_QUERY = {
+    **_DOCUMENTS,
+    (64, 2): (Config(128, 32, 8, 2), Config(64, 64, 4, 2)),
+    (128, 2): (Config(64, 32, 4, 2), Config(64, 64, 8, 1)),
+}
 _KEYS = {
-    (64, 2): (Config(64, 64, 4, 2), Config(64, 128, 8, 2), Config(32, 64, 4, 2)),
-    (128, 2): (Config(64, 64, 8, 1), Config(32, 64, 4, 2), Config(64, 64, 4, 1)),
+    (64, 2): (Config(32, 64, 8, 1), Config(32, 64, 4, 2), Config(64, 64, 8, 2)),
+    (128, 2): (Config(32, 64, 8, 1), Config(32, 32, 4, 2)),
     (256, 2): (Config(32, 32, 8, 1), Config(32, 64, 8, 1)),
     (64, 4): (Config(32, 32, 4, 1), Config(16, 32, 4, 2)),
     (128, 4): (Config(16, 32, 4, 1), Config(16, 16, 4, 1)),
     (256, 4): (Config(16, 16, 4, 1),),
 }
-_TABLES = {
+_AMPERE = {
     "forward": _FORWARD,
     "mass": _FORWARD,
-    "documents": _ROWS,
-    "query": _ROWS,
+    "documents": _DOCUMENTS,
+    "query": _QUERY,
     "keys": _KEYS,
+}
+# wgmma takes its operands from shared memory, which leaves registers for taller tiles.
+_HOPPER = {
+    **_AMPERE,
+    "forward": {
+        **_FORWARD,
+        (128, 2): (Config(128, 64, 8, 2), Config(128, 32, 8, 3), Config(64, 64, 8, 3)),
+    },
+    "query": {
+        **_QUERY,
+        (64, 2): (Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
+        (128, 2): (Config(128, 32, 8, 2), Config(64, 64, 8, 2)),
+    },
+    "keys": {
+        **_KEYS,
+        (64, 2): (Config(64, 64, 8, 2), Config(32, 64, 4, 2)),
+    },
 }
 
 
@@ -74,16 +99,19 @@ def padded_head(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def candidates(kernel: str, head_dim: int, dtype: torch.dtype, rows: int) -> tuple[Config, ...]:
+def candidates(
+    kernel: str, head_dim: int, dtype: torch.dtype, rows: int, hopper: bool
+) -> tuple[Config, ...]:
     """The configurations of a kernel worth timing, the default first.
 
     Args:
         kernel: ``"forward"``, ``"documents"``, ``"query"``, ``"keys"`` or ``"mass"``.
         head_dim: ``D``.
         dtype: of the query.
-        rows: rows of one tile's reach: a tile is not made taller than that.
+        rows: how many could share a tile: none is made taller than that.
+        hopper: whether the device has wgmma, or what came after it.
     """
-    table = _TABLES[kernel][max(64, padded_head(head_dim)), dtype.itemsize]
+    table = (_HOPPER if hopper else _AMPERE)[kernel][max(64, padded_head(head_dim)), dtype.itemsize]
     if interpreted():
         table = (_INTERPRETER,)
     limit = max(16, 1 << (rows - 1).bit_length())
@@ -133,8 +161,8 @@ def choose(
     failure: Exception | None = None
     for config in configs:
         try:
-            times[config] = _milliseconds(lambda config=config: launch(config))  # type: ignore[misc]
-        except OutOfResources as error:
+            times[config] = _milliseconds(partial(launch, config))
+        except OutOfResources as error:  # noqa: PERF203
             failure = error
     if not times:
         raise RuntimeError(f"no configuration of the kernel fits {device}") from failure
@@ -151,5 +179,5 @@ def _milliseconds(run: Callable[[], object]) -> float:
         mark.record()
         run()
     torch.cuda.synchronize()
-    times = [before.elapsed_time(after) for before, after in zip(marks, marks[1:])]
+    times = [before.elapsed_time(after) for before, after in pairwise(marks)]
     return sorted(times)[len(times) // 2]

@@ -8,7 +8,6 @@ import triton.language as tl
 from dream_kernels.triton.blocks import (
     COUNTS,
     FIRST,
-    FIRST_ROW,
     LAST,
     N_REST,
     N_REST_PREFIX,
@@ -19,7 +18,7 @@ from dream_kernels.triton.blocks import (
     load_pack,
     load_rest,
     load_rows,
-    locate_rows,
+    locate_scored_rows,
     log_add,
     online_step,
     rest_tiles,
@@ -52,7 +51,7 @@ def forward_kernel(
     i_m, i_s = i_x, i_x * 0
     if SPLIT:
         i_m, i_s = i_x // S, i_x % S
-    m_r, o_b, o_h, o_m, m_scored = _locate(
+    m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
         i_m, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
     )  # fmt: skip
     b_pos = T - M + o_m  # [BM] position of each row
@@ -268,7 +267,7 @@ def forward_kernel(
                     b_s = tl.where(m_z[:, None], b_s, float("-inf"))
                 b_m, b_l, b_part = online_step(b_s, b_v, b_m, b_l, b_part, b_zero, scale, IP)
 
-        m_r, o_b, o_h, o_m, m_scored = _locate(
+        m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
             i_later, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
         )  # fmt: skip
         b_row = o_b.to(tl.int64) * Hq + o_h
@@ -294,7 +293,7 @@ def forward_kernel(
                 b_o = b_acc * b_mu[:, None] + b_part * (b_rest * inverse(b_l))[:, None]
             store_rows(o + (b_row * M + o_m) * D, b_o, m_scored, D, BD)
 
-    m_r, o_b, o_h, o_m, m_scored = _locate(
+    m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
         i_later, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
     )  # fmt: skip
     m_plain = m_r & (m_scored == 0)
@@ -329,7 +328,7 @@ def forward_kernel(
                 mask + i_z * T, s_kn, s_kd, s_vn, s_vd, tl.maximum(begin, P), end, n_clear,
                 scale, D, BD, BN, CAUSAL, HAS_MASK, FOLD, IP,
             )  # fmt: skip
-        m_r, o_b, o_h, o_m, m_scored = _locate(
+        m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
             i_later + tl.minimum(T, 0), i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
         )  # fmt: skip
         m_plain = m_r & (m_scored == 0)
@@ -344,17 +343,6 @@ def forward_kernel(
             tl.store(p_last, b_m + tl.log2(b_l), mask=m_plain)
             b_o = b_part * inverse(b_l)[:, None]
             store_rows(o + (b_row * M + o_m) * D, b_o, m_plain, D, BD)
-
-
-@triton.jit
-def _locate(
-    i_m, i_h, i_b, table, n_scored, counts, B, M, G, BM: tl.constexpr, FOLD: tl.constexpr
-):  # fmt: skip
-    """:func:`locate_rows`, and which of the rows are scored in place of the head's rank."""
-    m_r, o_b, o_g, o_h, o_m = locate_rows(i_m, i_h, i_b, table, B, M, G, BM, FOLD)
-    first_row = tl.load(counts + o_b * COUNTS + FIRST_ROW)  # [BM]
-    m_scored = m_r & (o_g < tl.load(n_scored + i_h)) & (o_m >= first_row)
-    return m_r, o_b, o_h, o_m, m_scored
 
 
 @triton.jit

@@ -52,7 +52,8 @@ def _heads(scored: tuple[bool, ...], key_heads: int, device: torch.device) -> He
     order = sorted(range(len(scored)), key=lambda h: (h // group, not scored[h]))
     count = [sum(scored[h * group : (h + 1) * group]) for h in range(key_heads)]
     flat = torch.tensor([*order, *count, *map(int, scored)], dtype=torch.int32, device=device)
-    return Heads(*flat.split([len(scored), key_heads, len(scored)]), any(scored))
+    in_order, counts, flags = flat.split([len(scored), key_heads, len(scored)])
+    return Heads(in_order, counts, flags, any(scored))
 
 
 @dataclass(frozen=True)
@@ -131,20 +132,20 @@ class Call:
 
     def _make_plan(self, keys: int, slot: int, segment: bool) -> Plan:
         problem, batch, length, documents = self.problem, self.batch, self.length, self.documents
-        # Every tile but a document's last is full, and one document, short or not, may be cut at the
-        # prefix's end.
+        # Every tile but a document's last is full, and one document, short or not, may be cut at
+        # the prefix's end.
         limit = length // keys + min(documents, length // (slot + 1)) + 2
         sizes = (
             batch * limit * 4, batch * documents * 4, batch * length,
             batch * length if segment else 0, batch * COUNTS.value,
         )  # fmt: skip
         buffer = torch.empty(sum(sizes), dtype=torch.int32, device=self.device)
-        parts = buffer.split(sizes)
+        tiles, shorts, rest, segments, counts = buffer.split(sizes)
         score_heads = problem.scores.shape[1]
         weights = torch.empty(
             batch, score_heads, documents, dtype=torch.float32, device=self.device
         )
-        plan = Plan(*parts, weights, limit)
+        plan = Plan(tiles, shorts, rest, segments, counts, weights, limit)
         blocks = triton.cdiv(max(limit, length), _PLAN_BLOCK)
         plan_kernel[(blocks + score_heads, batch)](
             self.spans, self.mask, problem.scores, plan.tiles, plan.shorts, plan.rest, plan.segment,
@@ -156,7 +157,7 @@ class Call:
         return plan
 
     def memory(self) -> tuple[list[Tensor], list[int]]:
-        """Pointers and strides of the keys and values, prefix ones standing in when there are none."""
+        """Pointers and strides of keys and values; the local ones stand in for no prefix."""
         prefix_key = self.key if self.prefix_key is None else self.prefix_key
         prefix_value = self.value if self.prefix_value is None else self.prefix_value
         strides = [*self.key.stride(), *self.value.stride()]
@@ -169,12 +170,17 @@ class Call:
         shape = (*leading, self.batch, self.query_heads, slots, self.rows)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
+    def configs(self, kernel: str, rows: int) -> tuple[Config, ...]:
+        return candidates(
+            kernel, self.head_dim, self.problem.query.dtype, rows, _hopper(self.device)
+        )
+
     def tuned(
         self, kernel: str, rows: int, launch: Callable[[Config], object], *flags: Hashable
     ) -> Config:
         """The configuration for a kernel at this call's sizes."""
         problem = self.problem
-        configs = candidates(kernel, self.head_dim, problem.query.dtype, rows)
+        configs = self.configs(kernel, rows)
         key = (
             kernel, self.head_dim, problem.query.dtype, self.has_prefix, *flags,
             *self.shape_flags.values(), *self.mode_flags.values(),
@@ -197,13 +203,18 @@ class Call:
     def grid(self, config: Config) -> RowGrid:
         """How the rows are cut into blocks, and their keys split."""
         rows = self.group * self.rows
-        blocks, elements = triton.cdiv(rows, config.rows), self.batch
-        fold = self.reach > rows and triton.cdiv(self.reach, config.rows) < blocks * elements
-        if fold:
-            blocks, elements = triton.cdiv(self.reach, config.rows), 1
-        wanted = 2 * _processors(self.device) // (blocks * self.key_heads * elements)
-        splits = max(1, min(wanted, self.length // MIN_SPLIT_KEYS))
+        blocks, elements, fold = triton.cdiv(rows, config.rows), self.batch, False
+        folded = triton.cdiv(self.reach, config.rows)
+        # A folded tile is not split: where that few rows are left, the elements' own tiles are
+        # split instead, and read the shared prefix at about the same time, from the cache.
+        if self.reach > rows and folded < blocks * elements and self._splits(folded) == 1:
+            blocks, elements, fold = folded, 1, True
+        splits = self._splits(blocks * elements)
         return RowGrid((blocks * splits, self.key_heads, elements), splits, fold)
+
+    def _splits(self, blocks: int) -> int:
+        wanted = 2 * _processors(self.device) // (blocks * self.key_heads)
+        return max(1, min(wanted, self.length // MIN_SPLIT_KEYS))
 
 
 @lru_cache
@@ -211,6 +222,13 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache
+def _hopper(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _same_last_stride(local: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -389,7 +407,7 @@ def _coefficients(
 ) -> Tensor | None:
     """Launch ``coefficients_kernel``; return the scores' gradient by row block, if it is made."""
     problem = call.problem
-    plan = call.plan(candidates("query", call.head_dim, problem.query.dtype, call.rows)[0])
+    plan = call.plan(call.configs("query", call.rows)[0])
     rows = min(32, max(16, bucket(call.rows)))
     blocks = triton.cdiv(call.rows, rows)
     by_document = documents is not None and not call.bias
@@ -465,7 +483,8 @@ def mass(problem: Problem) -> Tensor:
             problem.query, tensors[0], tensors[2], call.mask, call.heads.order,
             plan.tiles, plan.shorts, plan.rest, plan.counts, state,
             *problem.query.stride(), *strides[:4], *strides[8:11], call.scale, call.batch,
-            call.query_heads, call.group, call.rows, call.length, call.prefix_length, call.documents, plan.limit,
+            call.query_heads, call.group, call.rows, call.length, call.prefix_length,
+            call.documents, plan.limit,
             BM=config.rows, BN=config.keys, SLOT=config.slot, HAS_PREFIX=call.has_prefix,
             **call.shape_flags, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

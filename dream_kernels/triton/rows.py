@@ -1,4 +1,4 @@
-"""The backward over rows: what each document passes back to the scores, and the query's gradient."""
+"""The backward over rows: what each document gives to the scores, and the query's gradient."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dream_kernels.triton.blocks import (
     COUNTS,
     FACTOR,
     FIRST,
-    FIRST_ROW,
     LAST,
     MU,
     N_REST,
@@ -22,7 +21,7 @@ from dream_kernels.triton.blocks import (
     load_pack,
     load_rest,
     load_rows,
-    locate_rows,
+    locate_scored_rows,
     rest_tiles,
     row_pointers,
     store_rows,
@@ -66,9 +65,9 @@ def rows_kernel(
     i_m, i_s = i_x, i_x * 0
     if SPLIT:
         i_m, i_s = i_x // S, i_x % S
-    m_r, o_b, o_g, o_h, o_m = locate_rows(i_m, i_h, i_b, table, B, M, G, BM, FOLD)
-    first_row = tl.load(counts + o_b * COUNTS + FIRST_ROW)  # [BM]
-    m_scored = m_r & (o_g < tl.load(n_scored + i_h)) & (o_m >= first_row)
+    m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
+        i_m, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
+    )  # fmt: skip
     b_pos = T - M + o_m
 
     b_q = load_rows(row_pointers(q, o_b, o_h, o_m, s_qb, s_qh, s_qm), m_r, s_qd, D, BD)
@@ -99,6 +98,8 @@ def rows_kernel(
     if FOLD:
         b_first, n_own, unlike = fold_range(i_m, counts, m_r, o_b, B, M, G, BM)
         n_common = 1 + (n_own - 1) * unlike
+    # As in forward_kernel: located anew later, the rows' pointers need no registers until then.
+    i_later = i_m + tl.minimum(T, 0)
     b_zero = tl.zeros([BM], tl.float32)
     b_one = b_zero + 1.0
     b_inf = b_zero + float("inf")
@@ -213,11 +214,20 @@ def rows_kernel(
                     b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=IP)
 
         if DQ or (DOCUMENTS and FIXED):
+            m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
+                i_later, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
+            )  # fmt: skip
+            b_pos = T - M + o_m
+            b_row = o_b.to(tl.int64) * Hq + o_h
             b_factor = b_one
             if DQ:
+                p_columns = columns + b_row * COLUMNS * M + o_m
+                b_norm = tl.load(p_columns + NORM * M, mask=m_scored, other=float("inf"))
+                b_offset = tl.load(p_columns + OFFSET * M, mask=m_scored, other=0.0)
                 b_factor = tl.load(p_columns + FACTOR * M, mask=m_scored, other=0.0)
             else:
-                b_norm = tl.load(p_state + C.to(tl.int64) * M, mask=m_scored, other=float("inf"))
+                p_rest = state + (b_row * (C + 1) + C) * M + o_m
+                b_norm = tl.load(p_rest, mask=m_scored, other=float("inf"))
                 b_norm = tl.where(b_norm == float("-inf"), float("inf"), b_norm)
             b_sum = b_zero
             # Pass 0 is the prefix in common, pass z > 0 what is element z's own.
@@ -272,14 +282,21 @@ def rows_kernel(
                     # Every pass adds to the sums of its own rows, so the last to write is right.
                     if SPLIT:
                         if t_end > n_behind:
-                            tl.store(p_part + n_rows, b_sum, mask=m_z)
+                            p_rest = parts + (i_s.to(tl.int64) * 2 + 1) * n_rows + b_row * M + o_m
+                            tl.store(p_rest, b_sum, mask=m_z)
                     else:
-                        tl.store(p_documents + C.to(tl.int64) * M, b_sum, mask=m_z)
+                        p_rest = documents + (b_row * (C + 1) + C) * M + o_m
+                        tl.store(p_rest, b_sum, mask=m_z)
 
     if DQ:
+        m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
+            i_later, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
+        )  # fmt: skip
         m_plain = m_r & (m_scored == 0)
         if tl.max(m_plain.to(tl.int32), 0) > 0:
             begin, end, n_clear = visible_range(m_plain, b_pos, T, i_s, S, BN, CAUSAL, SPLIT)
+            b_pos = T - M + o_m
+            p_columns = columns + (o_b.to(tl.int64) * Hq + o_h) * COLUMNS * M + o_m
             b_norm = tl.load(p_columns + NORM * M, mask=m_plain, other=float("inf"))
             b_offset = tl.load(p_columns + OFFSET * M, mask=m_plain, other=0.0)
             if HAS_PREFIX:
@@ -307,6 +324,10 @@ def rows_kernel(
                     mask + i_z * T, s_kn, s_kd, s_vn, s_vd, tl.maximum(begin, P), end, n_clear,
                     scale, D, BD, BN, CAUSAL, HAS_MASK, IP,
                 )  # fmt: skip
+        m_r, o_b, o_h, o_m, _ = locate_scored_rows(
+            i_later + tl.minimum(T, 0), i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
+        )  # fmt: skip
+        b_row = o_b.to(tl.int64) * Hq + o_h
         p_dq = dq + (i_s.to(tl.int64) * n_rows + b_row * M + o_m) * D
         store_rows(p_dq, b_dq * dq_scale, m_r, D, BD)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import dream_kernels
-from agreement import assert_as_good_as_plain_pytorch, formulas
+from agreement import assert_errors_at_most_twice, formulas, largest_errors
 from cases import BASE_CASES, CASES, GRADIENTS, Case, Inputs, make_inputs
 from dream_kernels import document_attention, document_mass, set_value_checks
 from dream_kernels.problem import Needs, Problem
@@ -41,12 +41,11 @@ MODES = pytest.mark.parametrize(
 
 
 def _interpreter_cases(dtype: torch.dtype) -> list[Case]:
-    """The interpreter takes a second a case: float16 takes the modes of the cases in turn."""
+    """The interpreter takes a second a case, so not every case runs in all of its four modes."""
     if dtype == torch.float16:
         return [CASES[4 * i + i % 4] for i in range(len(BASE_CASES))]
-    return [case for case in CASES if case.document_mass != 1.0] + [
-        case for case in CASES if case.name in ("no_key_outside_documents-mass_1.0",)
-    ]
+    fixed_mass = [CASES[4 * i + 2] for i in range(0, len(BASE_CASES), 3)]
+    return [case for case in CASES if case.document_mass is None] + fixed_mass
 
 
 def _grid() -> list:
@@ -69,21 +68,28 @@ def run(inputs: Inputs, **overrides) -> dict[str, Tensor | None]:
 def check(case: Case, dtype: torch.dtype = torch.float32) -> None:
     """Output and all gradients against float64, next to plain PyTorch's in the same dtype.
 
-    Plain PyTorch has two ways to the gradients, the closed form and autograd. The larger error of
-    the two is its error: over the few elements of a small case a single one can be lucky.
+    Plain PyTorch's error is the largest of its two ways, closed form and autograd, over a few draws
+    of the case: the few elements of one draw can be lucky. A row's gradient in a score is a
+    difference of terms like ``dO . o``, whose rounding float32 shows where it nearly cancels.
     """
-    inputs = inputs_of(case, dtype)
-    oracle = inputs.cast(torch.float64).require_grad().run(formulas)
-    inputs.require_grad()
-    ways = [inputs.run(document_attention, impl="reference"), inputs.run(formulas)]
-    plain = {
-        name: max(
-            (way[name] for way in ways), key=lambda t: (t.double() - expected).abs().amax()
-        )
-        for name, expected in oracle.items()
-        if expected is not None and expected.numel()
-    }
-    assert_as_good_as_plain_pytorch(inputs, run(inputs), oracle, plain, dtype)
+    plain: dict[str, float] = {}
+    for seed in (3, 2, 1, 0):
+        inputs = inputs_of(case, dtype, seed)
+        oracle = inputs.cast(torch.float64).require_grad().run(formulas)
+        inputs.require_grad()
+        for way in (inputs.run(document_attention, impl="reference"), inputs.run(formulas)):
+            for name, error in largest_errors(way, oracle).items():
+                plain[name] = max(error, plain.get(name, 0.0))
+    if dtype == torch.float32:
+        terms = (oracle["output"] * inputs.grad_output).sum(-1)
+        plain["scores"] += torch.finfo(dtype).eps * terms.norm().item()
+    assert_errors_at_most_twice(inputs, run(inputs), oracle, plain, dtype)
+
+
+@pytest.fixture
+def larger_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's time goes by the number of tiles."""
+    monkeypatch.setattr(config, "_INTERPRETER", config.Config(64, 64, 4, 1, slot=4))
 
 
 @pytest.fixture
@@ -94,7 +100,11 @@ def split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case,dtype", _grid())
-def test_agrees_with_reference(case: Case, dtype: torch.dtype) -> None:
+def test_agrees_with_reference(
+    case: Case, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    if case.prefix + case.local > 100:
+        request.getfixturevalue("larger_tiles")
     check(case, dtype)
 
 
@@ -135,7 +145,10 @@ def test_subsets_of_gradients(names: tuple[str, ...], mode: str, mass: float | N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_runs_are_bit_equal(dtype: torch.dtype, split: None) -> None:
-    case = Case("twice", rows=9, prefix=61, local=9, batch=2, spans=((2, 40), (40, 43)))
+    case = Case(
+        "twice", rows=9, prefix=61, local=9, batch=2, query_heads=2, key_heads=1,
+        spans=((2, 40), (40, 43)),
+    )  # fmt: skip
     inputs = inputs_of(case, dtype).require_grad()
     first, second = run(inputs), run(inputs)
     for name, value in first.items():
@@ -146,8 +159,15 @@ def test_two_runs_are_bit_equal(dtype: torch.dtype, split: None) -> None:
 SPLIT_SPANS = (((3, 50), (50, 53), (60, 77), (80, 82), (55, 57)), ((70, 90), (0, 1), (1, 70)))
 
 
-@MODES
-@pytest.mark.parametrize("rows", (1, 20, 95), ids="rows={}".format)
+@pytest.mark.parametrize(
+    "mode,mass,rows",
+    (
+        ("reweight", None, 1),
+        ("reweight", None, 95),
+        ("reweight", 0.6, 20),
+        ("bias", None, 20),
+    ),
+)
 def test_splits_of_the_keys_are_joined_exactly(
     mode: str, mass: float | None, rows: int, split: None
 ) -> None:
@@ -185,10 +205,10 @@ def test_rows_of_a_batch_share_tiles_over_a_shared_prefix(
 
 
 @MODES
-def test_folded_tiles_of_many_elements_and_splits(
-    mode: str, mass: float | None, split: None, monkeypatch: pytest.MonkeyPatch
+def test_folded_tiles_of_several_heads(
+    mode: str, mass: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tiles that hold parts of several heads' batches, in any order, and unlike elements."""
+    """Tiles that begin and end inside a batch, and hold elements that are not alike."""
     small = config.Config(rows=16, keys=16, warps=4, stages=1, slot=4)
     monkeypatch.setattr(config, "_INTERPRETER", small)
     spans = (((2, 33), (40, 43)),) * 4 + (((5, 9), (9, 42)),)
@@ -200,7 +220,8 @@ def test_folded_tiles_of_many_elements_and_splits(
 
 
 @pytest.mark.parametrize("mode", ("reweight", "bias"))
-def test_a_thousand_documents_of_few_tokens(mode: str) -> None:
+def test_a_thousand_documents_of_few_tokens(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "_INTERPRETER", config.Config(64, 256, 4, 1, slot=4))
     widths = [1 + i % 3 for i in range(1024)]
     starts = [2 + sum(widths[:i]) for i in range(1024)]
     spans = tuple((start, start + width) for start, width in zip(starts, widths))
@@ -421,10 +442,11 @@ def test_tiles_are_no_taller_than_the_rows(monkeypatch: pytest.MonkeyPatch) -> N
     for kernel in ("forward", "documents", "query", "keys", "mass"):
         for dtype in (torch.float32, torch.bfloat16):
             for head_dim in (16, 64, 80, 96, 128, 256):
-                assert all(
-                    c.rows <= 32 for c in config.candidates(kernel, head_dim, dtype, rows=20)
-                )
-                assert len(set(config.candidates(kernel, head_dim, dtype, rows=999))) >= 1
+                for hopper in (False, True):
+                    found = config.candidates(kernel, head_dim, dtype, 20, hopper)
+                    assert found
+                    assert all(c.rows <= 32 for c in found)
+                    assert len(set(found)) == len(found)
 
 
 @needs_gpu
