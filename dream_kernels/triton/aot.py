@@ -80,13 +80,18 @@ class Resources:
     tensor_cores: dict[str, int]
 
 
-def variants(head_dim: int, hopper: bool, dtype: torch.dtype = torch.bfloat16) -> Iterator[Variant]:
-    """Every kernel in the form of the main case: a prefix, padding, reweight and bias."""
+def variants(
+    head_dim: int, hopper: bool, dtype: torch.dtype = torch.bfloat16, rare: bool = False
+) -> Iterator[Variant]:
+    """Every kernel in the form of the main case, or with all the ``rare`` options instead.
+
+    The main case is a causal reader with a prefix, without padding, whose heads share the scores.
+    """
     base: dict[str, Any] = {"D": head_dim, "BD": padded_head(head_dim)}
-    shape = {**base, "CAUSAL": True, "HAS_MASK": False, "NEGATE": False, "IP": "ieee"}
-    memory = {**shape, "HAS_PREFIX": True}
-    reweight: dict[str, Any] = {"PER_HEAD": False, "BIAS": False, "FIXED": False}
-    bias = {**reweight, "BIAS": True}
+    shape = {**base, "CAUSAL": not rare, "HAS_MASK": rare, "NEGATE": rare, "IP": "ieee"}
+    memory = {**shape, "HAS_PREFIX": not rare}
+    reweight: dict[str, Any] = {"PER_HEAD": rare, "BIAS": False, "FIXED": rare}
+    bias = {**reweight, "BIAS": True, "FIXED": False}
 
     def config(kernel: str) -> Config:
         return candidates(kernel, head_dim, dtype, rows=1 << 20, hopper=hopper)[0]
@@ -95,17 +100,18 @@ def variants(head_dim: int, hopper: bool, dtype: torch.dtype = torch.bfloat16) -
         for form, folds, splits in (("", 0, 0), ("-fold", 1, 0), ("-split", 0, 1)):
             yield Variant(
                 f"forward-{mode}{form}", forward_kernel, config("forward"),
-                {**memory, **flags, "FOLD": bool(folds), "SPLIT": bool(splits)},
+                {**memory, **flags, "HAS_PREFIX": bool(folds) or not rare,
+                 "FOLD": bool(folds), "SPLIT": bool(splits)},
             )  # fmt: skip
         for name, documents, query in (("documents", 1, 0), ("query", mode == "bias", 1)):
             yield Variant(
                 f"{name}-{mode}", rows_kernel, config(name),
                 {**memory, **flags, "DOCUMENTS": bool(documents), "DQ": bool(query),
-                 "FOLD": False, "SPLIT": False},
+                 "HAS_PREFIX": True, "FOLD": rare, "SPLIT": rare},
             )  # fmt: skip
         yield Variant(
             f"keys-{mode}", keys_kernel, config("keys"),
-            {**shape, "PER_HEAD": False, "BIAS": mode == "bias", "SHARED": False, "DK": True,
+            {**shape, "PER_HEAD": rare, "BIAS": mode == "bias", "SHARED": rare, "DK": True,
              "DV": True},
         )  # fmt: skip
     yield Variant("mass", mass_kernel, config("mass"), memory)
@@ -115,11 +121,11 @@ def variants(head_dim: int, hopper: bool, dtype: torch.dtype = torch.bfloat16) -
         {**base, **reweight, "BC": 32, "DOCUMENTS": True, "SCORES": True, "LOGITS": True},
     )  # fmt: skip
     if head_dim == HEAD_DIMS[0]:  # the others do not hang on it
-        yield Variant("join", join_kernel, Config(16, 64, 1, 1), {"REST": False})
+        yield Variant("join", join_kernel, Config(16, 64, 1, 1), {"REST": rare})
         yield Variant(
             "plan", plan_kernel, Config(128, 64, 4, 1),
-            {"BX": 128, "BC": 32, "BW": 64, "HS": 1, "CAUSAL": True, "BIAS": False,
-             "SEGMENT": True, "HAS_MASK": False},
+            {"BX": 128, "BC": 32, "BW": 64, "HS": 1, "CAUSAL": not rare, "BIAS": rare,
+             "SEGMENT": not rare, "HAS_MASK": rare},
         )  # fmt: skip
 
 
@@ -200,15 +206,19 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def table(
-    targets: tuple[str, ...], head_dims: tuple[int, ...], names: tuple[str, ...] = ()
+    targets: tuple[str, ...],
+    head_dims: tuple[int, ...],
+    names: tuple[str, ...] = (),
+    dtype: torch.dtype = torch.bfloat16,
+    rare: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Resources in bfloat16 by ``"target/head size/kernel"``, for all kernels or those named."""
+    """Resources by ``"target/head size/kernel"``, for all kernels or those named."""
     rows: dict[str, dict[str, Any]] = {}
     for target, head_dim in itertools.product(targets, head_dims):
-        for variant in variants(head_dim, hopper=target in ("sm_90", "sm_100")):
+        for variant in variants(head_dim, target in ("sm_90", "sm_100"), dtype, rare):
             if names and variant.name not in names:
                 continue
-            compiled = compile_variant(variant, TARGETS[target], torch.bfloat16)
+            compiled = compile_variant(variant, TARGETS[target], dtype)
             config = variant.config
             rows[f"{target}/{head_dim}/{variant.name}"] = {
                 "tile": f"{config.rows}x{config.keys}, {config.warps} warps, "
@@ -223,17 +233,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=tuple(TARGETS))
     parser.add_argument("--head-dim", action="append", type=int)
     parser.add_argument("--kernel", action="append", default=[], help="only this one")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument(
+        "--rare", action="store_true",
+        help="compile with the options that the table leaves out: padding, no causal mask, "
+        "scores per head, fixed mass, a negative scale, gradients of a shared prefix",
+    )  # fmt: skip
     parser.add_argument("--write", type=Path, help="write the table to this file, as JSON")
     options = parser.parse_args(arguments)
     rows = table(
         tuple(options.target or ("sm_80", "sm_90", "sm_100")),
         tuple(options.head_dim or HEAD_DIMS),
         tuple(options.kernel),
+        getattr(torch, options.dtype),
+        options.rare,
     )
     for key, row in rows.items():
         cores = ", ".join(f"{count} {kind}" for kind, count in row["tensor_cores"].items()) or "-"
         print(
-            f"{key:<36} {row['tile']:<30} {row['registers']:>4} registers {row['spills']:>5} spills"
+            f"{key:<34} {row['tile']:<28} {row['registers']:>4} registers {row['spills']:>5} spills"
             f" {row['shared'] / 1024:>7.1f} KB  {cores}"
         )
     if options.write is not None:

@@ -406,7 +406,6 @@ def _coefficients(
     logits: bool,
 ) -> Tensor | None:
     """Launch ``coefficients_kernel``; return the scores' gradient by row block, if it is made."""
-    problem = call.problem
     plan = call.plan(call.configs("query", call.rows)[0])
     rows = min(32, max(16, bucket(call.rows)))
     blocks = triton.cdiv(call.rows, rows)
