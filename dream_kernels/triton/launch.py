@@ -139,6 +139,8 @@ class Call:
             batch * limit * 4, batch * documents * 4, batch * length,
             batch * length if segment else 0, batch * COUNTS.value,
         )  # fmt: skip
+        # Each part begins at 16 bytes, whatever the sizes: a kernel is compiled for alignments.
+        sizes = tuple(triton.cdiv(size, 4) * 4 for size in sizes)
         buffer = torch.empty(sum(sizes), dtype=torch.int32, device=self.device)
         tiles, shorts, rest, segments, counts = buffer.split(sizes)
         score_heads = problem.scores.shape[1]
