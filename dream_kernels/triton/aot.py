@@ -98,6 +98,9 @@ def variants(
 
     for mode, flags in (("reweight", reweight), ("bias", bias)):
         for form, folds, splits in (("", 0, 0), ("-fold", 1, 0), ("-split", 0, 1)):
+            # Heads of 80 and 96 are compiled as wide as those of 128, bias is the lighter mode.
+            if form and (head_dim in (80, 96) or (mode == "bias" and not rare)):
+                continue
             yield Variant(
                 f"forward-{mode}{form}", forward_kernel, config("forward"),
                 {**memory, **flags, "HAS_PREFIX": bool(folds) or not rare,
@@ -228,6 +231,19 @@ def table(
     return rows
 
 
+def write_table(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Put ``rows`` into the JSON table at ``path``, one row to a line."""
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before["triton"] == triton.__version__:
+            rows = {**before["kernels"], **rows}
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(rows[key])}" for key in sorted(rows))
+    whole = f'{{\n "triton": {json.dumps(triton.__version__)},\n "kernels": {{\n{lines}\n }}\n}}\n'
+    beside = path.with_suffix(".new")
+    beside.write_text(whole)
+    beside.replace(path)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dream_kernels.triton.aot", description=__doc__)
     parser.add_argument("--target", action="append", choices=tuple(TARGETS))
@@ -239,7 +255,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="compile with the options that the table leaves out: padding, no causal mask, "
         "scores per head, fixed mass, a negative scale, gradients of a shared prefix",
     )  # fmt: skip
-    parser.add_argument("--write", type=Path, help="write the table to this file, as JSON")
+    parser.add_argument(
+        "--write", type=Path,
+        help="write the table to this file, as JSON; rows of the same triton that are there already "
+        "and were not compiled now stay",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     rows = table(
         tuple(options.target or ("sm_80", "sm_90", "sm_100")),
@@ -255,8 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
             f" {row['shared'] / 1024:>7.1f} KB  {cores}"
         )
     if options.write is not None:
-        report = {"triton": triton.__version__, "kernels": rows}
-        options.write.write_text(json.dumps(report, indent=1) + "\n")
+        write_table(options.write, rows)
     return 0
 
 

@@ -19,10 +19,15 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 RECORD = json.loads((Path(__file__).parent / "triton_resources.json").read_text())
 KERNELS: dict[str, dict] = RECORD["kernels"]
 SHARED_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227}
-INSTRUCTION = {
-    "sm_80": "mma.sync", "sm_86": "mma.sync", "sm_89": "mma.sync", "sm_90": "wgmma.mma_async",
-    "sm_100": "tcgen05.mma", "gfx942": "v_mfma",
-}  # fmt: skip
+INSTRUCTIONS = {
+    "sm_80": {"mma.sync"},
+    "sm_86": {"mma.sync"},
+    "sm_89": {"mma.sync"},
+    "sm_90": {"wgmma.mma_async"},
+    # Triton takes tcgen05 for some of the products and mma.sync for others.
+    "sm_100": {"tcgen05.mma", "mma.sync"},
+    "gfx942": {"v_mfma"},
+}
 # Kernels that multiply tiles; the others read and add.
 WITH_PRODUCTS = ("forward", "documents", "query", "keys", "mass")
 
@@ -55,7 +60,7 @@ def test_recorded_resources_fit_the_device(name: str) -> None:
     if head_dim in (64, 128):
         assert row["spills"] == 0
     if kernel.split("-")[0] in WITH_PRODUCTS:
-        assert row["tensor_cores"].get(INSTRUCTION[target], 0) > 0
+        assert INSTRUCTIONS[target] & row["tensor_cores"].keys()
 
 
 def compile_anew(
@@ -97,7 +102,7 @@ def test_compiles_for_other_devices(tmp_path: Path, target: str) -> None:
     found = compile_anew(tmp_path, target, 128, ("forward-reweight", "keys-bias"))
     for row in found.values():
         assert row["shared"] <= SHARED_KB.get(target, 64) * 1024
-        assert row["tensor_cores"].get(INSTRUCTION[target], 0) > 0
+        assert INSTRUCTIONS[target] & row["tensor_cores"].keys()
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
