@@ -238,7 +238,8 @@ def write_table(path: Path, rows: dict[str, dict[str, Any]]) -> None:
         if before["triton"] == triton.__version__:
             rows = {**before["kernels"], **rows}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(rows[key])}" for key in sorted(rows))
-    whole = f'{{\n "triton": {json.dumps(triton.__version__)},\n "kernels": {{\n{lines}\n }}\n}}\n'
+    version = json.dumps(triton.__version__)
+    whole = f'{{\n "triton": {version},\n "kernels": {{\n{lines}\n }}\n}}\n'
     beside = path.with_suffix(".new")
     beside.write_text(whole)
     beside.replace(path)
@@ -257,8 +258,8 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--write", type=Path,
-        help="write the table to this file, as JSON; rows of the same triton that are there already "
-        "and were not compiled now stay",
+        help="write the table to this file, as JSON; what it has of the same triton, and was not "
+        "compiled now, stays",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     rows = table(
