@@ -230,7 +230,8 @@ def _processors(device: torch.device) -> int:
 def _hopper(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device)[0] >= 9
+    # 12.x, consumer Blackwell, has neither wgmma nor its successor, and 99 KB of shared memory.
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _same_last_stride(local: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor | None]:
