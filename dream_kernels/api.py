@@ -67,8 +67,8 @@ def document_attention(
             side.
         prefix: ``(key, value)`` of ``[1 or B, Hkv, P, D]`` that stand before ``key`` and
             ``value``. Batch 1 is shared by all ``B`` rows; it is read in place.
-        impl: ``"auto"``, ``"cpu"`` or ``"reference"``. A named implementation runs or raises; see
-            :func:`explain`.
+        impl: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``. A named implementation runs
+            or raises; see :func:`explain`.
 
     Returns:
         ``[B, Hq, M, D]`` in the dtype of ``query`` (the autocast dtype under autocast). A row that

@@ -9,11 +9,16 @@ from functools import cache
 from dream_kernels.cpu import CpuImplementation, native_import_error
 from dream_kernels.problem import Implementation, Problem
 from dream_kernels.reference import ReferenceImplementation
+from dream_kernels.triton.implementation import TritonImplementation, interpreted
 
 # Fastest first: "auto" takes the first that can run the problem.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
-    for implementation in (CpuImplementation(), ReferenceImplementation())
+    for implementation in (
+        TritonImplementation(),
+        CpuImplementation(),
+        ReferenceImplementation(),
+    )
 }
 
 
@@ -53,6 +58,8 @@ def explain_problem(problem: Problem, impl: str = "auto") -> Explanation:
         refusal = implementation.why_not(problem)
         if refusal is not None:
             reasons[name] = f"cannot: {refusal}"
+        elif impl == "auto" and _only_by_name(implementation):
+            reasons[name] = "can, in triton's interpreter: only when asked for by name"
         elif impl not in ("auto", name):
             reasons[name] = f"can, but impl={impl!r} was asked for"
         elif chosen is None:
@@ -83,9 +90,14 @@ def select(problem: Problem, impl: str) -> Implementation:
     if problem.query.device.type == "cpu":
         _warn_if_native_is_missing()
     for implementation in IMPLEMENTATIONS.values():
-        if implementation.why_not(problem) is None:
+        if implementation.why_not(problem) is None and not _only_by_name(implementation):
             return implementation
     raise AssertionError("the reference implementation runs everything")
+
+
+def _only_by_name(implementation: Implementation) -> bool:
+    """The interpreter is for tests: a thousand times slower than anything else."""
+    return implementation.name == "triton" and interpreted()
 
 
 @cache

@@ -56,6 +56,16 @@ class Inputs:
         grad = None if self.grad_output is None else self.grad_output.to(dtype)
         return Inputs(tensors, self.spans, self.options, grad)
 
+    def to(self, device: torch.device) -> Inputs:
+        """The same call on another device."""
+        options = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.options.items()
+        }
+        tensors = {name: t.detach().to(device) for name, t in self.tensors.items()}
+        grad = None if self.grad_output is None else self.grad_output.to(device)
+        return Inputs(tensors, self.spans.to(device), options, grad)
+
     def require_grad(self, names: tuple[str, ...] = GRADIENTS) -> Inputs:
         for name, tensor in self.tensors.items():
             tensor.requires_grad_(name in names)

@@ -1,0 +1,284 @@
+"""Compile every kernel ahead of time, for devices that need not be there, and report resources.
+
+``python -m dream_kernels.triton.aot`` prints the table of registers, shared memory, spills and
+tensor-core instructions; with ``--write FILE`` it becomes the table that the tests hold the
+kernels to. Needs triton and the tools that its wheel carries, no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dream_kernels.triton.coefficients import coefficients_kernel
+from dream_kernels.triton.combine import combine_kernel, join_kernel
+from dream_kernels.triton.config import Config, candidates, padded_head
+from dream_kernels.triton.forward import forward_kernel
+from dream_kernels.triton.keys import keys_kernel
+from dream_kernels.triton.mass import mass_kernel
+from dream_kernels.triton.plan import plan_kernel
+from dream_kernels.triton.rows import rows_kernel
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+# NVIDIA: compute capability, and the shared memory that a block may have, in KB.
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+TARGETS = {
+    **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in SHARED_KB},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_POINTERS = {
+    **dict.fromkeys(("q", "k", "v", "pk", "pv", "o", "do", "dq", "dk", "dv"), "data"),
+    **dict.fromkeys(("table", "n_scored", "tiles", "shorts", "rest", "segment", "counts"), "*i32"),
+    **dict.fromkeys(("weights", "state", "part_o", "part_lse", "columns", "scores"), "*fp32"),
+    **dict.fromkeys(("documents", "parts", "partial", "scale", "document_mass"), "*fp32"),
+    "spans": "*i64", "mask": "*u8", "scored": "*i32",
+    "scale": "fp32", "document_mass": "fp32", "dq_scale": "fp32", "dk_scale": "fp32",
+}  # fmt: skip
+_DTYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_TENSOR_CORES = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation: a kernel with its options."""
+
+    name: str
+    kernel: Any
+    config: Config
+    flags: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes.
+
+    Attributes:
+        registers: per thread.
+        spills: instructions that move registers to or from local memory.
+        shared: bytes of shared memory of a program.
+        tensor_cores: matrix instructions in the code, and which.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    tensor_cores: dict[str, int]
+
+
+def variants(
+    head_dim: int, hopper: bool, dtype: torch.dtype = torch.bfloat16, rare: bool = False
+) -> Iterator[Variant]:
+    """Every kernel in the form of the main case, or with all the ``rare`` options instead.
+
+    The main case is a causal reader with a prefix, without padding, whose heads share the scores.
+    """
+    base: dict[str, Any] = {"D": head_dim, "BD": padded_head(head_dim)}
+    shape = {**base, "CAUSAL": not rare, "HAS_MASK": rare, "NEGATE": rare, "IP": "ieee"}
+    memory = {**shape, "HAS_PREFIX": not rare}
+    reweight: dict[str, Any] = {"PER_HEAD": rare, "BIAS": False, "FIXED": rare}
+    bias = {**reweight, "BIAS": True, "FIXED": False}
+
+    def config(kernel: str) -> Config:
+        return candidates(kernel, head_dim, dtype, rows=1 << 20, hopper=hopper)[0]
+
+    for mode, flags in (("reweight", reweight), ("bias", bias)):
+        for form, folds, splits in (("", 0, 0), ("-fold", 1, 0), ("-split", 0, 1)):
+            # Heads of 80 and 96 are compiled as wide as those of 128, bias is the lighter mode.
+            if form and (head_dim in (80, 96) or (mode == "bias" and not rare)):
+                continue
+            yield Variant(
+                f"forward-{mode}{form}", forward_kernel, config("forward"),
+                {**memory, **flags, "HAS_PREFIX": bool(folds) or not rare,
+                 "FOLD": bool(folds), "SPLIT": bool(splits)},
+            )  # fmt: skip
+        for name, documents, query in (("documents", 1, 0), ("query", mode == "bias", 1)):
+            yield Variant(
+                f"{name}-{mode}", rows_kernel, config(name),
+                {**memory, **flags, "DOCUMENTS": bool(documents), "DQ": bool(query),
+                 "HAS_PREFIX": True, "FOLD": rare, "SPLIT": rare},
+            )  # fmt: skip
+        yield Variant(
+            f"keys-{mode}", keys_kernel, config("keys"),
+            {**shape, "PER_HEAD": rare, "BIAS": mode == "bias", "SHARED": rare, "DK": True,
+             "DV": True},
+        )  # fmt: skip
+    yield Variant("mass", mass_kernel, config("mass"), memory)
+    yield Variant("combine", combine_kernel, Config(16, 64, 4, 1), {**base, **reweight})
+    yield Variant(
+        "coefficients", coefficients_kernel, Config(32, 64, 4, 1),
+        {**base, **reweight, "BC": 32, "DOCUMENTS": True, "SCORES": True, "LOGITS": True},
+    )  # fmt: skip
+    if head_dim == HEAD_DIMS[0]:  # the others do not hang on it
+        yield Variant("join", join_kernel, Config(16, 64, 1, 1), {"REST": rare})
+        yield Variant(
+            "plan", plan_kernel, Config(128, 64, 4, 1),
+            {"BX": 128, "BC": 32, "BW": 64, "HS": 1, "CAUSAL": not rare, "BIAS": rare,
+             "SEGMENT": not rare, "HAS_MASK": rare},
+        )  # fmt: skip
+
+
+def compile_variant(variant: Variant, target: GPUTarget, dtype: torch.dtype) -> Any:
+    """Compile as the launcher would for aligned, contiguous tensors."""
+    config = variant.config
+    known = {**variant.flags, "BM": config.rows, "BN": config.keys, "SLOT": config.slot}
+    kernel = variant.kernel
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: list[int] = []
+    for i, name in enumerate(kernel.arg_names):
+        parameter = kernel.params[i]
+        if parameter.is_constexpr:
+            constants[name], signature[name] = known[name], "constexpr"
+        elif (name.startswith("s_") and name.endswith("d")) or name == "s_sc":
+            constants[name], signature[name] = 1, "constexpr"
+        else:
+            kind = _POINTERS.get(name, "i32")
+            signature[name] = _DTYPES[dtype] if kind == "data" else kind
+            if signature[name][0] == "*" or name.startswith("s_"):
+                aligned.append(i)
+    source = ASTSource(kernel, *_source_arguments(signature, constants, aligned))
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return triton.compile(source, target=target, options=options)
+
+
+def _source_arguments(
+    signature: dict[str, str], constants: dict[str, Any], aligned: list[int]
+) -> tuple[Any, ...]:
+    """The arguments of ASTSource, whose form changed in triton 3.3."""
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3):
+        return signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
+    from triton.backends.compiler import AttrsDescriptor
+
+    kept = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+    attributes = AttrsDescriptor.from_dict(
+        {"arg_properties": {"tt.divisibility": aligned}, "cls": "AttrsDescriptor"}
+    )
+    return kept, constants, attributes
+
+
+def measure(compiled: Any) -> Resources:
+    """Read a compiled kernel's resources off its machine code."""
+    asm = compiled.asm
+    text = asm.get("ptx") or asm["amdgcn"]
+    kinds: dict[str, int] = {}
+    for match in _TENSOR_CORES.findall(text):
+        kinds[match] = kinds.get(match, 0) + 1
+    shared = compiled.metadata.shared
+    if "cubin" not in asm:
+        numbers = re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text)
+        found = {name: int(number) for name, number in numbers}
+        return Resources(found["vgpr_count"], found["vgpr_spill_count"], shared, kinds)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    return Resources(int(registers[1]), len(re.findall(r"\b(?:STL|LDL)\b", sass)), shared, kinds)
+
+
+@cache
+def _tool_path(name: str) -> Path:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        raise FileNotFoundError(f"triton {triton.__version__} carries no {name} ({path})")
+    return path
+
+
+def _tool(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [_tool_path(name), *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def table(
+    targets: tuple[str, ...],
+    head_dims: tuple[int, ...],
+    names: tuple[str, ...] = (),
+    dtype: torch.dtype = torch.bfloat16,
+    rare: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Resources by ``"target/head size/kernel"``, for all kernels or those named."""
+    rows: dict[str, dict[str, Any]] = {}
+    for target, head_dim in itertools.product(targets, head_dims):
+        for variant in variants(head_dim, target in ("sm_90", "sm_100"), dtype, rare):
+            if names and variant.name not in names:
+                continue
+            compiled = compile_variant(variant, TARGETS[target], dtype)
+            config = variant.config
+            rows[f"{target}/{head_dim}/{variant.name}"] = {
+                "tile": f"{config.rows}x{config.keys}, {config.warps} warps, "
+                f"{config.stages} stages",
+                **asdict(measure(compiled)),
+            }
+    return rows
+
+
+def write_table(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Put ``rows`` into the JSON table at ``path``, one row to a line."""
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before["triton"] == triton.__version__:
+            rows = {**before["kernels"], **rows}
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(rows[key])}" for key in sorted(rows))
+    version = json.dumps(triton.__version__)
+    whole = f'{{\n "triton": {version},\n "kernels": {{\n{lines}\n }}\n}}\n'
+    beside = path.with_suffix(".new")
+    beside.write_text(whole)
+    beside.replace(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dream_kernels.triton.aot", description=__doc__)
+    parser.add_argument("--target", action="append", choices=tuple(TARGETS))
+    parser.add_argument("--head-dim", action="append", type=int)
+    parser.add_argument("--kernel", action="append", default=[], help="only this one")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument(
+        "--rare", action="store_true",
+        help="compile with the options that the table leaves out: padding, no causal mask, "
+        "scores per head, fixed mass, a negative scale, gradients of a shared prefix",
+    )  # fmt: skip
+    parser.add_argument(
+        "--write", type=Path,
+        help="write the table to this file, as JSON; what it has of the same triton, and was not "
+        "compiled now, stays",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    rows = table(
+        tuple(options.target or ("sm_80", "sm_90", "sm_100")),
+        tuple(options.head_dim or HEAD_DIMS),
+        tuple(options.kernel),
+        getattr(torch, options.dtype),
+        options.rare,
+    )
+    for key, row in rows.items():
+        cores = ", ".join(f"{count} {kind}" for kind, count in row["tensor_cores"].items()) or "-"
+        print(
+            f"{key:<34} {row['tile']:<28} {row['registers']:>4} registers {row['spills']:>5} spills"
+            f" {row['shared'] / 1024:>7.1f} KB  {cores}"
+        )
+    if options.write is not None:
+        write_table(options.write, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Building blocks that the kernels share: rows, key tiles, the online softmax."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Flags of a tile in the plan: it opens a document, it closes one.
+FIRST = tl.constexpr(1)
+LAST = tl.constexpr(2)
+# Entries of the plan's counts, per batch element.
+N_TILES = tl.constexpr(0)
+N_SHORT_PREFIX = tl.constexpr(1)
+N_SHORT_LOCAL = tl.constexpr(2)
+N_REST_PREFIX = tl.constexpr(3)
+N_REST = tl.constexpr(4)
+FIRST_ROW = tl.constexpr(5)
+LIKE_FIRST = tl.constexpr(6)
+COUNTS = tl.constexpr(8)
+# Columns of the per-row coefficients.
+NORM = tl.constexpr(0)
+FACTOR = tl.constexpr(1)
+OFFSET = tl.constexpr(2)
+MU = tl.constexpr(3)
+COLUMNS = tl.constexpr(4)
+
+
+@triton.jit
+def locate_rows(i_m, i_h, i_z, table, B, M, G, BM: tl.constexpr, FOLD: tl.constexpr):
+    """The rows of a tile: those of a key head's query heads, scored heads first.
+
+    Within a head come the ``M`` rows of batch element ``i_z``, or with ``FOLD`` of all elements.
+
+    Returns:
+        ``[BM]`` each: validity, batch element, rank of the head in its group, query head, row.
+    """
+    o_r = i_m * BM + tl.arange(0, BM)
+    o_m = o_r % M
+    o_g = o_r // M
+    if FOLD:
+        m_r = o_r < G * B * M
+        o_b = o_g % B
+        o_g = o_g // B
+    else:
+        m_r = o_r < G * M
+        o_b = o_g * 0 + i_z
+    o_g = tl.where(m_r, o_g, 0)
+    o_h = tl.load(table + i_h * G + o_g)
+    return m_r, o_b, o_g, o_h, o_m
+
+
+@triton.jit
+def locate_scored_rows(
+    i_m, i_h, i_b, table, n_scored, counts, B, M, G, BM: tl.constexpr, FOLD: tl.constexpr
+):  # fmt: skip
+    """:func:`locate_rows`, and which of the rows are scored in place of the head's rank."""
+    m_r, o_b, o_g, o_h, o_m = locate_rows(i_m, i_h, i_b, table, B, M, G, BM, FOLD)
+    first_row = tl.load(counts + o_b * COUNTS + FIRST_ROW)  # [BM]
+    m_scored = m_r & (o_g < tl.load(n_scored + i_h)) & (o_m >= first_row)
+    return m_r, o_b, o_h, o_m, m_scored
+
+
+@triton.jit
+def fold_range(i_m, counts, m_r, o_b, B, M, G, BM: tl.constexpr):
+    """The batch elements that a folded tile has rows of.
+
+    Returns:
+        first: the element of the tile's first row; the others follow it, cyclically.
+        n: how many there are.
+        unlike: 0 if all have the same documents and padding in the prefix and no document is
+            elsewhere, else 1.
+    """
+    first = i_m * BM // M
+    last = (tl.minimum((i_m + 1) * BM, G * B * M) - 1) // M
+    b_alike = tl.load(counts + o_b * COUNTS + LIKE_FIRST, mask=m_r, other=1)
+    return first % B, tl.minimum(last - first + 1, B), 1 - tl.min(b_alike, 0)
+
+
+@triton.jit
+def row_pointers(base, o_b, o_h, o_m, s_b, s_h, s_m):
+    """``[BM]`` pointers to rows of a ``[B, Hq, M, D]`` tensor with any strides."""
+    return base + (o_b.to(tl.int64) * s_b + o_h.to(tl.int64) * s_h + o_m.to(tl.int64) * s_m)
+
+
+@triton.jit
+def load_rows(p_rows, m_rows, s_d, D: tl.constexpr, BD: tl.constexpr):
+    """``[rows, BD]``: whole rows, zero where masked and beyond ``D``."""
+    o_d = tl.arange(0, BD)
+    m_d = m_rows[:, None] if D == BD else m_rows[:, None] & (o_d < D)[None, :]
+    return tl.load(p_rows[:, None] + o_d[None, :] * s_d, mask=m_d, other=0.0)
+
+
+@triton.jit
+def store_rows(p_rows, b_x, m_rows, D: tl.constexpr, BD: tl.constexpr):
+    """Write ``[rows, BD]`` to rows that are contiguous."""
+    o_d = tl.arange(0, BD)
+    m_d = m_rows[:, None] if D == BD else m_rows[:, None] & (o_d < D)[None, :]
+    tl.store(p_rows[:, None] + o_d[None, :], b_x.to(p_rows.dtype.element_ty), mask=m_d)
+
+
+@triton.jit
+def split_range(n_work, i_s, S):
+    """The tiles of split ``i_s`` out of ``S``."""
+    begin = (n_work * i_s.to(tl.int64) // S).to(tl.int32)
+    return begin, (n_work * (i_s + 1).to(tl.int64) // S).to(tl.int32)
+
+
+@triton.jit
+def key_pointers(local, prefix, s_n, s_pn, b_n, inside, HAS_PREFIX: tl.constexpr):
+    """``[BN]`` pointers to the keys at positions ``b_n``, all ``inside`` the prefix or none.
+
+    ``local`` and ``prefix`` are based so that positions count from the start of the prefix. The
+    choice is one for the tile: chosen key by key, pointers lose the alignment of 16-byte loads.
+    """
+    o_n = b_n.to(tl.int64)
+    if HAS_PREFIX:
+        return tl.where(inside, prefix, local) + o_n * tl.where(inside, s_pn, s_n)
+    else:
+        return local + o_n * s_n
+
+
+@triton.jit
+def work(p_counts, i_s, S, BN: tl.constexpr, SLOT: tl.constexpr, SPLIT: tl.constexpr):
+    """The work list of a batch element, tiles then packs then the rest, and a split's share of it.
+
+    Returns:
+        n_tiles: tiles of documents.
+        n_behind: where the rest begins.
+        t_begin, t_end: what split ``i_s`` does.
+    """
+    NS: tl.constexpr = BN // SLOT
+    n_tiles = tl.load(p_counts + N_TILES)
+    n_packs = tl.cdiv(tl.load(p_counts + N_SHORT_PREFIX), NS)
+    n_packs += tl.cdiv(tl.load(p_counts + N_SHORT_LOCAL), NS)
+    n_rest_prefix = tl.load(p_counts + N_REST_PREFIX)
+    n_rest = tl.cdiv(n_rest_prefix, BN)
+    n_rest += tl.cdiv(tl.load(p_counts + N_REST) - n_rest_prefix, BN)
+    n_behind = n_tiles + n_packs
+    t_begin = n_tiles * 0
+    t_end = n_behind + n_rest
+    if SPLIT:
+        t_begin, t_end = split_range(t_end, i_s, S)
+    return n_tiles, n_behind, t_begin, t_end
+
+
+@triton.jit
+def load_pack(shorts, p_counts, i_b, t, C, BN: tl.constexpr, SLOT: tl.constexpr):
+    """Pack ``t``: ``BN / SLOT`` short documents, all of the prefix or all of the local keys.
+
+    Returns:
+        b_doc: ``[BN / SLOT]`` their indices, and m_doc: which of them there are.
+        b_n: ``[BN]`` positions of the keys, and m_n: which of them there are.
+        inside: whether they stand in the prefix.
+    """
+    NS: tl.constexpr = BN // SLOT
+    n_prefix = tl.load(p_counts + N_SHORT_PREFIX)
+    inside = t < tl.cdiv(n_prefix, NS)
+    # Those of the prefix are listed from the front, the local ones from the back.
+    o_s = tl.where(inside, t, t - tl.cdiv(n_prefix, NS)) * NS + tl.arange(0, NS)
+    m_doc = o_s < tl.where(inside, n_prefix, tl.load(p_counts + N_SHORT_LOCAL))
+    p_short = shorts + (i_b.to(tl.int64) * C + tl.where(inside, o_s, C - 1 - o_s)) * 4
+    b_doc = tl.load(p_short, mask=m_doc, other=0)
+    b_start = tl.load(p_short + 1, mask=m_doc, other=0)
+    b_length = tl.load(p_short + 2, mask=m_doc, other=0)
+    o_l = tl.arange(0, SLOT)
+    m_n = tl.reshape(o_l[None, :] < b_length[:, None], [BN])
+    return b_doc, m_doc, tl.reshape(b_start[:, None] + o_l[None, :], [BN]), m_n, inside
+
+
+@triton.jit
+def load_rest(rest, p_counts, i_b, t, T, BN: tl.constexpr):
+    """Tile ``t`` of the rest: positions and validity, whether in the prefix, and the end's rank."""
+    n_prefix = tl.load(p_counts + N_REST_PREFIX)
+    inside = t < tl.cdiv(n_prefix, BN)
+    begin = tl.where(inside, t * BN, n_prefix + (t - tl.cdiv(n_prefix, BN)) * BN)
+    o_n = begin + tl.arange(0, BN)
+    m_n = o_n < tl.where(inside, n_prefix, tl.load(p_counts + N_REST))
+    return tl.load(rest + i_b.to(tl.int64) * T + o_n, mask=m_n, other=0), m_n, inside, begin + BN
+
+
+@triton.jit
+def rest_tiles(n, n_prefix, BN: tl.constexpr):
+    """How many tiles the first ``n`` keys of the rest take."""
+    return tl.cdiv(tl.minimum(n, n_prefix), BN) + tl.cdiv(tl.maximum(n - n_prefix, 0), BN)
+
+
+@triton.jit
+def finite(b_m):
+    """A peak to subtract: 0 in place of the ``-inf`` of a row that has seen no key."""
+    return tl.where(b_m == float("-inf"), 0.0, b_m)
+
+
+@triton.jit
+def inverse(b_l):
+    """``1 / l``, and 0 for the sum over no key."""
+    return tl.where(b_l > 0, 1.0 / tl.where(b_l > 0, b_l, 1.0), 0.0)
+
+
+@triton.jit
+def log_add(b_m, b_l, b_lse):
+    """Add ``exp2(lse)`` to the sum that a peak and a relative sum stand for."""
+    b_new = tl.maximum(b_m, b_lse)
+    b_safe = finite(b_new)
+    return b_new, b_l * tl.exp2(b_m - b_safe) + tl.exp2(b_lse - b_safe)
+
+
+@triton.jit
+def online_step(b_s, b_v, b_m, b_l, b_acc, b_bias, scale, IP: tl.constexpr):
+    """One tile of the online softmax, in powers of two.
+
+    Args:
+        b_s: ``[BM, BN]`` raw dot products, ``-inf`` for keys that the row does not see.
+        b_v: ``[BN, BD]``.
+        b_m: ``[BM]`` peak so far.
+        b_l: ``[BM]`` sum relative to the peak.
+        b_acc: ``[BM, BD]`` weighted sum of values relative to the peak.
+        b_bias: ``[BM]`` added to every logit of the tile.
+        scale: positive factor of the dot products, ``log2(e)`` included.
+    """
+    b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale + b_bias)
+    b_safe = finite(b_new)
+    b_p = tl.exp2(b_s * scale - (b_safe - b_bias)[:, None])  # [BM, BN]
+    b_alpha = tl.exp2(b_m - b_safe)
+    b_l = b_l * b_alpha + tl.sum(b_p, 1)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=IP)
+    return b_new, b_l, b_acc

@@ -1,0 +1,124 @@
+"""Per-document log-sum-exps of plain attention, from which ``document_mass`` follows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dream_kernels.triton.blocks import (
+    COUNTS,
+    FIRST,
+    LAST,
+    N_REST,
+    N_REST_PREFIX,
+    finite,
+    key_pointers,
+    load_pack,
+    load_rest,
+    load_rows,
+    locate_rows,
+    log_add,
+    rest_tiles,
+    row_pointers,
+    work,
+)
+
+
+@triton.jit
+def _tile_lse(b_s, m_s, scale):
+    """``[BM]`` log-sum-exp of a tile in powers of two, ``-inf`` where a row sees none of it."""
+    b_s = tl.where(m_s, b_s, float("-inf"))
+    b_m = tl.max(b_s, 1) * scale
+    return b_m + tl.log2(tl.sum(tl.exp2(b_s * scale - finite(b_m)[:, None]), 1))
+
+
+@triton.jit(do_not_specialize=["M", "T", "P", "C", "NT", "B", "Hq"])
+def mass_kernel(
+    q, k, pk, mask, table, tiles, shorts, rest, counts, state,
+    s_qb, s_qh, s_qm, s_qd, s_kb, s_kh, s_kn, s_kd, s_pkb, s_pkh, s_pkn,
+    scale, B, Hq, G, M, T, P, C, NT,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr,
+    NEGATE: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    """``state`` ``[B, Hq, C + 1, M]``: every present document, and last all keys together.
+
+    Grid ``(row blocks, Hkv, B)``. Unlike the forward's, the rows may stand inside documents.
+    """
+    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m_r, _, _, o_h, o_m = locate_rows(i_m, i_h, i_b, table, B, M, G, BM, False)
+    p_counts = counts + i_b * COUNTS
+    b_pos = T - M + o_m
+    b_q = load_rows(row_pointers(q, i_b, o_h, o_m, s_qb, s_qh, s_qm), m_r, s_qd, D, BD)
+    if NEGATE:
+        b_q = -b_q
+    i_kh = i_h.to(tl.int64)
+    k_l = k + (i_b.to(tl.int64) * s_kb + i_kh * s_kh - P.to(tl.int64) * s_kn)
+    k_p = pk + (i_b.to(tl.int64) * s_pkb + i_kh * s_pkh)
+    p_mask = mask + i_b.to(tl.int64) * T
+    p_state = state + (i_b.to(tl.int64) * Hq + o_h) * (C + 1) * M + o_m
+    n_tiles, n_behind, _, _ = work(p_counts, i_b, 1, BN, SLOT, False)
+    b_all_m = tl.full([BM], float("-inf"), tl.float32)
+    b_all_l = tl.zeros([BM], tl.float32)
+
+    b_m = tl.full([BM], float("-inf"), tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    for t in range(0, n_tiles):
+        p_tile = tiles + (i_b.to(tl.int64) * NT + t) * 4
+        key0, n, doc, flags = (
+            tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2), tl.load(p_tile + 3),
+        )  # fmt: skip
+        o_n = tl.arange(0, BN)
+        m_n = o_n < n
+        p_k = key_pointers(k_l, k_p, s_kn, s_pkn, key0 + o_n, key0 < P, HAS_PREFIX)
+        b_k = load_rows(p_k, m_n, s_kd, D, BD)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
+        if HAS_MASK:
+            m_n = tl.load(p_mask + key0 + o_n, mask=m_n, other=0) != 0
+        m_s = m_n[None, :]
+        if CAUSAL:
+            m_s = m_s & ((key0 + o_n)[None, :] <= b_pos[:, None])
+        first = (flags & FIRST) != 0
+        b_m = tl.where(first, float("-inf"), b_m)
+        b_l = tl.where(first, 0.0, b_l)
+        b_m, b_l = log_add(b_m, b_l, _tile_lse(b_s, m_s, scale))
+        if (flags & LAST) != 0:
+            b_lse = b_m + tl.log2(b_l)
+            tl.store(p_state + doc.to(tl.int64) * M, b_lse, mask=m_r)
+            b_all_m, b_all_l = log_add(b_all_m, b_all_l, b_lse)
+
+    NS: tl.constexpr = BN // SLOT
+    for t in range(0, n_behind - n_tiles):
+        b_doc, m_doc, b_n, m_n, inside = load_pack(shorts, p_counts, i_b, t, C, BN, SLOT)
+        p_k = key_pointers(k_l, k_p, s_kn, s_pkn, b_n, inside, HAS_PREFIX)
+        b_k = load_rows(p_k, m_n, s_kd, D, BD)
+        if HAS_MASK:
+            m_n = tl.load(p_mask + b_n, mask=m_n, other=0) != 0
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
+        m_s = m_n[None, :]
+        if CAUSAL:
+            m_s = m_s & (b_n[None, :] <= b_pos[:, None])
+        b_s = tl.reshape(tl.where(m_s, b_s, float("-inf")), [BM, NS, SLOT]) * scale
+        b_peak = tl.max(b_s, 2)  # [BM, NS]
+        b_lse = b_peak + tl.log2(tl.sum(tl.exp2(b_s - finite(b_peak)[:, :, None]), 2))
+        tl.store(
+            p_state[:, None] + b_doc.to(tl.int64)[None, :] * M, b_lse,
+            mask=m_r[:, None] & m_doc[None, :],
+        )  # fmt: skip
+        b_top = tl.max(b_lse, 1)
+        b_sum = tl.sum(tl.exp2(b_lse - finite(b_top)[:, None]), 1)
+        b_all_m, b_all_l = log_add(b_all_m, b_all_l, b_top + tl.log2(b_sum))
+
+    n_rest = rest_tiles(tl.load(p_counts + N_REST), tl.load(p_counts + N_REST_PREFIX), BN)
+    for t in range(0, n_rest):
+        b_n, m_n, inside, _ = load_rest(rest, p_counts, i_b, t, T, BN)
+        p_k = key_pointers(k_l, k_p, s_kn, s_pkn, b_n, inside, HAS_PREFIX)
+        b_k = load_rows(p_k, m_n, s_kd, D, BD)
+        if HAS_MASK:
+            m_n = tl.load(p_mask + b_n, mask=m_n, other=0) != 0
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
+        m_s = m_n[None, :]
+        if CAUSAL:
+            m_s = m_s & (b_n[None, :] <= b_pos[:, None])
+        b_all_m, b_all_l = log_add(b_all_m, b_all_l, _tile_lse(b_s, m_s, scale))
+    tl.store(p_state + C.to(tl.int64) * M, b_all_m + tl.log2(b_all_l), mask=m_r)

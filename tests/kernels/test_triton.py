@@ -1,0 +1,518 @@
+"""The Triton kernels: on a GPU where there is one, else in triton's interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import dream_kernels
+from agreement import assert_errors_at_most_twice, formulas, largest_errors
+from cases import BASE_CASES, CASES, GRADIENTS, Case, Inputs, make_inputs
+from dream_kernels import document_attention, document_mass, set_value_checks
+from dream_kernels.problem import Needs, Problem
+from dream_kernels.triton.implementation import TritonImplementation
+from dream_kernels.validation import build_problem
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from dream_kernels.triton import config, launch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+    pytest.skip(
+        "the interpreter of triton 3.2 stores 32-bit integers as 64-bit ones; 3.6 is known to work",
+        allow_module_level=True,
+    )
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPES = (
+    torch.float32,
+    torch.float16,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(
+            not ON_GPU, reason="triton's interpreter computes wrong bfloat16 products"
+        ),
+    ),
+)
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA or HIP device")
+MODES = pytest.mark.parametrize(
+    "mode,mass", (("reweight", None), ("reweight", 0.6), ("bias", None)), ids=str
+)
+
+
+def _interpreter_cases(dtype: torch.dtype) -> list[Case]:
+    """The interpreter takes a second a case, so not every case runs in all of its four modes."""
+    if dtype == torch.float16:
+        return [CASES[4 * i + i % 4] for i in range(len(BASE_CASES))]
+    fixed_mass = [CASES[4 * i + 2] for i in range(0, len(BASE_CASES), 3)]
+    return [case for case in CASES if case.document_mass is None] + fixed_mass
+
+
+def _grid() -> list:
+    return [
+        pytest.param(case, dtype, id=f"{case}-{str(dtype).removeprefix('torch.')}")
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        for case in (CASES if ON_GPU else _interpreter_cases(dtype))
+        if ON_GPU or dtype != torch.bfloat16
+    ]
+
+
+def inputs_of(case: Case, dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
+    return make_inputs(case, dtype, seed).to(DEVICE)
+
+
+def run(inputs: Inputs, **overrides) -> dict[str, Tensor | None]:
+    return inputs.run(document_attention, impl="triton", **overrides)
+
+
+def check(case: Case, dtype: torch.dtype = torch.float32) -> None:
+    """Output and all gradients against float64, next to plain PyTorch's in the same dtype.
+
+    Plain PyTorch's error is the largest of its two ways, closed form and autograd, over a few draws
+    of the case: the few elements of one draw can be lucky. A row's gradient in a score is a
+    difference of terms like ``dO . o``, whose rounding float32 shows where it nearly cancels.
+    """
+    plain: dict[str, float] = {}
+    for seed in (3, 2, 1, 0):
+        inputs = inputs_of(case, dtype, seed)
+        oracle = inputs.cast(torch.float64).require_grad().run(formulas)
+        inputs.require_grad()
+        for way in (inputs.run(document_attention, impl="reference"), inputs.run(formulas)):
+            for name, error in largest_errors(way, oracle).items():
+                plain[name] = max(error, plain.get(name, 0.0))
+    if dtype == torch.float32:
+        terms = (oracle["output"] * inputs.grad_output).sum(-1)
+        plain["scores"] += torch.finfo(dtype).eps * terms.norm().item()
+    assert_errors_at_most_twice(inputs, run(inputs), oracle, plain, dtype)
+
+
+@pytest.fixture
+def larger_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's time goes by the number of tiles."""
+    monkeypatch.setattr(config, "_INTERPRETER", config.Config(64, 64, 4, 1, slot=4))
+
+
+@pytest.fixture
+def split(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut the keys of every call into as many splits as there are tiles, or about."""
+    monkeypatch.setattr(launch, "_processors", lambda device: 16)
+    monkeypatch.setattr(launch, "MIN_SPLIT_KEYS", 8)
+
+
+@pytest.mark.parametrize("case,dtype", _grid())
+def test_agrees_with_reference(
+    case: Case, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    if case.prefix + case.local > 100:
+        request.getfixturevalue("larger_tiles")
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("mode", ("reweight", "bias"))
+def test_only_scores_gradient_equals_the_full_one(mode: str) -> None:
+    inputs = inputs_of(Case("only", mode=mode, prefix=19, local=8, padding=("left",)))
+    full = run(inputs.require_grad())
+    only = run(inputs.require_grad(("scores",)))
+    assert only["scores"] is not None and only["scores"].abs().max() > 1e-3
+    torch.testing.assert_close(only["scores"], full["scores"], rtol=1e-6, atol=1e-6)
+    assert all(only[name] is None for name in GRADIENTS if name != "scores")
+
+
+# The paths of the backward: each launches another set of kernels.
+SUBSETS = (
+    ("query",),
+    ("value",),
+    ("key", "prefix_key"),
+    ("scores", "query"),
+    ("scores", "query", "key", "value"),
+    ("prefix_value", "scores"),
+)
+
+
+@MODES
+@pytest.mark.parametrize("names", SUBSETS, ids="+".join)
+def test_subsets_of_gradients(names: tuple[str, ...], mode: str, mass: float | None) -> None:
+    case = Case("subset", prefix=19, local=8, mode=mode, document_mass=mass, heads=(0, 4))
+    inputs = inputs_of(case)
+    full = inputs.require_grad().run(document_attention, impl="reference")
+    part = run(inputs.require_grad(names))
+    for name in GRADIENTS:
+        if name in names:
+            torch.testing.assert_close(part[name], full[name], rtol=1e-4, atol=2e-6)
+        else:
+            assert part[name] is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_runs_are_bit_equal(dtype: torch.dtype, split: None) -> None:
+    case = Case(
+        "twice", rows=9, prefix=61, local=9, batch=2, query_heads=2, key_heads=1,
+        spans=((2, 40), (40, 43)),
+    )  # fmt: skip
+    inputs = inputs_of(case, dtype).require_grad()
+    first, second = run(inputs), run(inputs)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+# Documents of several tiles, within one split, across two and across many; short ones; a rest.
+SPLIT_SPANS = (((3, 50), (50, 53), (60, 77), (80, 82), (55, 57)), ((70, 90), (0, 1), (1, 70)))
+
+
+@pytest.mark.parametrize(
+    "mode,mass,rows",
+    (
+        ("reweight", None, 1),
+        ("reweight", None, 95),
+        ("reweight", 0.6, 20),
+        ("bias", None, 20),
+    ),
+)
+def test_splits_of_the_keys_are_joined_exactly(
+    mode: str, mass: float | None, rows: int, split: None
+) -> None:
+    spans = tuple(spans + ((0, 0),) * (5 - len(spans)) for spans in SPLIT_SPANS)
+    case = Case(
+        "split", spans=spans, mode=mode, document_mass=mass, rows=rows, local=95, query_heads=2,
+        key_heads=1, heads=(1,), padding=("left", "middle"),
+    )  # fmt: skip
+    check(case)
+
+
+@MODES
+@pytest.mark.parametrize(
+    "spans,padding,heads",
+    [
+        pytest.param(((2, 13), (14, 17), (17, 18)), ("right",), None, id="alike"),
+        pytest.param(((2, 13), (14, 17), (17, 18)), ("right",), (1,), id="alike, one head"),
+        pytest.param(
+            (((2, 13), (14, 17)), ((0, 0), (3, 9)), ((0, 1), (1, 19))), (), None, id="other spans"
+        ),
+        pytest.param(((2, 13), (14, 17)), ("left", "middle"), None, id="other padding"),
+        pytest.param(((2, 13), (17, 21)), (), None, id="a document among the local keys"),
+    ],
+)
+def test_rows_of_a_batch_share_tiles_over_a_shared_prefix(
+    spans: tuple, padding: tuple, heads: tuple | None, mode: str, mass: float | None
+) -> None:
+    case = Case(
+        "fold", spans=spans, padding=padding, heads=heads, batch=3, rows=3, local=4, prefix=19,
+        query_heads=2, key_heads=1, mode=mode, document_mass=mass,
+    )  # fmt: skip
+    grid = launch.Call(problem_of(inputs_of(case))).grid(config.Config(64, 16, 4, 1))
+    assert grid.fold and grid.shape == (1, 1, 1)
+    check(case)
+
+
+@MODES
+def test_folded_tiles_of_several_heads(
+    mode: str, mass: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles that begin and end inside a batch, and hold elements that are not alike."""
+    small = config.Config(rows=16, keys=16, warps=4, stages=1, slot=4)
+    monkeypatch.setattr(config, "_INTERPRETER", small)
+    spans = (((2, 33), (40, 43)),) * 4 + (((5, 9), (9, 42)),)
+    case = Case(
+        "folds", spans=spans, batch=5, rows=3, local=3, prefix=45, query_heads=3, key_heads=1,
+        mode=mode, document_mass=mass, heads=(0, 2),
+    )  # fmt: skip
+    check(case)
+
+
+@pytest.mark.parametrize("mode", ("reweight", "bias"))
+def test_a_thousand_documents_of_few_tokens(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "_INTERPRETER", config.Config(64, 256, 4, 1, slot=4))
+    if not ON_GPU:  # fewer steps for the interpreter, the same ones
+        monkeypatch.setattr(launch, "_PLAN_BLOCK", 1024)
+        monkeypatch.setattr(launch, "_PLAN_DOCUMENTS", 256)
+    widths = [1 + i % 3 for i in range(1024)]
+    starts = [2 + sum(widths[:i]) for i in range(1024)]
+    spans = tuple((start, start + width) for start, width in zip(starts, widths))
+    case = Case(
+        "thousand", spans=spans[::-1], batch=1, query_heads=2, key_heads=1, rows=3,
+        local=spans[-1][1] + 3, mode=mode,
+    )  # fmt: skip
+    inputs = inputs_of(case).require_grad(("scores", "query"))
+    actual = run(inputs)
+    expected = inputs.run(document_attention, impl="reference")
+    for name in ("output", "scores", "query"):
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+@MODES
+def test_score_spread_of_1e4_and_vanishing_mass(mode: str, mass: float | None) -> None:
+    inputs = inputs_of(Case("spread", mode=mode, document_mass=mass))
+    inputs.tensors["scores"] = torch.tensor([[1e4, 0.0, -1e4], [-1e4, -1e4, 1e4]], device=DEVICE)
+    # Logits 300 apart: the mass of the second document underflows to zero in float32.
+    inputs.tensors["key"][:, :, 7:12] = -40 * inputs.tensors["query"][:, ::3, :1].sign()
+    inputs.tensors["key"][:, :, 2:7] *= 40
+    inputs.require_grad()
+    expected = inputs.run(document_attention, impl="reference")
+    for name, value in run(inputs).items():
+        assert torch.isfinite(value).all(), name
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ("reweight", "bias"))
+@pytest.mark.parametrize("where", ((slice(None), 1), (0,)), ids=("one document", "all"))
+def test_minus_infinity_takes_all_weight(where: tuple, mode: str) -> None:
+    inputs = inputs_of(Case("minus_infinity", mode=mode))
+    inputs.tensors["scores"][where] = -torch.inf
+    inputs.require_grad()
+    expected = inputs.run(document_attention, impl="reference")
+    for name, value in run(inputs).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_row_that_sees_no_key_gives_zero_and_no_gradient() -> None:
+    result = run(inputs_of(Case("blind", rows=26, padding=("left",))).require_grad())
+    assert (result["output"][:, :, :2] == 0).all()
+    assert (result["query"][:, :, :2] == 0).all()
+    assert (result["query"][0, :, :5] == 0).all()
+
+
+@pytest.mark.parametrize("scale", (-0.3, 0.0))
+def test_negative_and_zero_scale(scale: float) -> None:
+    inputs = inputs_of(Case("scale"))
+    inputs.options["scale"] = scale
+    inputs.require_grad()
+    expected = inputs.run(document_attention, impl="reference")
+    for name, value in run(inputs).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("which", ("all", "prefix"))
+def test_strided_inputs_equal_contiguous_ones(which: str) -> None:
+    inputs = inputs_of(Case("strides", prefix=19, local=8))
+    expected = run(inputs.require_grad())
+    for name, tensor in inputs.tensors.items():
+        if name != "scores" and (which == "all" or name.startswith(which)):
+            # [B, T, H, D] in memory, as models produce it, and every other element of D
+            spread = torch.stack([tensor.detach(), torch.full_like(tensor, torch.nan)], -1)
+            strided = spread.transpose(1, 2).contiguous().transpose(1, 2)[..., 0]
+            assert not strided.is_contiguous() and strided.stride(-1) == 2
+            inputs.tensors[name] = strided.detach()
+    inputs.grad_output = inputs.grad_output.transpose(1, 2).contiguous().transpose(1, 2)
+    actual = run(inputs.require_grad())
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_expanded_gradient_of_a_sum() -> None:
+    """``output.sum().backward()`` hands the backward a gradient with zero strides."""
+    inputs = inputs_of(Case("sum")).require_grad()
+    inputs.grad_output = torch.ones((), device=DEVICE).expand_as(inputs.grad_output)
+    expected = inputs.run(document_attention, impl="reference")
+    for name, value in run(inputs).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+MASS_CASES = [
+    case
+    for case in BASE_CASES
+    if case.name
+    in (
+        "absent_documents", "one_token_documents", "rows_before_and_inside_documents",
+        "more_rows_than_keys", "prefix_with_padding", "document_across_prefix_and_local",
+        "row_of_padding_only", "own_scale", "large_head_size", "not_causal",
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MASS_CASES, ids=str)
+def test_document_mass(case: Case) -> None:
+    inputs = inputs_of(case)
+    t = inputs.tensors
+
+    def mass(impl: str) -> Tensor:
+        return document_mass(
+            t["query"], t["key"], inputs.spans, scale=case.scale, causal=case.causal,
+            attention_mask=inputs.options["attention_mask"], prefix=t.get("prefix_key"), impl=impl,
+        )  # fmt: skip
+
+    torch.testing.assert_close(mass("triton"), mass("reference"), rtol=1e-5, atol=1e-6)
+
+
+def test_spans_that_nobody_checked_stay_inside_memory() -> None:
+    inputs = inputs_of(Case("unchecked", spans=((2, 1000), (-7, 9), (20, 22))))
+    set_value_checks(False)
+    try:
+        output = inputs.call(document_attention, impl="triton")
+    finally:
+        set_value_checks(None)
+    assert output.shape == inputs.tensors["query"].shape
+
+
+def problem_of(inputs: Inputs) -> Problem:
+    def build(query, key, value, scores, spans, **options):
+        return build_problem(query, key, value, scores, spans, **options)
+
+    return inputs.call(build)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("mode", ("reweight", "bias"))
+def test_empty_saved_has_the_form_of_what_forward_saves(mode: str) -> None:
+    problem = problem_of(inputs_of(Case("saved", mode=mode)))
+    implementation = TritonImplementation()
+    needs = Needs(True, True, True, True, False, False)
+    output, saved = implementation.forward(problem, needs)
+    empty = implementation.empty_saved(problem, needs)
+    assert [(t.shape, t.dtype, t.device) for t in empty] == [
+        (t.shape, t.dtype, t.device) for t in saved
+    ]
+    kept = {t.untyped_storage().data_ptr() for t in saved}
+    assert output.untyped_storage().data_ptr() not in kept
+    # The backward takes what the forward saved, without the graph around it.
+    gradients = implementation.backward(problem, output, saved, torch.ones_like(output), needs)
+    assert [g is not None for g in gradients] == list(needs)
+
+
+def test_why_not_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    implementation = TritonImplementation()
+    problem = problem_of(inputs_of(Case("why")))
+    assert implementation.why_not(problem) is None
+    double = replace(problem, query=problem.query.double())
+    assert "float64" in str(implementation.why_not(double))
+    wide = replace(problem, query=torch.zeros(2, 6, 5, 257, device=DEVICE))
+    assert "up to 256, got 257" in str(implementation.why_not(wide))
+    if not ON_GPU:
+        half = replace(problem, query=problem.query.bfloat16())
+        assert "interpreter" in str(implementation.why_not(half))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    on_cpu = replace(problem, query=problem.query.cpu())
+    assert "got cpu" in str(implementation.why_not(on_cpu))
+
+
+def test_old_and_missing_triton_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dream_kernels.triton import implementation
+
+    monkeypatch.setattr("triton.__version__", "3.1.0")
+    assert "3.2 or newer, got 3.1.0" in str(implementation._triton_missing.__wrapped__())
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "not installed" in str(implementation._triton_missing.__wrapped__())
+
+
+def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dream_kernels.triton import implementation
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    refusal = implementation._device_refusal.__wrapped__(torch.device("cuda"))
+    assert "8.0 or newer, got 7.5" in str(refusal)
+
+
+@pytest.mark.skipif(ON_GPU, reason="without a GPU only: the interpreter is not for production")
+def test_auto_does_not_take_the_interpreter() -> None:
+    explanation = inputs_of(Case("auto")).call(dream_kernels.explain)
+    assert explanation.chosen != "triton"
+    assert "interpreter" in explanation.reasons["triton"]
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = "import sys, dream_kernels; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_fastest_configuration_is_taken_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    slow, fast, huge = (config.Config(rows, 64, 4, 2) for rows in (32, 64, 128))
+    timed = []
+
+    def milliseconds(launch_once) -> float:
+        timed.append(launch_once())
+        return {slow: 2.0, fast: 1.0}[timed[-1]]
+
+    def launch_once(candidate: config.Config) -> config.Config:
+        if candidate == huge:
+            raise OutOfResources(300, 200, "shared memory")
+        return candidate
+
+    monkeypatch.setattr(config, "_milliseconds", milliseconds)
+    monkeypatch.setattr(config, "_fastest", {})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    device, configs = torch.device("cuda"), (slow, huge, fast)
+    assert config.choose(("k", 1), configs, launch_once, device) == fast
+    assert config.choose(("k", 1), configs, launch_once, device) == fast
+    assert timed == [slow, fast]
+    monkeypatch.setenv("DREAM_KERNELS_TUNE", "0")
+    assert config.choose(("k", 2), configs, launch_once, device) == slow
+
+
+def test_tiles_are_no_taller_than_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "interpreted", lambda: False)
+    for kernel in ("forward", "documents", "query", "keys", "mass"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for head_dim in (16, 64, 80, 96, 128, 256):
+                for hopper in (False, True):
+                    found = config.candidates(kernel, head_dim, dtype, 20, hopper)
+                    assert found
+                    assert all(c.rows <= 32 for c in found)
+                    assert len(set(found)) == len(found)
+
+
+@needs_gpu
+@pytest.mark.parametrize("mode", ("reweight", "bias"))
+def test_runs_in_a_cuda_graph_and_never_waits_for_the_device(mode: str) -> None:
+    case = Case("graph", mode=mode, rows=16, prefix=300, local=16, spans=((3, 90), (90, 200)))
+    inputs = inputs_of(case, torch.bfloat16).require_grad()
+    expected = run(inputs)  # compiles and tunes
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for tensor in inputs.tensors.values():
+        tensor.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = inputs.call(document_attention, impl="triton")
+        output.backward(inputs.grad_output)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(output, expected["output"])
+    for name, tensor in inputs.tensors.items():
+        assert torch.equal(tensor.grad, expected[name]), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA or HIP devices")
+def test_runs_on_a_device_that_is_not_the_current_one() -> None:
+    inputs = make_inputs(Case("second"), torch.float32).to(torch.device("cuda:1")).require_grad()
+    expected = inputs.run(document_attention, impl="reference")
+    for name, value in run(inputs).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+
+
+@needs_gpu
+def test_new_sizes_within_a_bucket_do_not_recompile() -> None:
+    from dream_kernels.triton.forward import forward_kernel
+
+    def compiled() -> int:
+        return sum(len(cache[0]) for cache in forward_kernel.device_caches.values())
+
+    for rows, local, count in ((40, 200, 5), (33, 150, 6), (64, 255, 7)):
+        spans = tuple((i * 20, i * 20 + 18) for i in range(count))
+        case = Case("bucket", rows=rows, local=local, spans=spans, head_dim=64)
+        run(inputs_of(case, torch.float16))
+        if rows == 40:
+            before = compiled()
+    assert compiled() == before
+
+
+@needs_gpu
+@pytest.mark.parametrize("head_dim", (64, 80, 96, 128, 256))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_realistic_sizes(head_dim: int, dtype: torch.dtype) -> None:
+    spans = tuple((7 + i * 260, 7 + i * 260 + 200 + i) for i in range(15))
+    case = Case(
+        "real", spans=spans, query_heads=14, key_heads=2, rows=128, local=128, prefix=4096,
+        head_dim=head_dim, heads=(0, 3, 9), padding=("right",),
+    )  # fmt: skip
+    check(case, dtype)

@@ -1,0 +1,115 @@
+"""The Triton kernels compiled for devices that are not there, held to the recorded resources.
+
+The record is renewed by
+``python -m dream_kernels.triton.aot --write tests/kernels/triton_resources.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+RECORD = json.loads((Path(__file__).parent / "triton_resources.json").read_text())
+KERNELS: dict[str, dict] = RECORD["kernels"]
+SHARED_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227}
+INSTRUCTIONS = {
+    "sm_80": {"mma.sync"},
+    "sm_86": {"mma.sync"},
+    "sm_89": {"mma.sync"},
+    "sm_90": {"wgmma.mma_async"},
+    # Triton takes tcgen05 for some of the products and mma.sync for others.
+    "sm_100": {"tcgen05.mma", "mma.sync"},
+    "gfx942": {"v_mfma"},
+}
+# Kernels that multiply tiles; the others read and add.
+WITH_PRODUCTS = ("forward", "documents", "query", "keys", "mass")
+
+same_triton = pytest.mark.skipif(
+    triton.__version__ != RECORD["triton"],
+    reason=f"the record is of triton {RECORD['triton']}, this is {triton.__version__}",
+)
+
+
+def split_name(name: str) -> tuple[str, int, str]:
+    target, head_dim, kernel = name.split("/")
+    return target, int(head_dim), kernel
+
+
+@pytest.mark.parametrize("target", ("sm_80", "sm_90", "sm_100"))
+@pytest.mark.parametrize("head_dim", (64, 80, 96, 128, 256))
+def test_the_record_has_every_kernel(target: str, head_dim: int) -> None:
+    kernels = {name.split("/")[2] for name in KERNELS if name.startswith(f"{target}/{head_dim}/")}
+    assert {"combine", "coefficients", "mass"} <= kernels
+    for mode in ("reweight", "bias"):
+        for kernel in ("forward", "documents", "query", "keys"):
+            assert f"{kernel}-{mode}" in kernels
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_recorded_resources_fit_the_device(name: str) -> None:
+    target, head_dim, kernel = split_name(name)
+    row = KERNELS[name]
+    assert row["shared"] <= SHARED_KB[target] * 1024
+    if head_dim in (64, 128):
+        assert row["spills"] == 0
+    if kernel.split("-")[0] in WITH_PRODUCTS:
+        assert INSTRUCTIONS[target] & row["tensor_cores"].keys()
+
+
+def compile_anew(
+    tmp_path: Path, target: str, head_dim: int, kernels: tuple[str, ...], *more: str
+) -> dict:
+    # In a process of its own: here the kernels may belong to the interpreter.
+    command = [sys.executable, "-m", "dream_kernels.triton.aot", f"--head-dim={head_dim}"]
+    command += [f"--target={target}", *more]
+    command += [f"--kernel={kernel}" for kernel in kernels]
+    report = tmp_path / "report.json"
+    environment = {
+        **os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+    }  # fmt: skip
+    subprocess.run([*command, f"--write={report}"], check=True, env=environment)
+    return json.loads(report.read_text())["kernels"]
+
+
+@same_triton
+@pytest.mark.parametrize(
+    "target,head_dim,kernels",
+    [
+        ("sm_80", 64, ("forward-reweight", "plan")),
+        ("sm_90", 128, ("forward-reweight", "query-reweight", "documents-reweight")),
+        ("sm_90", 64, ("keys-reweight", "coefficients", "combine")),
+        ("sm_100", 64, ("forward-bias",)),
+    ],
+)
+def test_resources_are_those_recorded(
+    tmp_path: Path, target: str, head_dim: int, kernels: tuple[str, ...]
+) -> None:
+    found = compile_anew(tmp_path, target, head_dim, kernels)
+    assert len(found) == len(kernels)
+    for name, row in found.items():
+        assert row == KERNELS[name], f"{name} has changed: renew the record, see this file's head"
+
+
+@pytest.mark.parametrize("target", ("sm_86", "sm_89", "gfx942"))
+def test_compiles_for_other_devices(tmp_path: Path, target: str) -> None:
+    found = compile_anew(tmp_path, target, 128, ("forward-reweight", "keys-bias"))
+    for row in found.values():
+        assert row["shared"] <= SHARED_KB.get(target, 64) * 1024
+        assert INSTRUCTIONS[target] & row["tensor_cores"].keys()
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+def test_compiles_with_the_rare_options(tmp_path: Path, dtype: str) -> None:
+    """Padding, no causal mask, scores per head, fixed mass, and whatever else the record lacks."""
+    kernels = ("forward-reweight", "forward-bias-fold", "query-reweight", "documents-bias")
+    kernels += ("keys-reweight", "mass", "combine", "coefficients", "join", "plan")
+    found = compile_anew(tmp_path, "sm_80", 64, kernels, "--rare", f"--dtype={dtype}")
+    assert len(found) == len(kernels)
+    assert all(row["shared"] <= SHARED_KB["sm_80"] * 1024 for row in found.values())
