@@ -53,8 +53,9 @@ class DocumentAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (grad_output,) = grad_outputs
-        *inputs, output = ctx.saved_tensors[:9]
-        saved = ctx.saved_tensors[9:]
+        # Read once: under gradient checkpointing a second look would compute everything again.
+        tensors = ctx.saved_tensors
+        (*inputs, output), saved = tensors[:9], tensors[9:]
         problem = Problem(*inputs, **ctx.options)
         needs = Needs(*ctx.needs_input_grad[:6])
         with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):

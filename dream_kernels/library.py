@@ -82,11 +82,12 @@ def _setup_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[
 
 
 def _differentiate_attend(ctx: Any, grad_output: Tensor, grad_saved: Any) -> tuple[Any, ...]:
-    output, *saved = ctx.saved_tensors[_TENSORS:]
+    tensors = ctx.saved_tensors  # read once, for the sake of gradient checkpointing
+    output, *saved = tensors[_TENSORS:]
     needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
     computed = iter(
         torch.ops.dream_kernels.attend_backward(
-            *ctx.saved_tensors[:_TENSORS], *ctx.options, needs, output, saved, grad_output
+            *tensors[:_TENSORS], *ctx.options, needs, output, saved, grad_output
         )
     )
     gradients = [next(computed) if needed else None for needed in needs]

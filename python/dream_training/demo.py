@@ -239,6 +239,7 @@ def _print_files(console: Console, output_dir: Path, metrics: dict[str, Any]) ->
         f"data       {output_dir / 'beir'}\n"
         f"{metrics['seconds']:.0f} s in all, {metrics['training_seconds']:.0f} s of them training",
         highlight=False,
+        soft_wrap=True,  # a path broken over two lines cannot be copied
     )
 
 
