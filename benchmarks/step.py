@@ -129,11 +129,12 @@ def run_steps(
 def disagreements(setup: StepSetup, ways: Sequence[Way]) -> dict[str, str]:
     """Compare each way's loss and retriever gradient with the naive way of its context.
 
-    In float32, on the first rows of the batch. Returns the complaints by the name of the way.
+    In float32, on few rows of the batch. Returns the complaints by the name of the way.
     """
     rows, dtype = setup.rows, setup.reader.model.dtype
     base_dtypes = [p.dtype for p in setup.retriever.parameters()]
-    setup.rows = rows[:_CHECK_BATCH]
+    # Far from each other: neighbours in the alphabet may begin alike, and then nothing is learnt.
+    setup.rows = rows[:: max(1, len(rows) // _CHECK_BATCH)][:_CHECK_BATCH]
     setup.reader.model.float()
     setup.retriever.float()
     complaints = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -25,9 +26,18 @@ from dream_training import DreamLoss
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For a model this small a second thread only waits, and for long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def setup():
-    return make_setup(STEP_MODELS["tiny"], 3, 16, CPU)
+    return make_setup(STEP_MODELS["tiny"], 4, 24, CPU)
 
 
 @dataclass
@@ -48,7 +58,7 @@ def test_all_ways_agree_and_a_wrong_one_is_named(setup) -> None:
 def test_the_check_leaves_the_models_as_they_were(setup) -> None:
     before = {n: p.dtype for n, p in setup.retriever.named_parameters()}
     disagreements(setup, [WithPrefix("shared", "")])
-    assert setup.reader.model.dtype == torch.bfloat16 and len(setup.rows) == 3
+    assert setup.reader.model.dtype == torch.bfloat16 and len(setup.rows) == 4
     assert {n: p.dtype for n, p in setup.retriever.named_parameters()} == before
 
 
@@ -87,7 +97,7 @@ def test_records_of_a_run_validate(monkeypatch) -> None:
     wrong = _HalfScores("wrong", "")
     monkeypatch.setattr(step, "make_ways", lambda: [*make_ways(), wrong])
     settings = StepSettings(
-        model="tiny", batch=3, document_tokens=16, runs=1, memory=False, quick=True
+        model="tiny", batch=4, document_tokens=24, runs=1, memory=False, quick=True
     )
     said, kept = [], []
     records = run_steps(settings, said.append, kept.append)
