@@ -102,7 +102,7 @@ def variants(
             if form and (head_dim in (80, 96) or (mode == "bias" and not rare)):
                 continue
             yield Variant(
-                f"forward-{mode}{form}", forward_kernel, config("forward"),
+                f"forward-{mode}{form}", forward_kernel, config("parts" if form else "forward"),
                 {**memory, **flags, "HAS_PREFIX": bool(folds) or not rare,
                  "FOLD": bool(folds), "SPLIT": bool(splits)},
             )  # fmt: skip
@@ -120,7 +120,7 @@ def variants(
     yield Variant("mass", mass_kernel, config("mass"), memory)
     yield Variant("combine", combine_kernel, Config(16, 64, 4, 1), {**base, **reweight})
     yield Variant(
-        "coefficients", coefficients_kernel, Config(32, 64, 4, 1),
+        "coefficients", coefficients_kernel, Config(32, 64, 8, 1),
         {**base, **reweight, "BC": 32, "DOCUMENTS": True, "SCORES": True, "LOGITS": True},
     )  # fmt: skip
     if head_dim == HEAD_DIMS[0]:  # the others do not hang on it

@@ -40,8 +40,8 @@ _INTERPRETER = Config(rows=64, keys=16, warps=4, stages=1, slot=4)
 # what a device of the family gives a block, of which 99 KB (sm_86, sm_89) is the least. The first
 # of each list spills no register at head sizes 64 and 128.
 _FORWARD = {
-    (64, 2): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
-    (128, 2): (Config(64, 32, 4, 3), Config(64, 64, 8, 2)),
+    (64, 2): (Config(128, 32, 8, 3), Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
+    (128, 2): (Config(64, 32, 8, 2), Config(64, 32, 4, 3), Config(64, 64, 8, 2)),
     (256, 2): (Config(64, 32, 8, 2), Config(32, 32, 4, 2)),
     (64, 4): (Config(64, 32, 4, 2), Config(32, 32, 4, 2)),
     (128, 4): (Config(32, 32, 4, 2), Config(32, 16, 4, 2)),
@@ -70,6 +70,7 @@ _KEYS = {
 }
 _AMPERE = {
     "forward": _FORWARD,
+    "parts": _FORWARD,
     "mass": _FORWARD,
     "documents": _DOCUMENTS,
     "query": _QUERY,
@@ -80,7 +81,13 @@ _HOPPER = {
     **_AMPERE,
     "forward": {
         **_FORWARD,
+        (64, 2): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
         (128, 2): (Config(128, 64, 8, 2), Config(128, 32, 8, 3), Config(64, 64, 8, 3)),
+    },
+    "parts": {
+        **_FORWARD,
+        (64, 2): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
+        (128, 2): (Config(64, 32, 8, 2), Config(128, 32, 8, 2)),
     },
     "query": {
         **_QUERY,
@@ -90,6 +97,7 @@ _HOPPER = {
     "keys": {
         **_KEYS,
         (64, 2): (Config(64, 64, 8, 2), Config(32, 64, 4, 2)),
+        (128, 2): (Config(16, 64, 8, 2), Config(32, 64, 8, 1)),
         (256, 2): (Config(32, 64, 8, 1),),
     },
 }
@@ -106,7 +114,8 @@ def candidates(
     """The configurations of a kernel worth timing, the default first.
 
     Args:
-        kernel: ``"forward"``, ``"documents"``, ``"query"``, ``"keys"`` or ``"mass"``.
+        kernel: ``"forward"``, ``"parts"`` for one whose rows are folded or keys split,
+            ``"documents"``, ``"query"``, ``"keys"`` or ``"mass"``.
         head_dim: ``D``.
         dtype: of the query.
         rows: how many could share a tile: none is made taller than that.

@@ -249,7 +249,9 @@ def forward(problem: Problem, state: Tensor) -> Tensor:
     def launch(config: Config) -> None:
         _forward(call, config, output, state)
 
-    launch(call.tuned("forward", call.reach, launch, call.fixed))
+    grid = call.grid(call.configs("forward", call.reach)[0])
+    kernel = "parts" if grid.fold or grid.splits > 1 else "forward"
+    launch(call.tuned(kernel, call.reach, launch, call.fixed))
     return output
 
 
@@ -426,7 +428,7 @@ def _coefficients(
         call.query_heads, call.rows, call.length, call.documents,
         D=call.head_dim, BD=padded_head(call.head_dim), BM=rows, BC=_PLAN_DOCUMENTS,
         FIXED=call.fixed, DOCUMENTS=by_document, SCORES=partial is not None,
-        LOGITS=logits, **call.mode_flags, num_warps=4,
+        LOGITS=logits, **call.mode_flags, num_warps=8,
     )  # fmt: skip
     return partial
 

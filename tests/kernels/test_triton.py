@@ -447,7 +447,7 @@ def test_the_fastest_configuration_is_taken_and_kept(monkeypatch: pytest.MonkeyP
 
 def test_tiles_are_no_taller_than_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "interpreted", lambda: False)
-    for kernel in ("forward", "documents", "query", "keys", "mass"):
+    for kernel in ("forward", "parts", "documents", "query", "keys", "mass"):
         for dtype in (torch.float32, torch.bfloat16):
             for head_dim in (16, 64, 80, 96, 128, 256):
                 for hopper in (False, True):
