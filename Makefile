@@ -53,14 +53,17 @@ $(OLD_STAMP): pyproject.toml constraints.txt $(NATIVE) | check-system
 demo: $(STAMP)
 	$(BIN)/dream demo
 
+# Two processes of one thread each: most tests are Python, not arithmetic.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 test-old-transformers: $(OLD_STAMP)
-	$(OLD_VENV)/bin/python -m pytest -m "not slow" tests/injection tests/training
+	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -n 2 -m "not slow" tests/injection tests/training
 
 # SANITIZER_TESTS="tests/kernels -k fuzz" names fewer.
 test-sanitizers: $(STAMP)
