@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 from dream_kernels.triton.coefficients import coefficients_kernel
 from dream_kernels.triton.combine import combine_kernel, join_kernel
 from dream_kernels.triton.config import Config, candidates, padded_head
+from dream_kernels.triton.config import family as family_of_capability
 from dream_kernels.triton.forward import forward_kernel
 from dream_kernels.triton.keys import keys_kernel
 from dream_kernels.triton.mass import mass_kernel
@@ -81,7 +82,7 @@ class Resources:
 
 
 def variants(
-    head_dim: int, hopper: bool, dtype: torch.dtype = torch.bfloat16, rare: bool = False
+    head_dim: int, family: str, dtype: torch.dtype = torch.bfloat16, rare: bool = False
 ) -> Iterator[Variant]:
     """Every kernel in the form of the main case, or with all the ``rare`` options instead.
 
@@ -94,7 +95,7 @@ def variants(
     bias = {**reweight, "BIAS": True, "FIXED": False}
 
     def config(kernel: str) -> Config:
-        return candidates(kernel, head_dim, dtype, rows=1 << 20, hopper=hopper)[0]
+        return candidates(kernel, head_dim, dtype, rows=1 << 20, family=family)[0]
 
     for mode, flags in (("reweight", reweight), ("bias", bias)):
         for form, folds, splits in (("", 0, 0), ("-fold", 1, 0), ("-split", 0, 1)):
@@ -118,7 +119,7 @@ def variants(
              "DV": True},
         )  # fmt: skip
     yield Variant("mass", mass_kernel, config("mass"), memory)
-    yield Variant("combine", combine_kernel, Config(16, 64, 4, 1), {**base, **reweight})
+    yield Variant("combine", combine_kernel, Config(16, 64, 8, 1), {**base, **reweight})
     yield Variant(
         "coefficients", coefficients_kernel, Config(32, 64, 8, 1),
         {**base, **reweight, "BC": 32, "DOCUMENTS": True, "SCORES": True, "LOGITS": True},
@@ -130,6 +131,11 @@ def variants(
             {"BX": 128, "BC": 32, "BW": 64, "HS": 1, "CAUSAL": not rare, "BIAS": rare,
              "SEGMENT": not rare, "HAS_MASK": rare},
         )  # fmt: skip
+
+
+def family_of(target: str) -> str:
+    """The family of tile shapes of a target's name."""
+    return family_of_capability(int(target[3:]) // 10 if target[:3] == "sm_" else 0)
 
 
 def compile_variant(variant: Variant, target: GPUTarget, dtype: torch.dtype) -> Any:
@@ -218,7 +224,7 @@ def table(
     """Resources by ``"target/head size/kernel"``, for all kernels or those named."""
     rows: dict[str, dict[str, Any]] = {}
     for target, head_dim in itertools.product(targets, head_dims):
-        for variant in variants(head_dim, target in ("sm_90", "sm_100"), dtype, rare):
+        for variant in variants(head_dim, family_of(target), dtype, rare):
             if names and variant.name not in names:
                 continue
             compiled = compile_variant(variant, TARGETS[target], dtype)

@@ -88,9 +88,9 @@ def coefficients_kernel(
         if FIXED:
             b_factor = tl.where(m_scored, b_rest, b_factor)
             if DOCUMENTS:
-                p_g = p_documents + C.to(tl.int64) * M
-                b_g = tl.load(p_g, mask=m_scored, other=0.0)
-                b_offset = tl.where(m_scored, -b_rest * b_g, b_offset)
+                p_rest = p_documents + C.to(tl.int64) * M
+                b_g_rest = tl.load(p_rest, mask=m_scored, other=0.0)
+                b_offset = tl.where(m_scored, -b_rest * b_g_rest, b_offset)
         else:
             b_norm = tl.where(m_scored & (b_total > 0), b_peak + tl.log2(b_total), b_norm)
 

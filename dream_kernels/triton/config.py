@@ -86,7 +86,6 @@ _HOPPER = {
     },
     "parts": {
         **_FORWARD,
-        (64, 2): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
         (128, 2): (Config(64, 32, 8, 2), Config(128, 32, 8, 2)),
     },
     "query": {
@@ -102,6 +101,28 @@ _HOPPER = {
     },
 }
 
+# tcgen05 accumulates in tensor memory, from where tiles come to registers whole.
+_BLACKWELL = {
+    **_HOPPER,
+    "forward": {
+        **_HOPPER["forward"],
+        (128, 2): (Config(128, 32, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 3)),
+    },
+    "documents": {
+        **_DOCUMENTS,
+        (128, 2): (Config(128, 32, 8, 2), Config(64, 64, 4, 2)),
+    },
+}
+_FAMILIES = {"ampere": _AMPERE, "hopper": _HOPPER, "blackwell": _BLACKWELL}
+
+
+def family(capability: int) -> str:
+    """Whose tile shapes a device of a major compute capability takes; 0 for an AMD device.
+
+    12.x, consumer Blackwell, has neither wgmma nor its successor, and 99 KB of shared memory.
+    """
+    return {9: "hopper", 10: "blackwell"}.get(capability, "ampere")
+
 
 def padded_head(head_dim: int) -> int:
     """The power of two that a head is padded to in registers, at least what a dot takes."""
@@ -109,7 +130,7 @@ def padded_head(head_dim: int) -> int:
 
 
 def candidates(
-    kernel: str, head_dim: int, dtype: torch.dtype, rows: int, hopper: bool
+    kernel: str, head_dim: int, dtype: torch.dtype, rows: int, family: str
 ) -> tuple[Config, ...]:
     """The configurations of a kernel worth timing, the default first.
 
@@ -119,9 +140,9 @@ def candidates(
         head_dim: ``D``.
         dtype: of the query.
         rows: how many could share a tile: none is made taller than that.
-        hopper: whether the device has wgmma, or what came after it.
+        family: of the device, see :func:`family`.
     """
-    table = (_HOPPER if hopper else _AMPERE)[kernel][max(64, padded_head(head_dim)), dtype.itemsize]
+    table = _FAMILIES[family][kernel][max(64, padded_head(head_dim)), dtype.itemsize]
     if interpreted():
         table = (_INTERPRETER,)
     limit = max(16, 1 << (rows - 1).bit_length())

@@ -15,7 +15,7 @@ from dream_kernels.problem import Gradients, Needs, Problem
 from dream_kernels.triton.blocks import COLUMNS, COUNTS
 from dream_kernels.triton.coefficients import coefficients_kernel
 from dream_kernels.triton.combine import combine_kernel, join_kernel
-from dream_kernels.triton.config import Config, bucket, candidates, choose, padded_head
+from dream_kernels.triton.config import Config, bucket, candidates, choose, family, padded_head
 from dream_kernels.triton.forward import forward_kernel
 from dream_kernels.triton.keys import keys_kernel
 from dream_kernels.triton.mass import mass_kernel
@@ -174,7 +174,7 @@ class Call:
 
     def configs(self, kernel: str, rows: int) -> tuple[Config, ...]:
         return candidates(
-            kernel, self.head_dim, self.problem.query.dtype, rows, _hopper(self.device)
+            kernel, self.head_dim, self.problem.query.dtype, rows, _family(self.device)
         )
 
     def tuned(
@@ -227,11 +227,10 @@ def _processors(device: torch.device) -> int:
 
 
 @lru_cache
-def _hopper(device: torch.device) -> bool:
+def _family(device: torch.device) -> str:
     if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    # 12.x, consumer Blackwell, has neither wgmma nor its successor, and 99 KB of shared memory.
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+        return family(0)
+    return family(torch.cuda.get_device_capability(device)[0])
 
 
 def _same_last_stride(local: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -281,7 +280,7 @@ def _forward(call: Call, config: Config, output: Tensor, state: Tensor) -> None:
             part_o, part_lse, heads.order, heads.count, plan.tiles, plan.counts, plan.weights,
             output, state, call.document_mass, call.batch, call.query_heads, call.group,
             call.rows, call.documents, plan.limit, splits, D=call.head_dim,
-            BD=padded_head(call.head_dim), BM=_COMBINE_ROWS, **flags, num_warps=4,
+            BD=padded_head(call.head_dim), BM=_COMBINE_ROWS, **flags, num_warps=8,
         )  # fmt: skip
 
 

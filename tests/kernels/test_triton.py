@@ -450,8 +450,9 @@ def test_tiles_are_no_taller_than_the_rows(monkeypatch: pytest.MonkeyPatch) -> N
     for kernel in ("forward", "parts", "documents", "query", "keys", "mass"):
         for dtype in (torch.float32, torch.bfloat16):
             for head_dim in (16, 64, 80, 96, 128, 256):
-                for hopper in (False, True):
-                    found = config.candidates(kernel, head_dim, dtype, 20, hopper)
+                for capability in (0, 8, 9, 10, 12):
+                    family = config.family(capability)
+                    found = config.candidates(kernel, head_dim, dtype, 20, family)
                     assert found
                     assert all(c.rows <= 32 for c in found)
                     assert len(set(found)) == len(found)
