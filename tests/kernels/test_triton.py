@@ -49,8 +49,9 @@ def _interpreter_cases(dtype: torch.dtype) -> list[Case]:
     """The interpreter takes a second a case, so not every case runs in all of its four modes."""
     if dtype == torch.float16:
         return [CASES[4 * i + i % 4] for i in range(len(BASE_CASES))]
-    fixed_mass = [CASES[4 * i + 2] for i in range(0, len(BASE_CASES), 3)]
-    return [case for case in CASES if case.document_mass is None] + fixed_mass
+    count = len(BASE_CASES)
+    bias = [CASES[4 * i + 1] for i in range(0, count, 2)]
+    return [*CASES[::4], *bias, *(CASES[4 * i + 2] for i in range(0, count, 3))]
 
 
 def _grid() -> list:
@@ -134,8 +135,12 @@ SUBSETS = (
 )
 
 
-@MODES
-@pytest.mark.parametrize("names", SUBSETS, ids="+".join)
+@pytest.mark.parametrize(
+    "names,mode,mass",
+    [(names, "reweight", None) for names in SUBSETS]
+    + [(names, *mode) for names in SUBSETS[1:4] for mode in (("reweight", 0.6), ("bias", None))],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else str(value),
+)
 def test_subsets_of_gradients(names: tuple[str, ...], mode: str, mass: float | None) -> None:
     case = Case("subset", prefix=19, local=8, mode=mode, document_mass=mass, heads=(0, 4))
     inputs = inputs_of(case)
