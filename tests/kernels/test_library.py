@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
 import torch
 
-from cases import GRADIENTS, Case, make_inputs
+from cases import GRADIENTS, Case, Inputs, make_inputs
 from dream_kernels import document_attention, document_mass, library
 from dream_kernels.dispatch import IMPLEMENTATIONS
 from dream_kernels.problem import Needs
 from dream_kernels.validation import build_problem
 
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
 IMPLS = ("reference", "cpu")
 CASES = [
     Case("prefix", prefix=19, local=8, padding=("left",)),
@@ -46,6 +50,16 @@ def test_a_compiled_call_equals_the_eager_one(case: Case, names: tuple, impl: st
     assert_equal_results(inputs.run(compiled(), impl=impl), expected)
 
 
+@needs_triton
+def test_triton_passes_the_same_checks() -> None:
+    """In the interpreter where there is no GPU, and so on the smallest call there is."""
+    case = Case("triton", batch=1, query_heads=2, key_heads=1, rows=2, local=6, spans=((0, 3),))
+    inputs = make_inputs(case, torch.float32).require_grad(("query", "scores"))
+    expected = inputs.run(document_attention, impl="triton")
+    assert_equal_results(inputs.run(compiled(), impl="triton"), expected)
+    check_operators(inputs, "triton")
+
+
 def test_inductor_compiles_what_stands_around_it() -> None:
     inputs = make_inputs(CASES[0], torch.float32).require_grad()
 
@@ -66,7 +80,7 @@ def test_inductor_compiles_what_stands_around_it() -> None:
 
 
 def test_other_lengths_need_no_other_graph() -> None:
-    function = compiled(dynamic=True)
+    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     function = torch.compile(document_attention, fullgraph=True, backend=counter, dynamic=True)
     for local in (24, 31, 40):
@@ -117,11 +131,8 @@ def test_document_mass_compiles() -> None:
     assert torch.equal(function(t["query"], t["key"], t["prefix_key"]), expected)
 
 
-@impl_grid
-@pytest.mark.parametrize("names", NEEDS, ids="+".join)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck(case: Case, names: tuple, impl: str) -> None:
-    inputs = make_inputs(case, torch.float32).require_grad(names)
+def check_operators(inputs: Inputs, impl: str) -> None:
+    """Run ``torch.library.opcheck`` on the three operators."""
     t = inputs.tensors
     prefix = (t["prefix_key"], t["prefix_value"]) if "prefix_key" in t else None
     problem = build_problem(
@@ -129,7 +140,8 @@ def test_opcheck(case: Case, names: tuple, impl: str) -> None:
         prefix=prefix, **inputs.options,
     )  # fmt: skip
     # The scores of a problem are a view: opcheck wants leaves.
-    problem = replace(problem, scores=problem.scores.detach().requires_grad_("scores" in names))
+    scores = problem.scores.detach().requires_grad_(t["scores"].requires_grad)
+    problem = replace(problem, scores=scores)
     needs = Needs(*(x is not None and x.requires_grad for x in problem.tensors))
     arguments = library._flatten(problem, impl)
     ops = torch.ops.dream_kernels
@@ -142,3 +154,10 @@ def test_opcheck(case: Case, names: tuple, impl: str) -> None:
         ops.attend_backward.default,
         (*flat, list(needs), output, list(saved), inputs.grad_output),
     )
+
+
+@impl_grid
+@pytest.mark.parametrize("names", NEEDS, ids="+".join)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case: Case, names: tuple, impl: str) -> None:
+    check_operators(make_inputs(case, torch.float32).require_grad(names), impl)
