@@ -69,4 +69,6 @@ def assert_errors_at_most_twice(
         if name == "scores":
             floor *= math.prod(inputs.tensors["query"].shape[1:3]) ** 0.5
         floor = max(floor, (floors or {}).get(name, 0.0))
-        assert error <= 2 * plain_error + floor, f"{name}: {error:.3g} against {plain_error:.3g}"
+        assert error <= 2 * plain_error + floor, (
+            f"{name}: {error:.3g} against {plain_error:.3g} and a floor of {floor:.3g}"
+        )

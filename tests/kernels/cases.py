@@ -152,6 +152,10 @@ BASE_CASES = [
     Case("no_document_in_one_row", spans=(((0, 0), (5, 5)), ((3, 6), (6, 9)))),
     Case("one_token_documents", spans=((3, 4), (4, 5), (9, 10))),
     Case("documents_out_of_order", spans=((14, 17), (2, 7), (7, 12))),
+    Case(
+        "one_token_documents_out_of_order",
+        spans=((3, 4), (12, 13), (5, 6), (16, 17), (7, 8), (18, 19), (1, 2), (10, 11)),
+    ),
     Case("single_document", spans=((3, 12),)),
     Case("no_key_outside_documents", spans=((0, 8), (8, 24)), causal=False),
     Case("rows_before_and_inside_documents", rows=24),
@@ -175,6 +179,9 @@ BASE_CASES = [
     Case("prefix_per_row", prefix=19, prefix_batch=2, local=8),
     Case("prefix_with_padding", prefix=19, local=8, padding=("left", "right", "middle")),
     Case("document_across_prefix_and_local", prefix=10, local=14, spans=((2, 7), (7, 12))),
+    Case(
+        "every_local_key_in_a_document", prefix=19, local=5, spans=((19, 24), (2, 9)), causal=False
+    ),
     Case("prefix_and_no_local_key", prefix=19, local=0, rows=1),
     Case("own_scale", scale=0.7),
     Case("long_odd_lengths", rows=37, prefix=131, local=37, spans=_long(7, 17, 1), head_dim=64),

@@ -114,6 +114,27 @@ def calls(draw: st.DrawFn) -> tuple[Inputs, torch.dtype]:
     return Inputs(tensors, torch.tensor(spans), options, grad).cast(dtype), dtype
 
 
+def one_rounding_of_the_summands(inputs: Inputs, dtype: torch.dtype) -> dict[str, float]:
+    """A rounding of the numbers that a result is the difference of, also where it is exactly 0."""
+    size = {name: t.abs().max().item() if t.numel() else 0.0 for name, t in inputs.tensors.items()}
+    for name in ("key", "value"):
+        size[name] = max(size[name], size.get(f"prefix_{name}", 0.0))
+    batch, heads, rows, head_dim = inputs.tensors["query"].shape
+    summands = (batch * heads * rows) ** 0.5
+    grad = inputs.grad_output.abs().max().item()
+    logit_grad = grad * size["value"] * head_dim**0.5
+    scale = inputs.options["scale"] or head_dim**-0.5
+    per_result = {
+        "output": size["value"],
+        "query": scale * logit_grad * size["key"],
+        "key": scale * logit_grad * size["query"] * summands,
+        "value": grad * summands,
+        "scores": logit_grad * summands,
+    }
+    per_result |= {f"prefix_{name}": per_result[name] for name in ("key", "value")}
+    return {name: torch.finfo(dtype).eps * size for name, size in per_result.items()}
+
+
 def rounding_floors(
     inputs: Inputs, names: tuple[str, ...], oracle: dict, dtype: torch.dtype
 ) -> dict[str, float]:
@@ -123,7 +144,7 @@ def rounding_floors(
     exactly anybody can compute it.
     """
     g = torch.Generator().manual_seed(0)
-    floors = dict.fromkeys(oracle, 0.0)
+    floors = one_rounding_of_the_summands(inputs, dtype)
     for _ in range(PERTURBATIONS):
         moved = inputs.cast(torch.float64)
         for name, tensor in moved.tensors.items():

@@ -209,22 +209,22 @@ class Backward {
   }
 
   // Place of a key in a range: positions count on over the batch elements of the group.
-  int64_t place_in(const KeyRange& range, const KeyBlock& block, int i) const {
+  int64_t place_in(const KeyRange& range, const KeyBlock& block, int32_t position) const {
     const int64_t batch = block.batch == kEveryBatch ? 0 : block.batch - group_.first_batch;
-    return block.position[i] + batch * problem_.local_length - range.first;
+    return position + batch * problem_.local_length - range.first;
   }
 
   bool overlaps(const KeyBlock& block, const KeyRange& range) const {
-    return !is_empty(range) && place_in(range, block, block.count - 1) >= 0 &&
-           block.position[0] < range.last;
+    return !is_empty(range) && place_in(range, block, block.highest) >= 0 &&
+           place_in(range, block, block.lowest) < range.size();
   }
 
   void add_key_rows(const KeyBlock& block, const float* coefficients, const float* by_row,
                     const KeyRange& range, float* sums) {
     Products::outer(rows_, block, coefficients, by_row, dim_, w_, w_.key_block);
     for (int i = 0; i < block.count; ++i) {
-      const int64_t place = place_in(range, block, i);
-      if (place < 0 || place >= range.last - range.first) continue;
+      const int64_t place = place_in(range, block, block.position[i]);
+      if (place < 0 || place >= range.size()) continue;
       float* sum = sums + place * dim_;
       const float* grad = w_.key_block + i * dim_;
       for (int64_t d = 0; d < dim_; ++d) sum[d] += grad[d];

@@ -28,6 +28,9 @@ struct Piece {
 // Some keys, not necessarily neighbours: several whole segments, or a part of one.
 struct KeyBlock {
   int32_t position[kKeyBlock];
+  int32_t lowest;     // position; documents may come in any order
+  int32_t highest;
+  bool neighbours;    // whether every position is the one before it plus 1
   int count;
   int padded;         // count rounded up to kKeyUnit
   int64_t batch;      // whose keys they are, as in Run
@@ -67,6 +70,9 @@ class KeyBlocks {
     block->batch = run_->batch;
     block->of_one_batch = rows_.group->batches > 1 && block->batch != kEveryBatch;
     block->masked = false;
+    block->neighbours = true;
+    block->lowest = INT32_MAX;
+    block->highest = -1;
     block->whole = is_short();
     if (block->whole) {
       do {
@@ -126,7 +132,13 @@ class KeyBlocks {
       block->position[i] = static_cast<int32_t>(position_++);
     }
     block->count = piece.end;
-    block->masked |= block->position[piece.end - 1] > rows_.min_limit;
+    // Positions ascend within a piece, and not from one piece to the next.
+    const int32_t first = block->position[piece.begin], last = block->position[piece.end - 1];
+    const bool follows = piece.begin == 0 || first == block->position[piece.begin - 1] + 1;
+    block->neighbours &= follows && last - first == piece.end - 1 - piece.begin;
+    block->lowest = first < block->lowest ? first : block->lowest;
+    block->highest = last > block->highest ? last : block->highest;
+    block->masked |= last > rows_.min_limit;
     opens_ = false;
     left_ -= count;
     piece.closes = left_ == 0 && !continues_;

@@ -64,7 +64,7 @@ KeyMatrix<Element> keys_in_place(const KeySource& source, const RowBlock& rows,
   const char* address = source.address(rows, block, 0);
   if (problem.head_dim == padded_head_dim(problem) && strides[3] == 1 && strides[2] % width == 0 &&
       reinterpret_cast<uintptr_t>(address) % sizeof(Element) == 0 &&
-      block.count == block.padded && last - first == block.count - 1 &&
+      block.count == block.padded && block.neighbours &&
       source.in_prefix(first) == source.in_prefix(last)) {
     return {reinterpret_cast<const Element*>(address), strides[2] / width};
   }
