@@ -15,8 +15,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Logits of one chunk, 32 MiB in float32: with half of it the products slow down.
-_CHUNK_ELEMENTS = 2**23
+# Logits of one chunk, 16 MiB in float32: with half of it the products slow down.
+_CHUNK_ELEMENTS = 2**22
 _PROBE_TOKENS = 2
 
 
