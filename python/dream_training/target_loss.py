@@ -15,7 +15,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Logits of one chunk, 16 MiB in float32: with half of it the products slow down.
+# Logits of one chunk, 16 MiB in float32.
 _CHUNK_ELEMENTS = 2**22
 _PROBE_TOKENS = 2
 
