@@ -63,6 +63,30 @@ def train(
 
 
 @app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="YAML file", exists=True, dir_okay=False)],
+    overrides: Overrides = None,
+    run: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="train only this run of the config; may be repeated"),
+    ] = None,
+) -> None:
+    """Train several objectives or settings with equal budgets and seeds, in one table.
+
+    CONFIG may have a section "compare" with "runs" (by name, the keys in which each differs;
+    by default every objective), "seeds", "evaluate" (more BEIR folders) and "keep_models".
+    What has its result already is not trained again.
+    """
+    from dream_training.compare_command import run_compare
+
+    try:
+        run_compare(config, overrides or [], run or [])
+    except KeyboardInterrupt:
+        typer.echo("\nStopped. What is complete is kept: run the same command to go on.")
+        raise typer.Exit(130) from None
+
+
+@app.command()
 def heads(
     reader: Annotated[str, typer.Option(help="folder or hub name of the language model")],
     data: Annotated[
