@@ -49,12 +49,23 @@ def demo(
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file", exists=True, dir_okay=False)],
     overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="two steps with tiny models, and the plan of the run")
+    ] = False,
 ) -> None:
     """Train a retriever as CONFIG says; any key can be set behind it."""
     from dream_training.config import load_config
-    from dream_training.training import train as run
 
     settings = load_config(config, overrides or [])
+    if dry_run:
+        from rich.console import Console
+
+        from dream_training.dry_run import dry_run as rehearse
+
+        rehearse(settings, Console())
+        return
+    from dream_training.training import train as run
+
     result = run(settings)
     typer.echo(f'\nThe retriever: SentenceTransformer("{result.path}")')
     typer.echo(f"The curve:     {Path(settings.output_dir) / 'curve.png'}")
