@@ -28,6 +28,12 @@ _METRIC = "ndcg_at_10"
 _SECTION = "compare"
 # What a run writes beside what it is: it may differ without the result being another one.
 _INCIDENTAL = ("output_dir", "log_steps")
+# What decides the scores of the retriever before its first step.
+_START = (
+    *("retriever", "retriever_layers", "lora_r", "seed", "dtype", "query_prompt"),
+    *("document_prompt", "query_max_len", "passage_max_len", "eval_split"),
+)
+_Untrained = dict[tuple[str, ...], dict[str, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -159,13 +165,14 @@ def run_comparison(comparison: Comparison, console: Console, only: Sequence[str]
     folder = Path(comparison.base.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
+    untrained: _Untrained = {}
     # Seed by seed, so that a comparison that is stopped early compares the same seeds.
     for seed in comparison.seeds:
         for name in only or comparison.runs:
             config = comparison.config(name, seed)
             if _kept(config, comparison) is None:
                 console.rule(f"{name}, seed {seed}")
-                _measure(config, comparison, console)
+                _measure(config, comparison, console, untrained)
             rows = collect(comparison)
             write_json(folder / "comparison.json", [asdict(row) for row in rows])
             plot_comparison(rows, folder / "comparison.png")
@@ -228,7 +235,9 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in asdict(config).items() if key not in _INCIDENTAL}
 
 
-def _measure(config: TrainConfig, comparison: Comparison, console: Console) -> None:
+def _measure(
+    config: TrainConfig, comparison: Comparison, console: Console, untrained: _Untrained
+) -> None:
     """Train once, evaluate before and after on every data set, and write the result."""
     from dream_training.loading import make_retriever
     from dream_training.training import make_evaluator, train, write_json
@@ -239,7 +248,12 @@ def _measure(config: TrainConfig, comparison: Comparison, console: Console) -> N
         evaluator = make_evaluator(replace(config, eval_data=folder))
         assert evaluator is not None
         evaluators[_short(folder)] = evaluator
-    before = {name: evaluator(model) for name, evaluator in evaluators.items()}
+    # Runs that differ only in how they train start from the same retriever.
+    start = tuple(str(getattr(config, key)) for key in _START)
+    before = untrained.setdefault(start, {})
+    for name, evaluator in evaluators.items():
+        if name not in before:
+            before[name] = evaluator(model)
     trained = train(config, model=model, console=console, evaluate_first=False)
     if trained.interrupted:
         raise KeyboardInterrupt

@@ -64,7 +64,7 @@ def test_what_has_its_result_is_not_trained_again(run, tmp_path: Path, monkeypat
     assert [row.name for row in first] == ["a"] and len(first[0].seconds) == 2
     trained: list[str] = []
 
-    def measured(config, comparison, console):
+    def measured(config, comparison, console, untrained):
         trained.append(config.output_dir)
         raise KeyboardInterrupt
 
