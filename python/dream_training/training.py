@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from dream_kernels import HeadFile, read_heads, write_heads
 from dream_training.callbacks import History, KeepBestCallback, ProgressCallback
 from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
-from dream_training.data.jsonl import read_training_data
+from dream_training.data.jsonl import read_training_data, stream_training_data
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask
 from dream_training.heads import select_heads
 from dream_training.loading import load_reader, make_retriever
@@ -26,11 +27,14 @@ from dream_training.plots import plot_curve, plot_heads
 from dream_training.retriever import save_retriever
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from sentence_transformers import SentenceTransformer
 
 HEAD_EXAMPLES = 96
 HEAD_POOL = 16
+# Lines of a stream that are shuffled together, and those looked at for known positives.
+STREAM_BUFFER = 1000
+STREAM_SAMPLE = 10_000
 
 
 @dataclass
@@ -52,21 +56,47 @@ class TrainResult:
     seconds: float
 
 
-def known_pairs(data: Dataset, examples: int, seed: int) -> list[tuple[str, str]]:
+def load_training_data(config: TrainConfig) -> Dataset | IterableDataset:
+    """Read the training data that a config names; a stream if it says so, shuffled.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or data set.
+        ValueError: a line is not valid; the message names file and line.
+    """
+    options: dict[str, Any] = {
+        "split": config.train_split,
+        "target_from": config.target_from,
+        "positives": config.train_positives,
+    }
+    if config.streaming:
+        stream = stream_training_data(config.train_data, **options)
+        return stream.shuffle(seed=config.seed, buffer_size=STREAM_BUFFER)
+    return read_training_data(config.train_data, **options)
+
+
+def known_pairs(data: Dataset | IterableDataset, examples: int, seed: int) -> list[tuple[str, str]]:
     """Draw (query, relevant document) pairs for head selection.
+
+    Of a stream, which is shuffled already, the first lines that know their relevant document.
 
     Raises:
         ValueError: fewer than two examples of ``data`` know their relevant document.
     """
-    known = [row for row, positive in enumerate(data["positive"]) if positive >= 0]
+    known: list[Any]
+    if _is_stream(data):
+        rows = itertools.islice(data, STREAM_SAMPLE)
+        known = list(itertools.islice((row for row in rows if row["positive"] >= 0), examples))
+    else:
+        known = [row for row, positive in enumerate(data["positive"]) if positive >= 0]
     if len(known) < 2:
         raise ValueError(
             "selecting heads needs training lines with a known positive, and there are "
             f'{len(known)}: mark some with "positive": true, or name a head file'
         )
-    chosen = random.Random(seed).sample(known, min(examples, len(known)))
-    rows = [data[row] for row in chosen]
-    return [(row["query"], row["documents"][row["positive"]]) for row in rows]
+    if not _is_stream(data):
+        chosen = random.Random(seed).sample(known, min(examples, len(known)))
+        known = [data[row] for row in chosen]
+    return [(row["query"], row["documents"][row["positive"]]) for row in known]
 
 
 def make_evaluator(config: TrainConfig) -> RetrievalEvaluator | None:
@@ -81,7 +111,7 @@ def make_evaluator(config: TrainConfig) -> RetrievalEvaluator | None:
 def train(
     config: TrainConfig,
     *,
-    data: Dataset | None = None,
+    data: Dataset | IterableDataset | None = None,
     evaluator: RetrievalEvaluator | None = None,
     heads: HeadFile | None = None,
     model: SentenceTransformer | None = None,
@@ -111,8 +141,8 @@ def train(
     """
     console = console or Console()
     output_dir = Path(config.output_dir)
-    data = read_training_data(config.train_data) if data is None else data
-    if len(data) < config.batch_size:
+    data = load_training_data(config) if data is None else data
+    if not _is_stream(data) and len(data) < config.batch_size:
         raise ValueError(
             f"train_data must hold at least one batch of {config.batch_size} lines, got {len(data)}"
         )
@@ -151,9 +181,13 @@ def train(
     return TrainResult(model, path, history, interrupted, time.perf_counter() - start)
 
 
+def _is_stream(data: Any) -> bool:
+    return not hasattr(data, "__len__")
+
+
 def _choose_heads(
     config: TrainConfig,
-    data: Dataset,
+    data: Dataset | IterableDataset,
     heads: HeadFile | None,
     output_dir: Path,
     console: Console,
@@ -210,6 +244,8 @@ def _trainer(
         data_seed=config.seed,
         use_cpu=str(model.device) == "cpu",
         dataloader_drop_last=True,
+        # Batches of a stream would be cut to as many documents as there are queries.
+        accelerator_config={"dispatch_batches": False},
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=1,
         save_strategy="no",

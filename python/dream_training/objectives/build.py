@@ -13,7 +13,7 @@ from dream_training.objectives.distillation import EmdrLoss, ReplugLoss
 from dream_training.objectives.revela import TEXT_PROMPT, RevelaLoss
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from sentence_transformers import SentenceTransformer
 
     from dream_training.config import TrainConfig
@@ -33,7 +33,7 @@ class Objective:
     """
 
     loss: Any
-    data: Dataset
+    data: Dataset | IterableDataset
     collator: DreamCollator | None
     no_duplicates: bool = False
 
@@ -41,7 +41,7 @@ class Objective:
 def build_objective(
     config: TrainConfig,
     model: SentenceTransformer,
-    data: Dataset,
+    data: Dataset | IterableDataset,
     choose_heads: Callable[[], Heads],
 ) -> Objective:
     """Build the objective that a config names.
@@ -84,7 +84,7 @@ def build_objective(
     return Objective(own, data, collator)
 
 
-def labelled_columns(data: Dataset) -> Dataset:
+def labelled_columns(data: Dataset | IterableDataset) -> Dataset:
     """(query, positive, negative_1, ...) columns for objectives that need labels.
 
     Every row gives its relevant document and as many of its other candidates as all rows have.
@@ -92,6 +92,8 @@ def labelled_columns(data: Dataset) -> Dataset:
     Raises:
         ValueError: no line knows its relevant document.
     """
+    from datasets import Dataset
+
     known = [row for row in data if row["positive"] >= 0]
     if not known:
         raise ValueError("objective 'infonce' needs known positives, and no training line has one")
@@ -102,4 +104,4 @@ def labelled_columns(data: Dataset) -> Dataset:
         columns = {"query": row["query"], "positive": documents.pop(row["positive"])}
         columns |= {f"negative_{i + 1}": documents[i] for i in range(negatives)}
         rows.append(columns)
-    return type(data).from_list(rows)
+    return Dataset.from_list(rows)
