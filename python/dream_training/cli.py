@@ -11,6 +11,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from dream_training.data_cli import app as data_app
+
 app = typer.Typer(
     help="Train dense retrievers from a frozen language model's own next-token loss.",
     no_args_is_help=True,
@@ -18,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data_app, name="data")
 
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time
