@@ -57,18 +57,19 @@ def run_stats(
     as_json: bool,
 ) -> None:
     """Run ``dream data stats``; the arguments are its options."""
-    limits = {"query": query_max_len, "target": target_max_len, "document": passage_max_len}
+    limits = {"query": query_max_len, "document": passage_max_len}
     lengths = []
     if reader is not None:
         count = token_lengths(_load_tokenizer(reader))
-        lengths.append(Lengths("tokens of the reader", count, limits))
+        own = {**limits, "target": target_max_len}
+        lengths.append(Lengths("tokens of the reader", count, own))
     if retriever is not None:
         tokenizer = _load_tokenizer(retriever)
         # A language model's tokenizer gets an end-of-sequence token as a retriever's.
-        special = max(tokenizer.num_special_tokens_to_add(), 1)
-        del limits["target"]
-        count = token_lengths(tokenizer, special)
-        lengths.append(Lengths("tokens of the retriever", count, dict(limits)))
+        count = token_lengths(tokenizer, max(tokenizer.num_special_tokens_to_add(), 1))
+        # It never sees a target.
+        fields = ("query", "document")
+        lengths.append(Lengths("tokens of the retriever", count, limits, fields))
     bad_lines: list[str] = []
     rows = iterate_training_rows(
         source,

@@ -43,6 +43,7 @@ def run_mine(
         iterate_training_rows(data, split=split, target_from=target_from, need_target=False)
     )
     texts = read_documents(corpus, data, rows)
+    rank: Rank
     if retriever == BM25:
         rank, package = rank_bm25, "bm25s"
     else:

@@ -189,10 +189,10 @@ def test_a_target_file_is_joined_by_id_or_query(
     beir: Path, tmp_path: Path, key: str, caplog
 ) -> None:
     keys = {"1": "What keeps  doctors away"} if key == "query" else {"1": 1}
-    path = write_lines(tmp_path / "t.jsonl", {key: keys["1"], "answers": ["apples"]})
+    path = write_lines(tmp_path / "t.jsonl", {key: keys["1"], "answers": ["apples", "fruit"]})
     with caplog.at_level(logging.WARNING):
         (row,) = iterate_training_rows(beir, target_from=path)
-    assert (row.query_id, row.target) == ("1", "apples")
+    assert (row.query_id, row.target, row.answers) == ("1", "apples", ("apples", "fruit"))
     assert "names no target of 1 of 2 queries: left out" in caplog.text
 
 

@@ -90,6 +90,7 @@ def test_files_and_lines_of_text_are_read(tmp_path: Path) -> None:
         "\n".join(json.dumps({"text": words(a, a + 300), "url": "u"}) for a in (0, 1000))
     )
     assert list(read_training_data(lines)) == from_files and len(from_files) == 4
+    assert list(read_training_data(folder / "b.md")) == from_files[:2]
     (folder / "c.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"c\.txt: not text in UTF-8"):
         read_training_data(folder)

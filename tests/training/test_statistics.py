@@ -106,6 +106,6 @@ def test_the_command_prints_tables_and_json(data: Path, tiny_model: Path) -> Non
     reader, retriever = (printed["lengths"][f"tokens of the {m}"] for m in ("reader", "retriever"))
     # The retriever's end-of-sequence token counts.
     assert retriever["query"]["max"] == reader["query"]["max"] + 1
-    assert "cut" not in retriever["target"]
+    assert "target" not in retriever and reader["target"]["limit"] == 32
     result = CliRunner().invoke(app, [*arguments, "--json", "--limit", "2"])
     assert json.loads(result.stdout)["lines"] == 2

@@ -124,10 +124,10 @@ def iterate_training_rows(
     - ``text`` alone: see :func:`~dream_training.data.raw_text.rows_of_text`.
 
     Args:
-        source: a ``.jsonl``, ``.json`` or ``.parquet`` file (the first two also ``.gz``); a folder
-            with ``train.jsonl``, a BEIR folder, a folder of ``.txt`` and ``.md`` files, or one
-            that ``datasets`` loads; or the name of a data set on the hub, ``name:subset`` if it
-            has subsets.
+        source: a ``.jsonl``, ``.json`` or ``.parquet`` file (the first two also ``.gz``), or one of
+            text, ``.txt`` or ``.md``; a folder with ``train.jsonl``, a BEIR folder, a folder of
+            texts, or one that ``datasets`` loads; or the name of a data set on the hub,
+            ``name:subset`` if it has subsets.
         split: of a BEIR folder's qrels, or of a data set.
         target_from: as in :func:`~dream_training.data.targets.choose_targets`. A BEIR folder that
             holds ``targets.jsonl`` takes it by default.
@@ -203,6 +203,9 @@ def _rows_of_lines(
         elif files := raw_text.text_files(path):
             yield from raw_text.rows_of_text(raw_text.read_files(files), text_lengths)
             return
+    elif path.suffix in raw_text.SUFFIXES and path.is_file():
+        yield from raw_text.rows_of_text(raw_text.read_files([path]), text_lengths)
+        return
     placed = read_rows(source, split, streaming=streaming)
     first = next(placed, None)
     if first is None:

@@ -140,7 +140,7 @@ def _read_file(path: Path) -> str:
 def _pieces(text: str, lengths: TextLengths) -> list[str]:
     """Cut into documents and questions by turns; a last piece that is too short is left out."""
     cutter = _Cutter(text, lengths.count)
-    pieces = []
+    pieces: list[str] = []
     while not cutter.done:
         question = len(pieces) % 2 == 1
         size = lengths.query + lengths.target if question else lengths.passage

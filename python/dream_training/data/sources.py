@@ -39,7 +39,8 @@ def read_rows(
         if path.suffix == ".parquet":
             return _load("parquet", "train", str(path), data_files=str(path), streaming=streaming)
         raise ValueError(
-            f"{path}: expected a file that ends in .jsonl, .json (also with .gz) or .parquet"
+            f"{path}: expected a file that ends in .jsonl, .json (also with .gz), .parquet, .txt "
+            "or .md"
         )
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +30,13 @@ class Lengths:
         count: returns the lengths of some texts.
         limits: for each of ``query``, ``target`` and ``document`` that is cut, the length that
             is left.
+        fields: those of the three that are measured.
     """
 
     unit: str
     count: CountLengths
-    limits: dict[str, int] = field(default_factory=dict)
+    limits: Mapping[str, int] = field(default_factory=dict)
+    fields: tuple[str, ...] = FIELDS
 
 
 def count_words(texts: Sequence[str]) -> list[int]:
@@ -196,6 +198,8 @@ class _State:
         texts, self.pending[name] = self.pending[name], []
         if texts:
             for unit in self.lengths:
+                if name not in unit.fields:
+                    continue
                 self.measured[unit.unit, name].extend(unit.count(texts))
 
     def result(self) -> dict[str, Any]:

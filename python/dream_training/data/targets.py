@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 TARGET_CHOICES = ("answers", "positive", "positive_sentence")
 _CHOICES_IN_WORDS = f"{', '.join(TARGET_CHOICES)} or the path of a file of targets"
 
+# A target, and the answers if the file has them.
+_Target = tuple[str, tuple[str, ...]]
+
 # A shorter sentence is a heading or a list's number.
 _WORDS_OF_A_SENTENCE = 4
 
@@ -42,8 +45,8 @@ def choose_targets(
             - ``positive_sentence``: the sentence of the first relevant document that has most of
               the query's words;
             - the path of a JSONL file, of which each line has ``query_id`` (or ``_id``) or
-              ``query``, and ``target`` or ``answers``. A row that the file does not name keeps
-              its own target; one that then has none is left out, and their number is logged.
+              ``query``, and ``target``, ``answers`` or both. A row that the file does not name
+              keeps its own target; one that then has none is left out, and their number is logged.
 
     Raises:
         ValueError: ``target_from`` is neither a choice nor a file, or a row has not what it needs.
@@ -96,24 +99,26 @@ def _from_file(rows: Iterable[TrainingRow], path: Path) -> Iterator[TrainingRow]
     total, without, first = 0, 0, ""
     for row in rows:
         total += 1
-        target = by_id.get(row.query_id or "") or by_query.get(normalised(row.query))
-        target = target or row.target or next(iter(row.answers), None)
+        named = by_id.get(row.query_id or "") or by_query.get(normalised(row.query))
+        target, answers = named or (row.target or next(iter(row.answers), None), ())
         if target is None:
             without += 1
             first = first or row.where
             continue
-        yield replace(row, target=target)
+        yield replace(row, target=target, answers=answers or row.answers)
     if without == total:
         raise ValueError(f"{path}: names none of the {total} queries, the first of them {first}")
     if without:
         logger.warning("%s names no target of %d of %d queries: left out", path, without, total)
 
 
-def _read_targets(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    by_id: dict[str, str] = {}
-    by_query: dict[str, str] = {}
+def _read_targets(path: Path) -> tuple[dict[str, _Target], dict[str, _Target]]:
+    """Return targets by query id and by query."""
+    by_id: dict[str, _Target] = {}
+    by_query: dict[str, _Target] = {}
     for where, row in read_rows(path):
-        target = target_of(row, where) or next(iter(answers_of(row, where)), None)
+        answers = answers_of(row, where)
+        target = target_of(row, where) or next(iter(answers), None)
         if target is None:
             raise ValueError(f"{where}: has no target; its keys are {', '.join(row) or 'none'}")
         key = row.get("query_id", row.get("_id"))
@@ -121,9 +126,9 @@ def _read_targets(path: Path) -> tuple[dict[str, str], dict[str, str]]:
         if key is None and not isinstance(query, str):
             raise ValueError(f"{where}: has neither query_id nor query to tell whose target it is")
         if key is not None:
-            by_id.setdefault(str(key), target)
+            by_id.setdefault(str(key), (target, answers))
         if isinstance(query, str):
-            by_query.setdefault(normalised(query), target)
+            by_query.setdefault(normalised(query), (target, answers))
     return by_id, by_query
 
 
