@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -20,6 +18,7 @@ from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import read_training_data
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask
 from dream_training.heads import select_heads
+from dream_training.json_file import write_json
 from dream_training.loading import load_reader, make_retriever
 from dream_training.objectives.build import Objective, build_objective
 from dream_training.plots import plot_curve, plot_heads
@@ -232,10 +231,3 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     model.model_card_data.widget = []
     return trainer
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON; an existing file is replaced as a whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
