@@ -38,6 +38,8 @@ class TrainConfig:
         objective: ``dream``, or ``infonce`` (needs known positives).
         temperature: divides the cosine similarities.
         batch_size: queries per step; their documents form one pool.
+        mini_batch_size: texts that the retriever embeds at once, so that large pools fit into
+            memory; None for all of a step. Changes no result and costs one more forward pass.
         query_max_len: tokens of a query, for retriever and reader.
         passage_max_len: tokens of a document, for retriever and reader.
         target_max_len: tokens of a target that are predicted.
@@ -73,6 +75,7 @@ class TrainConfig:
     objective: str = "dream"
     temperature: float = 0.05
     batch_size: int = 16
+    mini_batch_size: int | None = None
     query_max_len: int = 32
     passage_max_len: int = 128
     target_max_len: int = 32
@@ -102,6 +105,8 @@ class TrainConfig:
             _at_least(name, getattr(self, name), 2 if name == "batch_size" else 1)
         for name in ("max_steps", "eval_steps", "log_steps"):
             _at_least(name, getattr(self, name), 1)
+        if self.mini_batch_size is not None:
+            _at_least("mini_batch_size", self.mini_batch_size, 1)
         for name in ("lora_r", "warmup_steps"):
             _at_least(name, getattr(self, name), 0)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dream_training.embedding import check_mini_batch_size, embed
 from dream_training.reader import Reader
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class DreamLoss(nn.Module):
         model: the retriever.
         reader: the frozen language model.
         temperature: divides the cosine similarities.
+        mini_batch_size: texts that the retriever embeds at once, see
+            :func:`~dream_training.embedding.embed`; it bounds memory, for one more forward pass,
+            and changes no result. None keeps the activations of the whole batch.
 
     Attributes:
         metrics: of the last batch, as floats: ``loss`` (nats per target token),
@@ -46,18 +50,24 @@ class DreamLoss(nn.Module):
             weights), ``tokens`` (read and encoded).
 
     Raises:
-        ValueError: ``temperature`` is not positive.
+        ValueError: ``temperature`` is not positive, or ``mini_batch_size`` below 1.
     """
 
     def __init__(
-        self, model: SentenceTransformer, reader: Reader, temperature: float = 0.05
+        self,
+        model: SentenceTransformer,
+        reader: Reader,
+        temperature: float = 0.05,
+        mini_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
+        check_mini_batch_size(mini_batch_size)
         self.model = model
         self.reader = reader
         self.temperature = temperature
+        self.mini_batch_size = mini_batch_size
         self.metrics: dict[str, float] = {}
 
     def forward(
@@ -66,8 +76,8 @@ class DreamLoss(nn.Module):
         query, pool = _features(sentence_features)
         # Read before encoding: the prefix needs no graph, so its peak memory comes first.
         prefix = self.reader.read(pool["texts"])
-        queries = self.model(_model_inputs(query))["sentence_embedding"].float()
-        documents = self.model(_model_inputs(pool))["sentence_embedding"].float()
+        queries = embed(self.model, query, self.mini_batch_size).float()
+        documents = embed(self.model, pool, self.mini_batch_size).float()
         similarity = nn.functional.normalize(queries, dim=-1) @ nn.functional.normalize(
             documents, dim=-1
         ).transpose(0, 1)
@@ -118,7 +128,3 @@ def _features(sentence_features: list[dict[str, Any]]) -> tuple[dict[str, Any], 
             "data_collator=DreamCollator(model)"
         )
     return features[0], features[1]
-
-
-def _model_inputs(features: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in features.items() if k not in ("texts", "targets", "positives")}

@@ -202,10 +202,17 @@ def _objective(
 ) -> tuple[Any, DreamCollator | None, Dataset]:
     """Return the loss, its collator, and the data in the columns that the loss expects."""
     if config.objective == "infonce":
-        from sentence_transformers.losses import MultipleNegativesRankingLoss
+        from sentence_transformers.losses import (
+            CachedMultipleNegativesRankingLoss,
+            MultipleNegativesRankingLoss,
+        )
 
+        scale = 1.0 / config.temperature
+        size = config.mini_batch_size
         return (
-            MultipleNegativesRankingLoss(model, scale=1.0 / config.temperature),
+            MultipleNegativesRankingLoss(model, scale=scale)
+            if size is None
+            else CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=size),
             None,
             _pairs(data),
         )
@@ -226,7 +233,8 @@ def _objective(
     write_heads(output_dir / "heads.yaml", heads)
     reader = load_reader(config, heads.by_layer(config.top_k))
     collator = DreamCollator(model, config.query_max_len, config.passage_max_len)
-    return DreamLoss(model, reader, config.temperature), collator, data
+    loss = DreamLoss(model, reader, config.temperature, mini_batch_size=config.mini_batch_size)
+    return loss, collator, data
 
 
 def _pairs(data: Dataset) -> Dataset:

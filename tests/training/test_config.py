@@ -44,6 +44,7 @@ def test_file_and_overrides(tmp_path) -> None:
         (REQUIRED, ["temperature=0"], "temperature must be positive, got 0.0"),
         (REQUIRED, ["temperature=hot"], "temperature must be float, got 'hot'"),
         (REQUIRED, ["objective=magic"], "objective must be one of .*'magic'"),
+        (REQUIRED, ["mini_batch_size=0"], "mini_batch_size must be at least 1, got 0"),
         (REQUIRED, ["top_k=best"], "top_k must be int or null"),
         ("- a\n", [], "must hold keys and values, got list"),
         ("a: [\n", [], "not valid YAML"),

@@ -156,6 +156,17 @@ def test_infonce_runs_on_the_same_data(run) -> None:
     assert len(losses) == 4 and all(map(math.isfinite, losses))
 
 
+@pytest.mark.parametrize("objective", ("dream", "infonce"))
+def test_mini_batches_change_no_step(run, objective: str) -> None:
+    losses = []
+    for size in (None, 3):
+        changes = {"objective": objective, "mini_batch_size": size, "eval_data": None}
+        history = train(run(**changes), console=quiet()).history
+        losses.append([s["loss"] for s in history.steps])
+    assert losses[0][0] != losses[0][-1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 def test_mistakes_are_named(run, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one batch of 32 lines, got 24"):
         train(run(batch_size=32), console=quiet())
