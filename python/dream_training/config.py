@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from dream_training.pools import check_pool
+
 OBJECTIVES = ("dream", "infonce")
 
 
@@ -37,7 +39,11 @@ class TrainConfig:
         eval_split: split of the BEIR folder.
         objective: ``dream``, or ``infonce`` (needs known positives).
         temperature: divides the cosine similarities.
-        batch_size: queries per step; their documents form one pool.
+        pool: what a query competes over: ``both``, all candidates of the batch; ``in_batch``, one
+            document of each query of the batch; ``mined``, its own candidates.
+        documents_per_query: candidates of a query that are drawn for a step, the relevant one
+            always among them where it is known; None for all.
+        batch_size: queries per step.
         mini_batch_size: texts that the retriever embeds at once, so that large pools fit into
             memory; None for all of a step. Changes no result and costs one more forward pass.
         query_max_len: tokens of a query, for retriever and reader.
@@ -74,6 +80,8 @@ class TrainConfig:
     eval_split: str = "test"
     objective: str = "dream"
     temperature: float = 0.05
+    pool: str = "both"
+    documents_per_query: int | None = None
     batch_size: int = 16
     mini_batch_size: int | None = None
     query_max_len: int = 32
@@ -101,6 +109,7 @@ class TrainConfig:
             raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+        check_pool(self.pool, self.documents_per_query)
         for name in ("batch_size", "query_max_len", "passage_max_len", "target_max_len"):
             _at_least(name, getattr(self, name), 2 if name == "batch_size" else 1)
         for name in ("max_steps", "eval_steps", "log_steps"):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dream_training.embedding import check_mini_batch_size, embed
+from dream_training.pools import pool_scores
 from dream_training.reader import Reader
 
 if TYPE_CHECKING:
@@ -75,28 +75,30 @@ class DreamLoss(nn.Module):
     ) -> Tensor:
         query, pool = _features(sentence_features)
         # Read before encoding: the prefix needs no graph, so its peak memory comes first.
-        prefix = self.reader.read(pool["texts"])
+        pools = query.get("pools")
+        prefix = self.reader.read(pool["texts"], pools)
         queries = embed(self.model, query, self.mini_batch_size).float()
         documents = embed(self.model, pool, self.mini_batch_size).float()
         similarity = nn.functional.normalize(queries, dim=-1) @ nn.functional.normalize(
             documents, dim=-1
         ).transpose(0, 1)
-        scores = similarity / self.temperature
-        reading = self.reader(prefix, query["texts"], query["targets"], scores)
-        tokens = reading.target_tokens + prefix.length
+        scores, present = pool_scores(similarity / self.temperature, pools)
+        # The reader knows from the spans which documents are absent; what scores them is moot.
+        given = scores if present is None else scores.masked_fill(~present, 0.0)
+        reading = self.reader(prefix, query["texts"], query["targets"], given)
+        tokens = reading.target_tokens + prefix.tokens
         tokens += sum(int(f["attention_mask"].sum()) for f in (query, pool))
         self._record(reading.loss, scores, query["positives"], tokens)
         return reading.loss
 
     @torch.no_grad()
     def _record(self, loss: Tensor, scores: Tensor, positives: list[int], tokens: int) -> None:
-        log_weights = torch.log_softmax(scores, -1)
-        weights = log_weights.exp()
+        weights = torch.softmax(scores, -1)
         known = [(row, place) for row, place in enumerate(positives) if place >= 0]
         self.metrics = {
             "loss": loss.item(),
-            "entropy": -(weights * log_weights).sum(-1).mean().item(),
-            "max_entropy": math.log(scores.shape[1]),
+            "entropy": torch.special.entr(weights).sum(-1).mean().item(),
+            "max_entropy": scores.isfinite().sum(-1).log().mean().item(),
             "tokens": tokens,
         }
         if known:

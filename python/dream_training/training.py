@@ -232,7 +232,14 @@ def _objective(
         plot_heads(heads, output_dir / "heads.png", config.top_k or len(heads.heads))
     write_heads(output_dir / "heads.yaml", heads)
     reader = load_reader(config, heads.by_layer(config.top_k))
-    collator = DreamCollator(model, config.query_max_len, config.passage_max_len)
+    collator = DreamCollator(
+        model,
+        config.query_max_len,
+        config.passage_max_len,
+        pool=config.pool,
+        documents_per_query=config.documents_per_query,
+        seed=config.seed,
+    )
     loss = DreamLoss(model, reader, config.temperature, mini_batch_size=config.mini_batch_size)
     return loss, collator, data
 
