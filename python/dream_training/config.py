@@ -30,6 +30,9 @@ class TrainConfig:
         context: how documents are read, ``independent`` or ``joint``.
         mode: ``reweight`` or ``bias``.
         document_mass: fixes the attention that all documents get together; None keeps the reader's.
+        document_store: where keys and values of documents stay once they are read: ``memory``, a
+            folder that later runs may share, or None. Independent reading only.
+        document_store_gb: what the store keeps at most, in 10⁹ bytes.
         retriever: folder or hub name of a sentence-transformers model or a language model.
         retriever_layers: keep only the first layers of a language model; None for all.
         lora_r: rank of the LoRA adapters; 0 trains every weight.
@@ -72,6 +75,8 @@ class TrainConfig:
     context: str = "independent"
     mode: str = "reweight"
     document_mass: float | None = None
+    document_store: str | None = None
+    document_store_gb: float = 2.0
     retriever: str = "smollm2"
     retriever_layers: int | None = None
     lora_r: int = 32
@@ -110,6 +115,10 @@ class TrainConfig:
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         check_pool(self.pool, self.documents_per_query)
+        if self.document_store is not None:
+            from dream_training.document_store import check_document_store
+
+            check_document_store(self.document_store, self.document_store_gb, self.context)
         for name in ("batch_size", "query_max_len", "passage_max_len", "target_max_len"):
             _at_least(name, getattr(self, name), 2 if name == "batch_size" else 1)
         for name in ("max_steps", "eval_steps", "log_steps"):

@@ -47,7 +47,8 @@ class DreamLoss(nn.Module):
         metrics: of the last batch, as floats: ``loss`` (nats per target token),
             ``weight_on_positive`` (mean softmax weight of the known relevant documents; absent
             when none is known), ``entropy`` (of the weights, nats), ``max_entropy`` (of uniform
-            weights), ``tokens`` (read and encoded).
+            weights), ``tokens`` (read and encoded), and with a document store ``store_hits`` and
+            ``store_misses``.
 
     Raises:
         ValueError: ``temperature`` is not positive, or ``mini_batch_size`` below 1.
@@ -76,6 +77,7 @@ class DreamLoss(nn.Module):
         query, pool = _features(sentence_features)
         # Read before encoding: the prefix needs no graph, so its peak memory comes first.
         pools = query.get("pools")
+        found = self._found()
         prefix = self.reader.read(pool["texts"], pools)
         queries = embed(self.model, query, self.mini_batch_size).float()
         documents = embed(self.model, pool, self.mini_batch_size).float()
@@ -89,7 +91,14 @@ class DreamLoss(nn.Module):
         tokens = reading.target_tokens + prefix.tokens
         tokens += sum(int(f["attention_mask"].sum()) for f in (query, pool))
         self._record(reading.loss, scores, query["positives"], tokens)
+        names = ("store_hits", "store_misses")
+        self.metrics |= {n: now - then for n, now, then in zip(names, self._found(), found)}
         return reading.loss
+
+    def _found(self) -> tuple[int, ...]:
+        """Hits and misses of the reader's document store so far."""
+        store = self.reader.store
+        return () if store is None else (store.hits, store.misses)
 
     @torch.no_grad()
     def _record(self, loss: Tensor, scores: Tensor, positives: list[int], tokens: int) -> None:

@@ -48,6 +48,11 @@ def test_file_and_overrides(tmp_path) -> None:
         (REQUIRED, ["pool=all"], "pool must be one of .*'all'"),
         (REQUIRED, ["documents_per_query=0"], "documents_per_query must be at least 1, got 0"),
         (REQUIRED, ["pool=in_batch", "documents_per_query=4"], "null with pool 'in_batch'.* got 4"),
+        (
+            REQUIRED,
+            ["document_store=memory", "context=joint"],
+            "document_store must be null unless",
+        ),
         (REQUIRED, ["top_k=best"], "top_k must be int or null"),
         ("- a\n", [], "must hold keys and values, got list"),
         ("a: [\n", [], "not valid YAML"),
