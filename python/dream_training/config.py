@@ -16,7 +16,9 @@ import yaml
 
 from dream_training.pools import check_pool
 
-OBJECTIVES = ("dream", "infonce")
+OBJECTIVES = ("dream", "infonce", "replug", "emdr", "revela")
+TEACHERS = ("mean_log_probability", "probability")
+DIRECTIONS = ("teacher_student", "student_teacher")
 
 
 @dataclass
@@ -40,8 +42,13 @@ class TrainConfig:
         train_data: JSONL file, or a folder that holds train.jsonl.
         eval_data: BEIR folder, or None.
         eval_split: split of the BEIR folder.
-        objective: ``dream``, or ``infonce`` (needs known positives).
+        objective: ``dream``, ``replug``, ``emdr``, ``revela``, or ``infonce``, which needs known
+            positives.
         temperature: divides the cosine similarities.
+        teacher: of ``replug``, ``mean_log_probability`` or ``probability`` of the target.
+        teacher_temperature: of ``replug``, divides the teacher's scores.
+        teacher_direction: of ``replug``, ``teacher_student`` for KL(teacher || retriever), or
+            ``student_teacher``.
         pool: what a query competes over: ``both``, all candidates of the batch; ``in_batch``, one
             document of each query of the batch; ``mined``, its own candidates.
         documents_per_query: candidates of a query that are drawn for a step, the relevant one
@@ -85,6 +92,9 @@ class TrainConfig:
     eval_split: str = "test"
     objective: str = "dream"
     temperature: float = 0.05
+    teacher: str = "mean_log_probability"
+    teacher_temperature: float = 0.1
+    teacher_direction: str = "teacher_student"
     pool: str = "both"
     documents_per_query: int | None = None
     batch_size: int = 16
@@ -110,10 +120,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             setattr(self, field.name, _coerce(field.name, getattr(self, field.name)))
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        for name, choices in (
+            ("objective", OBJECTIVES),
+            ("teacher", TEACHERS),
+            ("teacher_direction", DIRECTIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("temperature", "teacher_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         check_pool(self.pool, self.documents_per_query)
         if self.document_store is not None:
             from dream_training.document_store import check_document_store
@@ -137,6 +153,19 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         ValueError: a key is unknown (the nearest one is suggested), a required one is missing, or
             a value does not fit.
     """
+    values = read_yaml(path)
+    for key in values:
+        check_key(key, str(path))
+    return make_config({**values, **parse_overrides(overrides)}, str(path))
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a YAML file of keys and values.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, or holds something else.
+    """
     text = Path(path).read_text(encoding="utf-8")
     try:
         values = yaml.safe_load(text) or {}
@@ -144,9 +173,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold keys and values, got {type(values).__name__}")
-    for key in values:
-        _check_key(key, str(path))
-    return make_config({**values, **parse_overrides(overrides)}, str(path))
+    return values
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -157,7 +184,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not separator:
             raise ValueError(f"an override must be written key=value, got {override!r}")
         key = key.lstrip("-").replace("-", "_")
-        _check_key(key, "command line")
+        check_key(key, "command line")
         values[key] = yaml.safe_load(value)
     return values
 
@@ -174,7 +201,8 @@ def make_config(values: dict[str, Any], source: str) -> TrainConfig:
     return TrainConfig(**values)
 
 
-def _check_key(key: object, source: str) -> None:
+def check_key(key: object, source: str) -> None:
+    """Raise ``ValueError`` for a key that no config has, with the nearest one that it has."""
     known = [field.name for field in dataclasses.fields(TrainConfig)]
     if key in known:
         return

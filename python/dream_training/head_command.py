@@ -11,8 +11,9 @@ from dream_kernels.head_file import head_name
 from dream_training.config import TrainConfig
 from dream_training.data.jsonl import read_training_data
 from dream_training.heads import select_heads
+from dream_training.loading import load_reader
 from dream_training.plots import plot_heads
-from dream_training.training import known_pairs, load_reader
+from dream_training.training import known_pairs
 
 
 def run_heads(

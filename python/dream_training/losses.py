@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dream_training.embedding import check_mini_batch_size, embed
+from dream_training.objectives.base import features_of, weight_metrics
 from dream_training.pools import pool_scores
 from dream_training.reader import Reader
 
@@ -74,7 +75,7 @@ class DreamLoss(nn.Module):
     def forward(
         self, sentence_features: list[dict[str, Any]], labels: Tensor | None = None
     ) -> Tensor:
-        query, pool = _features(sentence_features)
+        query, pool = features_of(sentence_features, type(self).__name__)
         # Read before encoding: the prefix needs no graph, so its peak memory comes first.
         pools = query.get("pools")
         found = self._found()
@@ -90,7 +91,9 @@ class DreamLoss(nn.Module):
         reading = self.reader(prefix, query["texts"], query["targets"], given)
         tokens = reading.target_tokens + prefix.tokens
         tokens += sum(int(f["attention_mask"].sum()) for f in (query, pool))
-        self._record(reading.loss, scores, query["positives"], tokens)
+        with torch.no_grad():
+            weights = weight_metrics(scores, query["positives"])
+        self.metrics = {"loss": reading.loss.item(), **weights, "tokens": tokens}
         names = ("store_hits", "store_misses")
         self.metrics |= {n: now - then for n, now, then in zip(names, self._found(), found)}
         return reading.loss
@@ -99,20 +102,6 @@ class DreamLoss(nn.Module):
         """Hits and misses of the reader's document store so far."""
         store = self.reader.store
         return () if store is None else (store.hits, store.misses)
-
-    @torch.no_grad()
-    def _record(self, loss: Tensor, scores: Tensor, positives: list[int], tokens: int) -> None:
-        weights = torch.softmax(scores, -1)
-        known = [(row, place) for row, place in enumerate(positives) if place >= 0]
-        self.metrics = {
-            "loss": loss.item(),
-            "entropy": torch.special.entr(weights).sum(-1).mean().item(),
-            "max_entropy": scores.isfinite().sum(-1).log().mean().item(),
-            "tokens": tokens,
-        }
-        if known:
-            rows, places = zip(*known)
-            self.metrics["weight_on_positive"] = weights[list(rows), list(places)].mean().item()
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of the loss."""
@@ -129,13 +118,3 @@ class DreamLoss(nn.Module):
             "Modeling}, author={Tang and Yang}, year={2026}, eprint={2606.24667}, "
             "archivePrefix={arXiv}}"
         )
-
-
-def _features(sentence_features: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    features = list(sentence_features)
-    if len(features) != 2 or "texts" not in features[1] or "targets" not in features[0]:
-        raise ValueError(
-            "DreamLoss needs the texts beside the tokens: give the trainer "
-            "data_collator=DreamCollator(model)"
-        )
-    return features[0], features[1]

@@ -142,14 +142,27 @@ def test_queries_without_a_choice_are_refused(model) -> None:
         DreamCollator(model, pool="all")
 
 
-@pytest.mark.parametrize("pool", ("both", "in_batch", "mined"))
-def test_the_driver_takes_every_pool(tiny_model, tmp_path, pool: str) -> None:
+@pytest.mark.parametrize(
+    "objective, pool",
+    (
+        ("dream", "both"),
+        ("dream", "in_batch"),
+        ("dream", "mined"),
+        ("replug", "mined"),
+        ("emdr", "mined"),
+        ("infonce", "mined"),
+    ),
+)
+def test_the_driver_takes_every_pool(tiny_model, tmp_path, objective: str, pool: str) -> None:
+    rows = with_candidates(12)
+    rows[3]["positive"] = None
     data = tmp_path / "train.jsonl"
-    data.write_text("\n".join(map(json.dumps, with_candidates(12))))
+    data.write_text("\n".join(map(json.dumps, rows)))
     config = TrainConfig(
         reader=str(tiny_model), retriever=str(tiny_model), retriever_layers=1, lora_r=2,
         train_data=str(data), top_k=4, pool=pool, batch_size=4, max_steps=2, device="cpu",
-        documents_per_query=None if pool == "in_batch" else 2, output_dir=str(tmp_path / "out"),
+        objective=objective, documents_per_query=None if pool == "in_batch" else 2,
+        output_dir=str(tmp_path / "out"),
     )  # fmt: skip
     steps = train(config, console=Console(file=io.StringIO())).history.steps
     size = {"in_batch": (4, 4), "mined": (2, 2), "both": (4, 8)}[pool]

@@ -1,0 +1,141 @@
+"""What the objectives have in common: a pool of candidate documents and the retriever's scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dream_training.embedding import check_mini_batch_size, embed
+from dream_training.pools import pool_scores
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+class PoolObjective(nn.Module):
+    """A sentence-transformers loss over the pool of documents that a batch brings along.
+
+    The batch comes from :class:`~dream_training.collator.DreamCollator`. A subclass says what is
+    read without a graph (:meth:`read`) and what the scores make of it (:meth:`loss`).
+
+    Args:
+        model: the retriever.
+        temperature: divides the cosine similarities.
+        mini_batch_size: texts that the retriever embeds at once, see
+            :func:`~dream_training.embedding.embed`; None for the whole batch.
+
+    Attributes:
+        metrics: of the last batch, as floats: ``loss``, ``weight_on_positive`` (mean softmax
+            weight of the known relevant documents; absent when none is known), ``entropy`` (of
+            the weights, nats), ``max_entropy`` (of uniform weights), ``tokens`` (encoded).
+
+    Raises:
+        ValueError: ``temperature`` is not positive, or ``mini_batch_size`` below 1.
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        temperature: float,
+        mini_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_mini_batch_size(mini_batch_size)
+        self.mini_batch_size = mini_batch_size
+        self.model = model
+        self.temperature = check_positive("temperature", temperature)
+        self.metrics: dict[str, float] = {}
+
+    def forward(
+        self, sentence_features: list[dict[str, Any]], labels: Tensor | None = None
+    ) -> Tensor:
+        query, pool = features_of(sentence_features, type(self).__name__)
+        # Read before encoding: it needs no graph, so its peak memory comes first.
+        evidence = self.read(query, pool)
+        scores = self.scores(query, pool)
+        loss = self.loss(scores, evidence, query, pool)
+        self._record(loss, scores, query, pool)
+        return loss
+
+    def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Any:
+        """Return what the objective needs of the texts, without gradient."""
+        raise NotImplementedError
+
+    def loss(
+        self, scores: Tensor, evidence: Any, query: dict[str, Any], pool: dict[str, Any]
+    ) -> Tensor:
+        """Return the loss of scores ``[B, C]``; a document outside a query's pool has ``-inf``."""
+        raise NotImplementedError
+
+    def scores(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
+        """Cosine similarities over the temperature, ``[B, C]`` float32."""
+        similarity = self.embed(query) @ self.embed(pool).T
+        return pool_scores(similarity / self.temperature, query.get("pools"))[0]
+
+    def embed(self, features: dict[str, Any]) -> Tensor:
+        """Embeddings of length 1, ``[N, D]`` float32."""
+        embeddings = embed(self.model, features, self.mini_batch_size).float()
+        return nn.functional.normalize(embeddings, dim=-1)
+
+    @torch.no_grad()
+    def _record(
+        self, loss: Tensor, scores: Tensor, query: dict[str, Any], pool: dict[str, Any]
+    ) -> None:
+        self.metrics = {
+            "loss": loss.item(),
+            **weight_metrics(scores, query["positives"]),
+            "tokens": sum(int(f["attention_mask"].sum()) for f in (query, pool)),
+        }
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What the model card says of the loss."""
+        return {"objective": self.name, "temperature": self.temperature}
+
+
+def weight_metrics(scores: Tensor, positives: Sequence[int]) -> dict[str, float]:
+    """Entropy of the softmaxed scores ``[B, C]``, and their mean on the known positives.
+
+    A score of ``-inf`` says that the document is not in the query's pool.
+    """
+    weights = torch.softmax(scores, -1)
+    metrics = {
+        "entropy": torch.special.entr(weights).sum(-1).mean().item(),
+        "max_entropy": scores.isfinite().sum(-1).log().mean().item(),
+    }
+    known = [(row, place) for row, place in enumerate(positives) if place >= 0]
+    if known:
+        rows, places = zip(*known)
+        metrics["weight_on_positive"] = weights[list(rows), list(places)].mean().item()
+    return metrics
+
+
+def features_of(
+    sentence_features: list[dict[str, Any]], name: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the features of queries and pool, refusing a batch that brings no texts."""
+    features = list(sentence_features)
+    if len(features) != 2 or "texts" not in features[1] or "targets" not in features[0]:
+        raise ValueError(
+            f"{name} needs the texts beside the tokens: give the trainer "
+            "data_collator=DreamCollator(model)"
+        )
+    return features[0], features[1]
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return ``value``, or raise ``ValueError`` naming the argument."""
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return value
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """Return ``value``, or raise ``ValueError`` naming the argument."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
+    return value
