@@ -37,6 +37,13 @@ class Prefix:
         return self.layers[0][0].shape[2]
 
     @property
+    def tokens(self) -> int:
+        """Tokens that are there, padding left out."""
+        if self.mask is None or len(self.mask) != self.batch:
+            return self.batch * self.length
+        return int(self.mask.sum())
+
+    @property
     def documents(self) -> int:
         return self.spans.shape[1]
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from dream_training.pools import check_pool
+
 OBJECTIVES = ("dream", "infonce", "replug", "emdr", "revela")
 TEACHERS = ("mean_log_probability", "probability")
 DIRECTIONS = ("teacher_student", "student_teacher")
@@ -30,6 +32,9 @@ class TrainConfig:
         context: how documents are read, ``independent`` or ``joint``.
         mode: ``reweight`` or ``bias``.
         document_mass: fixes the attention that all documents get together; None keeps the reader's.
+        document_store: where keys and values of documents stay once they are read: ``memory``, a
+            folder that later runs may share, or None. Independent reading only.
+        document_store_gb: what the store keeps at most, in 10⁹ bytes.
         retriever: folder or hub name of a sentence-transformers model or a language model.
         retriever_layers: keep only the first layers of a language model; None for all.
         lora_r: rank of the LoRA adapters; 0 trains every weight.
@@ -44,7 +49,13 @@ class TrainConfig:
         teacher_temperature: of ``replug``, divides the teacher's scores.
         teacher_direction: of ``replug``, ``teacher_student`` for KL(teacher || retriever), or
             ``student_teacher``.
-        batch_size: queries per step; their documents form one pool.
+        pool: what a query competes over: ``both``, all candidates of the batch; ``in_batch``, one
+            document of each query of the batch; ``mined``, its own candidates.
+        documents_per_query: candidates of a query that are drawn for a step, the relevant one
+            always among them where it is known; None for all.
+        batch_size: queries per step.
+        mini_batch_size: texts that the retriever embeds at once, so that large pools fit into
+            memory; None for all of a step. Changes no result and costs one more forward pass.
         query_max_len: tokens of a query, for retriever and reader.
         passage_max_len: tokens of a document, for retriever and reader.
         target_max_len: tokens of a target that are predicted.
@@ -71,6 +82,8 @@ class TrainConfig:
     context: str = "independent"
     mode: str = "reweight"
     document_mass: float | None = None
+    document_store: str | None = None
+    document_store_gb: float = 2.0
     retriever: str = "smollm2"
     retriever_layers: int | None = None
     lora_r: int = 32
@@ -82,7 +95,10 @@ class TrainConfig:
     teacher: str = "mean_log_probability"
     teacher_temperature: float = 0.1
     teacher_direction: str = "teacher_student"
+    pool: str = "both"
+    documents_per_query: int | None = None
     batch_size: int = 16
+    mini_batch_size: int | None = None
     query_max_len: int = 32
     passage_max_len: int = 128
     target_max_len: int = 32
@@ -114,10 +130,17 @@ class TrainConfig:
         for name in ("temperature", "teacher_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_pool(self.pool, self.documents_per_query)
+        if self.document_store is not None:
+            from dream_training.document_store import check_document_store
+
+            check_document_store(self.document_store, self.document_store_gb, self.context)
         for name in ("batch_size", "query_max_len", "passage_max_len", "target_max_len"):
             _at_least(name, getattr(self, name), 2 if name == "batch_size" else 1)
         for name in ("max_steps", "eval_steps", "log_steps"):
             _at_least(name, getattr(self, name), 1)
+        if self.mini_batch_size is not None:
+            _at_least("mini_batch_size", self.mini_batch_size, 1)
         for name in ("lora_r", "warmup_steps"):
             _at_least(name, getattr(self, name), 0)
 

@@ -17,6 +17,7 @@ from dream_kernels import (
     read_independently,
     read_jointly,
 )
+from dream_training.document_store import check_document_store, open_document_store
 from dream_training.target_loss import plain_head, target_losses
 
 if TYPE_CHECKING:
@@ -88,6 +89,13 @@ class Reader(nn.Module):
         impl: as in :func:`dream_kernels.document_attention`.
         rows_per_pass: tokens of queries and targets that run at once, at least one query; None
             for what keeps the device busy. It bounds memory and changes no result.
+        document_store: where documents that were read stay, so that they are not read again:
+            ``"memory"``, a folder, or None for nowhere. Independent reading only.
+        document_store_gb: what the store keeps at most, in 10⁹ bytes; the documents used least
+            recently go first.
+
+    Attributes:
+        store: the :class:`~dream_training.document_store.DocumentStore`, or None.
 
     Raises:
         ValueError: an argument is out of range, or the model cannot be injected.
@@ -108,10 +116,13 @@ class Reader(nn.Module):
         prompt: ReaderPrompt | None = None,
         impl: str = "auto",
         rows_per_pass: int | None = None,
+        document_store: str | os.PathLike[str] | None = None,
+        document_store_gb: float = 2.0,
     ) -> None:
         super().__init__()
         if context not in CONTEXTS:
             raise ValueError(f"context must be one of {CONTEXTS}, got {context!r}")
+        check_document_store(document_store, document_store_gb, context)
         for name, value in (
             ("query_max_len", query_max_len),
             ("passage_max_len", passage_max_len),
@@ -131,6 +142,7 @@ class Reader(nn.Module):
         self.injection = inject_attention(
             self.model, heads, mode=mode, document_mass=document_mass, impl=impl
         )
+        self.store = open_document_store(document_store, self.model, document_store_gb)
         self._head = plain_head(self.model)
         begin = getattr(tokenizer, "bos_token_id", None)
         self._header = ([] if begin is None else [begin]) + self._ids(self.prompt.header)
@@ -181,7 +193,9 @@ class Reader(nn.Module):
         if not tokens:
             raise ValueError("documents must hold at least one text, got none")
         if self.context == "independent":
-            return read_independently(self.model, tokens, pools, header=self._header)
+            return read_independently(
+                self.model, tokens, pools, header=self._header, store=self.store
+            )
         rows = [range(len(tokens))] if pools is None else pools
         sequences, spans = [], torch.zeros(len(rows), max(map(len, rows)), 2, dtype=torch.long)
         for b, pool in enumerate(rows):
