@@ -158,6 +158,8 @@ class Injection:
             raise ValueError("document_scores needs document_spans or a document_prefix with spans")
         if scores is None and spans is not None and prefix is None and self._recorder is None:
             raise ValueError("document_spans needs document_scores")
+        if scores is not None and scores.dim() == 4:
+            _check_layers_of_scores(scores, len(support.attention_modules(model)))
         self._context = DocumentContext(
             heads=self.heads,
             scores=scores,
@@ -200,8 +202,9 @@ def inject_attention(
 
     The model's forward then takes three more keyword arguments:
 
-    - ``document_scores``: ``[B, C]`` or ``[B, Hq, C]``, one logit per document; the gradient
-      flows back into it;
+    - ``document_scores``: ``[B, C]``, ``[B, Hq, C]`` or ``[B, layers, Hq, C]``, one logit per
+      document, or one for each head, or for each head of every layer; the gradient flows back
+      into it, as 0 where a head is not among ``heads``;
     - ``document_spans``: ``[B, C, 2]``, where each document stands, counted in tokens from the
       start of the prefix, or of ``input_ids`` without one;
     - ``document_prefix``: a :class:`Prefix` of documents that were read before. ``input_ids`` is
@@ -246,6 +249,14 @@ def inject_attention(
             f"got {type(heads).__name__}"
         )
     return Injection(model, support.check_heads(heads, model), mode, document_mass, impl)
+
+
+def _check_layers_of_scores(scores: Tensor, layers: int) -> None:
+    if scores.shape[1] != layers:
+        raise ValueError(
+            f"document_scores of four dimensions must have shape [B, {layers}, Hq, C], one entry "
+            f"for each layer of the model, got {list(scores.shape)}"
+        )
 
 
 def _check_prefix(prefix: object, batch: int, layers: int) -> None:
