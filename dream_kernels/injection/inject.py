@@ -31,6 +31,7 @@ class Injection:
     Attributes:
         model: the injected model.
         heads: ``{layer: [head, ...]}`` that receive the scores.
+        mode: how they act there, ``"reweight"`` or ``"bias"``.
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class Injection:
     ) -> None:
         self.model = model
         self.heads = heads
-        self._mode, self._document_mass, self._impl = mode, document_mass, impl
+        self.mode = mode
+        self._document_mass, self._impl = document_mass, impl
         self._recorder: MassRecorder | None = None
         self._context: DocumentContext | None = None
         self._signature = inspect.signature(type(model).forward)
@@ -74,6 +76,18 @@ class Injection:
         traceback: TracebackType | None,
     ) -> None:
         self.remove()
+
+    def use_heads(self, heads: Heads) -> None:
+        """Let the scores act in other heads from now on.
+
+        Args:
+            heads: as in :func:`inject_attention`.
+
+        Raises:
+            TypeError: ``heads`` has the wrong form.
+            ValueError: the model has no such head.
+        """
+        self.heads = support.check_heads(_by_layer(heads), self.model)
 
     def read_mass(self, row_weights: Tensor, **inputs: Any) -> Tensor:
         """Return the plain attention mass of every document in every layer and head.
@@ -168,7 +182,7 @@ class Injection:
                 given.get("attention_mask"), prefix, batch, past_length + rows, inputs.device
             ),
             prefix=prefix,
-            mode=self._mode,
+            mode=self.mode,
             document_mass=self._document_mass,
             impl=self._impl,
             recorder=self._recorder,
@@ -239,6 +253,11 @@ def inject_attention(
         raise ValueError(f"{type(model).__name__} cannot be injected: {reason}")
     check_mode(mode, document_mass)
     check_impl(impl)
+    checked = support.check_heads(_by_layer(heads), model)
+    return Injection(model, checked, mode, document_mass, impl)
+
+
+def _by_layer(heads: Heads) -> Mapping[int, Sequence[int]]:
     if isinstance(heads, (str, os.PathLike)):
         heads = read_heads(heads)
     if isinstance(heads, HeadFile):
@@ -248,7 +267,7 @@ def inject_attention(
             "heads must be {layer: [head, ...]}, a HeadFile or a path, "
             f"got {type(heads).__name__}"
         )
-    return Injection(model, support.check_heads(heads, model), mode, document_mass, impl)
+    return heads
 
 
 def _check_layers_of_scores(scores: Tensor, layers: int) -> None:

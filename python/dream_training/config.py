@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 OBJECTIVES = ("dream", "infonce")
+HEAD_CRITERIA = ("qr_mass", "qr_ndcg", "loss_gradient", "random")
 
 
 @dataclass
@@ -24,6 +25,8 @@ class TrainConfig:
     Attributes:
         reader: folder or hub name of the frozen language model; ``smollm2`` for the packaged one.
         heads: head file, or ``auto`` to select heads on the training data first.
+        head_criterion: what ``auto`` goes by: ``qr_mass``, ``qr_ndcg``, ``loss_gradient`` (needs
+            no known positives) or ``random``.
         top_k: how many heads of the head file receive the scores; None for all it names.
         context: how documents are read, ``independent`` or ``joint``.
         mode: ``reweight`` or ``bias``.
@@ -60,6 +63,7 @@ class TrainConfig:
     reader: str
     train_data: str
     heads: str = "auto"
+    head_criterion: str = "qr_mass"
     top_k: int | None = 16
     context: str = "independent"
     mode: str = "reweight"
@@ -94,6 +98,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             setattr(self, field.name, _coerce(field.name, getattr(self, field.name)))
+        if self.head_criterion not in HEAD_CRITERIA:
+            raise ValueError(
+                f"head_criterion must be one of {HEAD_CRITERIA}, got {self.head_criterion!r}"
+            )
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
         if not self.temperature > 0:

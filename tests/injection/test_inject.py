@@ -254,6 +254,21 @@ def test_heads_that_the_model_does_not_have(heads, error, message) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_other_heads_of_an_injected_model_act_as_if_it_had_been_injected_with_them() -> None:
+    model = make_model("Llama")
+    ids, _, scores = _inputs()
+    documents = {"document_scores": scores, "document_spans": SPANS}
+    with inject_attention(model, HEADS):
+        expected = model(ids, **documents).logits
+    with inject_attention(model, {1: [2]}) as injection:
+        assert not torch.equal(model(ids, **documents).logits, expected)
+        injection.use_heads(HEADS)
+        assert torch.equal(model(ids, **documents).logits, expected)
+        with pytest.raises(ValueError, match="layer 3"):
+            injection.use_heads({3: [0]})
+        assert injection.heads == HEADS
+
+
 def test_a_head_file_for_a_larger_model_is_refused(tmp_path) -> None:
     path = write_heads(tmp_path / "heads.yaml", HeadFile([(17, 3)]))
     with pytest.raises(ValueError, match="layer 17"):
