@@ -95,7 +95,9 @@ def kernel(
         raise ValueError(f"no case has {case!r} in its name and dtype {dtype!r}")
     console = terminal()
     said: set[str] = set()
-    keeper = records.Keeper(results_folder(output, quick), "kernel")
+    keeper = records.Keeper(
+        results_folder(output, quick), "kernel", part=bool(case or dtype or peer)
+    )
 
     def show(own: list[dict[str, Any]]) -> None:
         print_kernel(console, own, said)
@@ -135,7 +137,7 @@ def scaling(
     if not wanted:
         raise ValueError(f"no axis is called {axis!r}")
     console = terminal()
-    keeper = records.Keeper(results_folder(output, quick), "scaling")
+    keeper = records.Keeper(results_folder(output, quick), "scaling", part=bool(axis or peer))
 
     def show(name: str, own: list[dict[str, Any]]) -> None:
         print_scaling(console, name, own)
@@ -179,7 +181,7 @@ def step(
     if unknown:
         raise ValueError(f"model must be one of {', '.join(STEP_MODELS)}, got {unknown.pop()!r}")
     console = terminal()
-    keeper = records.Keeper(results_folder(output, quick), "step")
+    keeper = records.Keeper(results_folder(output, quick), "step", part=bool(model or way))
     for name in models:
         settings = StepSettings(
             model=name, device=chosen, batch=batch, document_tokens=document_tokens, runs=runs,

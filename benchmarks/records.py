@@ -181,11 +181,19 @@ def write(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
 
 
 class Keeper:
-    """Writes the records of a suite as they come: whatever stops it, its file holds the rest."""
+    """Writes the records of a suite as they come: whatever stops it, its file holds the rest.
 
-    def __init__(self, folder: Path, suite: str) -> None:
-        self.folder, self.suite = folder, suite
+    Args:
+        folder: of the files.
+        suite: in the file's name.
+        part: whether only a part of the suite runs; what else the file holds then stays, and the
+            same case of the same peer is replaced.
+    """
+
+    def __init__(self, folder: Path, suite: str, part: bool = False) -> None:
+        self.folder, self.suite, self.part = folder, suite, part
         self.path: Path | None = None
+        self._before: list[Mapping[str, Any]] | None = None
         self._done: list[Mapping[str, Any]] = []
         self._last: list[Mapping[str, Any]] = []
 
@@ -200,8 +208,12 @@ class Keeper:
         self._last = list(records)
         everything = [*self._done, *self._last]
         if everything:
-            name = file_name(self.suite, everything[0]["environment"])
-            self.path = write(self.folder / name, everything)
+            path = self.folder / file_name(self.suite, everything[0]["environment"])
+            if self._before is None:
+                self._before = read_file(path) if self.part and path.is_file() else []
+            new = {_key(record) for record in everything}
+            kept = [record for record in self._before if _key(record) not in new]
+            self.path = write(path, [*kept, *everything])
         return self.path
 
 
@@ -211,16 +223,35 @@ def read(folder: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is not a record; the message names file and line.
     """
+    return [record for path in sorted(folder.glob("*.jsonl")) for record in read_file(path)]
+
+
+def read_file(path: Path) -> list[dict[str, Any]]:
+    """Read and check the records of one file.
+
+    Raises:
+        ValueError: as :func:`read`.
+    """
     records = []
-    for path in sorted(folder.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                record = json.loads(line)
-                validate(record)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None
-            records.append(record)
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            validate(record)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        records.append(record)
     return records
+
+
+def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a record is of: another one with the same key is a newer figure of the same thing."""
+    case = record.get("case")
+    if case is None:
+        return record["suite"], record["peer"], record.get("model")
+    # The cases along one axis share their name.
+    own = (record["axis"], record["value"]) if "axis" in record else case["name"]
+    asked = (case["dtype"], case["mode"], *case["gradients"])
+    return record["suite"], record["peer"], own, asked
 
 
 def file_name(suite: str, environment: Mapping[str, Any]) -> str:

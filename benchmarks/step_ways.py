@@ -252,7 +252,7 @@ def tokens(
         reader._header,
         [reader._document_ids(text, i) for i, text in enumerate(setup.documents)],
         [reader._query_ids(query)[0] for query in setup.queries],
-        [reader._target_ids(target, i) for i, target in enumerate(setup.targets)],
+        [reader.target_tokens(target, i) for i, target in enumerate(setup.targets)],
     )
 
 

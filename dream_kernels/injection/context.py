@@ -19,7 +19,8 @@ class Prefix:
             shared by every row of a suffix batch.
         spans: ``[1 or B, C, 2]`` int64, where each document stands in the prefix.
         next_position: ``[1 or B]`` int64, the position id at which a suffix starts.
-        mask: ``[1 or B, P]`` bool, False for padding, or None when there is none.
+        mask: ``[1 or B, P]`` bool, False for padding, or None when there is none; ``[B, P]`` over
+            a shared pool hides documents from some rows.
     """
 
     layers: list[tuple[Tensor, Tensor]]
@@ -45,16 +46,18 @@ class Prefix:
         Args:
             rows: their indices; pools of rows in order are not copied.
         """
-        if self.batch == 1:
-            return self
         place: slice | Tensor = rows
         if (rows.diff() == 1).all():
             place = slice(int(rows[0]), int(rows[-1]) + 1)
+
+        def pick(field: Tensor) -> Tensor:
+            return field if len(field) == 1 else field[place]
+
         return Prefix(
-            [(key[place], value[place]) for key, value in self.layers],
-            self.spans[place],
-            self.next_position[place],
-            None if self.mask is None else self.mask[place],
+            [(pick(key), pick(value)) for key, value in self.layers],
+            pick(self.spans),
+            pick(self.next_position),
+            None if self.mask is None else pick(self.mask),
         )
 
 

@@ -49,17 +49,52 @@ def demo(
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file", exists=True, dir_okay=False)],
     overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="two steps with tiny models, and the plan of the run")
+    ] = False,
 ) -> None:
     """Train a retriever as CONFIG says; any key can be set behind it."""
     from dream_training.config import load_config
-    from dream_training.training import train as run
 
     settings = load_config(config, overrides or [])
+    if dry_run:
+        from rich.console import Console
+
+        from dream_training.dry_run import dry_run as rehearse
+
+        rehearse(settings, Console())
+        return
+    from dream_training.training import train as run
+
     result = run(settings)
     typer.echo(f'\nThe retriever: SentenceTransformer("{result.path}")')
     typer.echo(f"The curve:     {Path(settings.output_dir) / 'curve.png'}")
     if result.interrupted:
         raise typer.Exit(130)
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="YAML file", exists=True, dir_okay=False)],
+    overrides: Overrides = None,
+    run: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="train only this run of the config; may be repeated"),
+    ] = None,
+) -> None:
+    """Train several objectives or settings with equal budgets and seeds, in one table.
+
+    CONFIG may have a section "compare" with "runs" (by name, the keys in which each differs;
+    by default every objective), "seeds", "evaluate" (more BEIR folders) and "keep_models".
+    What has its result already is not trained again.
+    """
+    from dream_training.compare_command import run_compare
+
+    try:
+        run_compare(config, overrides or [], run or [])
+    except KeyboardInterrupt:
+        typer.echo("\nStopped. What is complete is kept: run the same command to go on.")
+        raise typer.Exit(130) from None
 
 
 @app.command()

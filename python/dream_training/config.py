@@ -14,8 +14,10 @@ from typing import Any
 
 import yaml
 
-OBJECTIVES = ("dream", "infonce")
 HEAD_CRITERIA = ("qr_mass", "qr_ndcg", "loss_gradient", "random")
+OBJECTIVES = ("dream", "infonce", "replug", "emdr", "revela")
+TEACHERS = ("mean_log_probability", "probability")
+DIRECTIONS = ("teacher_student", "student_teacher")
 
 
 @dataclass
@@ -38,8 +40,13 @@ class TrainConfig:
         train_data: JSONL file, or a folder that holds train.jsonl.
         eval_data: BEIR folder, or None.
         eval_split: split of the BEIR folder.
-        objective: ``dream``, or ``infonce`` (needs known positives).
+        objective: ``dream``, ``replug``, ``emdr``, ``revela``, or ``infonce``, which needs known
+            positives.
         temperature: divides the cosine similarities.
+        teacher: of ``replug``, ``mean_log_probability`` or ``probability`` of the target.
+        teacher_temperature: of ``replug``, divides the teacher's scores.
+        teacher_direction: of ``replug``, ``teacher_student`` for KL(teacher || retriever), or
+            ``student_teacher``.
         batch_size: queries per step; their documents form one pool.
         query_max_len: tokens of a query, for retriever and reader.
         passage_max_len: tokens of a document, for retriever and reader.
@@ -76,6 +83,9 @@ class TrainConfig:
     eval_split: str = "test"
     objective: str = "dream"
     temperature: float = 0.05
+    teacher: str = "mean_log_probability"
+    teacher_temperature: float = 0.1
+    teacher_direction: str = "teacher_student"
     batch_size: int = 16
     query_max_len: int = 32
     passage_max_len: int = 128
@@ -98,14 +108,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             setattr(self, field.name, _coerce(field.name, getattr(self, field.name)))
-        if self.head_criterion not in HEAD_CRITERIA:
-            raise ValueError(
-                f"head_criterion must be one of {HEAD_CRITERIA}, got {self.head_criterion!r}"
-            )
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        for name, choices in (
+            ("head_criterion", HEAD_CRITERIA),
+            ("objective", OBJECTIVES),
+            ("teacher", TEACHERS),
+            ("teacher_direction", DIRECTIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("temperature", "teacher_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("batch_size", "query_max_len", "passage_max_len", "target_max_len"):
             _at_least(name, getattr(self, name), 2 if name == "batch_size" else 1)
         for name in ("max_steps", "eval_steps", "log_steps"):
@@ -122,6 +135,19 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         ValueError: a key is unknown (the nearest one is suggested), a required one is missing, or
             a value does not fit.
     """
+    values = read_yaml(path)
+    for key in values:
+        check_key(key, str(path))
+    return make_config({**values, **parse_overrides(overrides)}, str(path))
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a YAML file of keys and values.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not YAML, or holds something else.
+    """
     text = Path(path).read_text(encoding="utf-8")
     try:
         values = yaml.safe_load(text) or {}
@@ -129,9 +155,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold keys and values, got {type(values).__name__}")
-    for key in values:
-        _check_key(key, str(path))
-    return make_config({**values, **parse_overrides(overrides)}, str(path))
+    return values
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -142,7 +166,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not separator:
             raise ValueError(f"an override must be written key=value, got {override!r}")
         key = key.lstrip("-").replace("-", "_")
-        _check_key(key, "command line")
+        check_key(key, "command line")
         values[key] = yaml.safe_load(value)
     return values
 
@@ -159,7 +183,8 @@ def make_config(values: dict[str, Any], source: str) -> TrainConfig:
     return TrainConfig(**values)
 
 
-def _check_key(key: object, source: str) -> None:
+def check_key(key: object, source: str) -> None:
+    """Raise ``ValueError`` for a key that no config has, with the nearest one that it has."""
     known = [field.name for field in dataclasses.fields(TrainConfig)]
     if key in known:
         return

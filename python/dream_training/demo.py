@@ -29,8 +29,9 @@ from dream_training.evaluation import (
     score_ranking,
     search_bm25,
 )
+from dream_training.loading import make_retriever, resolve_model
 from dream_training.plots import plot_curve
-from dream_training.training import make_retriever, resolve_model, train, write_json
+from dream_training.training import train, write_json
 
 RETRIEVER_LAYERS = 10
 HEADS = 64

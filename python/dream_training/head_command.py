@@ -11,8 +11,8 @@ from dream_kernels.head_file import head_name
 from dream_training.config import TrainConfig
 from dream_training.data.jsonl import read_training_data
 from dream_training.heads import WITHOUT_LABELS, head_examples, select_heads
+from dream_training.loading import load_reader
 from dream_training.plots import plot_heads
-from dream_training.training import load_reader
 
 
 def run_heads(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -14,6 +15,9 @@ import numpy as np
 
 from dream_kernels import HeadFile
 from dream_training.callbacks import History
+
+if TYPE_CHECKING:
+    from dream_training.comparison import Row
 
 # Title and unit of the map by the criterion that a head file names.
 _HEAD_SCORES = {
@@ -100,6 +104,45 @@ def plot_curve(
     left.set_title("A frozen language model teaches a retriever")
     figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     left.grid(alpha=0.25)
+    return _save(figure, path)
+
+
+def plot_comparison(rows: Sequence[Row], path: str | os.PathLike[str]) -> Path:
+    """Draw nDCG@10 of every run and seed, one panel for each data set; the bar is the mean.
+
+    Raises:
+        ValueError: there is no result to draw.
+    """
+    data_sets = list(dict.fromkeys(data for row in rows for data in row.scores))
+    if not data_sets:
+        raise ValueError("rows must hold at least one result, got none")
+    figure, panels = plt.subplots(
+        1,
+        len(data_sets),
+        figsize=(2.2 + 3.6 * len(data_sets), 1.4 + 0.42 * len(rows)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for data, axes in zip(data_sets, panels[0]):
+        for place, row in enumerate(rows):
+            values = row.scores.get(data, [])
+            if values:
+                mean = float(np.mean(values))
+                axes.barh(place, mean, height=0.55, color="#b9cbe0", edgecolor="#1b4f8a")
+                axes.plot(values, [place] * len(values), "o", color="#1b4f8a", ms=4)
+                axes.annotate(
+                    f"{mean:.3f}", (max(values), place), textcoords="offset points",
+                    xytext=(6, 0), va="center", fontsize=8,
+                )  # fmt: skip
+        untrained = [value for row in rows for value in row.untrained.get(data, [])]
+        axes.axvline(float(np.mean(untrained)), color="0.35", ls=":", lw=1.2)
+        axes.set_title(data, fontsize=10)
+        axes.set_xlabel("nDCG@10 (dotted: untrained)")
+        axes.margins(x=0.15)
+        axes.grid(axis="x", alpha=0.25)
+    panels[0][0].set_yticks(range(len(rows)), [row.name for row in rows])
+    panels[0][0].invert_yaxis()
     return _save(figure, path)
 
 

@@ -209,16 +209,16 @@ class Reader(nn.Module):
         Raises:
             ValueError: a target is blank, or does not fit into the reader's context.
         """
-        query_ids = [self._query_ids(query)[0] for query in queries]
-        target_ids = [self._target_ids(target, i) for i, target in enumerate(targets)]
-        self._check_context(prefix, query_ids, target_ids)
-        passes = self._passes(query_ids, target_ids)
+        query_ids = [self.query_tokens(query) for query in queries]
+        target_ids = [self.target_tokens(target, i) for i, target in enumerate(targets)]
+        self.check_context(prefix, query_ids, target_ids)
+        passes = self.passes(query_ids, target_ids)
         losses, query_losses = _ReaderLoss.apply(
             scores, lambda own: self._run_passes(prefix, query_ids, target_ids, own, passes)
         )
         return Reading(losses, query_losses, sum(map(len, target_ids)))
 
-    def _passes(self, query_ids: list[list[int]], target_ids: list[list[int]]) -> list[list[int]]:
+    def passes(self, query_ids: list[list[int]], target_ids: list[list[int]]) -> list[list[int]]:
         """Which queries run at once: neighbours in the batch, up to ``rows_per_pass`` tokens."""
         limit = self.rows_per_pass
         if limit is None:
@@ -247,7 +247,7 @@ class Reader(nn.Module):
         total = torch.zeros((), device=self.device)
         by_query = []
         for rows in passes:
-            losses = self._losses(
+            losses = self.token_losses(
                 prefix.of_rows(torch.tensor(rows, device=self.device)),
                 [query_ids[b] for b in rows],
                 [target_ids[b] for b in rows],
@@ -263,14 +263,14 @@ class Reader(nn.Module):
             by_query.append(sums.index_add_(0, query, losses.detach()) / counts)
         return total, torch.cat(by_query)
 
-    def _losses(
+    def token_losses(
         self,
         prefix: Prefix,
         query_ids: list[list[int]],
         target_ids: list[list[int]],
-        scores: Tensor,
+        scores: Tensor | None,
     ) -> Tensor:
-        """Return the loss of every target token, query after query."""
+        """Return the loss of every target token, query after query; plain reading if no scores."""
         ids, mask = _pad([q + t for q, t in zip(query_ids, target_ids)], "left", self.device)
         inputs = {
             "input_ids": ids,
@@ -321,7 +321,7 @@ class Reader(nn.Module):
         """
         ids, mask = _pad(
             [
-                self._query_ids(query)[0] + self._target_ids(target, i)
+                self.query_tokens(query) + self.target_tokens(target, i)
                 for i, (query, target) in enumerate(zip(queries, targets))
             ],
             "left",
@@ -342,6 +342,10 @@ class Reader(nn.Module):
         before, after = self._around_document
         return before + self._ids(text)[: self.passage_max_len] + after
 
+    def query_tokens(self, query: str) -> list[int]:
+        """Token ids of a query in its prompt, cut to ``query_max_len``."""
+        return self._query_ids(query)[0]
+
     def _query_ids(self, query: str) -> tuple[list[int], tuple[int, int]]:
         """Tokens of the query in its prompt, and where the query's own tokens stand."""
         before, after = self._around_query
@@ -350,15 +354,17 @@ class Reader(nn.Module):
             raise ValueError("queries must not be empty")
         return before + own + after, (len(before), len(before) + len(own))
 
-    def _target_ids(self, target: str, index: int) -> list[int]:
+    def target_tokens(self, target: str, index: int) -> list[int]:
+        """Token ids of target ``index`` in its prompt, cut to ``target_max_len``."""
         if not target.strip():
             raise ValueError(f"targets must not be empty, got {target!r} at {index}")
         text = self.prompt.target.replace("{target}", target.strip())
         return self._ids(text)[: self.target_max_len]
 
-    def _check_context(
+    def check_context(
         self, prefix: Prefix, query_ids: list[list[int]], target_ids: list[list[int]]
     ) -> None:
+        """Raise ``ValueError`` if a target does not fit behind its documents and query."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is None:
             return

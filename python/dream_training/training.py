@@ -14,23 +14,19 @@ from rich.console import Console
 
 from dream_kernels import HeadFile, read_heads, write_heads
 from dream_training.callbacks import History, KeepBestCallback, ProgressCallback
-from dream_training.collator import DreamCollator
 from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import read_training_data
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask
 from dream_training.heads import HEAD_EXAMPLES, WITHOUT_LABELS, head_examples, select_heads
-from dream_training.losses import DreamLoss
+from dream_training.loading import load_reader, make_retriever
+from dream_training.objectives.build import Objective, build_objective
 from dream_training.plots import plot_curve, plot_heads
-from dream_training.reader import Reader
-from dream_training.retriever import build_retriever, save_retriever
-from dream_training.smollm2 import smollm2_path
+from dream_training.retriever import save_retriever
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
-
-PACKAGED_READER = "smollm2"
 
 
 @dataclass
@@ -50,30 +46,6 @@ class TrainResult:
     history: History
     interrupted: bool
     seconds: float
-
-
-def resolve_model(name: str, dtype: str = "auto") -> str:
-    """Return the path behind the name of a model: ``smollm2`` stands for the packaged one."""
-    if name != PACKAGED_READER:
-        return name
-    return str(smollm2_path(dtype))
-
-
-def load_reader(config: TrainConfig, heads: Any) -> Reader:
-    """Load the frozen reader that a config names."""
-    return Reader.from_pretrained(
-        resolve_model(config.reader, config.dtype),
-        heads,
-        dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-        device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        trust_remote_code=config.trust_remote_code,
-        context=config.context,
-        mode=config.mode,
-        document_mass=config.document_mass,
-        query_max_len=config.query_max_len,
-        passage_max_len=config.passage_max_len,
-        target_max_len=config.target_max_len,
-    )
 
 
 def find_heads(config: TrainConfig, data: Dataset, examples: int = HEAD_EXAMPLES) -> HeadFile:
@@ -108,22 +80,6 @@ def make_evaluator(config: TrainConfig) -> RetrievalEvaluator | None:
     corpus, queries, qrels = read_beir_folder(config.eval_data, config.eval_split)
     task = RetrievalTask(queries, corpus, qrels)
     return RetrievalEvaluator(task, config.query_max_len, config.passage_max_len)
-
-
-def make_retriever(config: TrainConfig) -> SentenceTransformer:
-    """Build the untrained retriever of a config."""
-    torch.manual_seed(config.seed)
-    return build_retriever(
-        resolve_model(config.retriever, config.dtype),
-        layers=config.retriever_layers,
-        lora_r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        max_len=config.passage_max_len,
-        dtype=config.dtype,
-        device=config.device,
-        prompts={"query": config.query_prompt, "document": config.document_prompt},
-        trust_remote_code=config.trust_remote_code,
-    )
 
 
 def train(
@@ -170,11 +126,13 @@ def train(
     write_json(output_dir / "config.json", asdict(config))
     if model is None:
         model = make_retriever(config)
-    loss, collator, columns = _objective(config, model, data, heads, output_dir, console)
+    objective = build_objective(
+        config, model, data, lambda: _choose_heads(config, data, heads, output_dir, console)
+    )
     history = history or History()
-    progress = ProgressCallback(loss, history, console, config.log_steps)
+    progress = ProgressCallback(objective.loss, history, console, config.log_steps)
     keeper = KeepBestCallback(model, history, output_dir, console)
-    trainer = _trainer(config, model, columns, loss, collator, evaluator, evaluate_first)
+    trainer = _trainer(config, model, objective, evaluator, evaluate_first)
     for callback in (progress, keeper):
         trainer.add_callback(callback)
     start = time.perf_counter()
@@ -197,23 +155,14 @@ def train(
     return TrainResult(model, path, history, interrupted, time.perf_counter() - start)
 
 
-def _objective(
+def _choose_heads(
     config: TrainConfig,
-    model: SentenceTransformer,
     data: Dataset,
     heads: HeadFile | None,
     output_dir: Path,
     console: Console,
-) -> tuple[Any, DreamCollator | None, Dataset]:
-    """Return the loss, its collator, and the data in the columns that the loss expects."""
-    if config.objective == "infonce":
-        from sentence_transformers.losses import MultipleNegativesRankingLoss
-
-        return (
-            MultipleNegativesRankingLoss(model, scale=1.0 / config.temperature),
-            None,
-            _pairs(data),
-        )
+) -> dict[int, list[int]]:
+    """The heads that receive the scores: given, read or selected; written and drawn."""
     if heads is None:
         if config.heads == "auto":
             console.print("selecting the reader's heads ...")
@@ -221,29 +170,13 @@ def _objective(
     if heads.scores:
         plot_heads(heads, output_dir / "heads.png", config.top_k or len(heads.heads))
     write_heads(output_dir / "heads.yaml", heads)
-    reader = load_reader(config, heads.by_layer(config.top_k))
-    collator = DreamCollator(model, config.query_max_len, config.passage_max_len)
-    return DreamLoss(model, reader, config.temperature), collator, data
-
-
-def _pairs(data: Dataset) -> Dataset:
-    """(query, relevant document) columns for objectives that need labels."""
-    rows = [
-        {"query": row["query"], "positive": row["documents"][row["positive"]]}
-        for row in data
-        if row["positive"] >= 0
-    ]
-    if not rows:
-        raise ValueError("objective 'infonce' needs known positives, and no training line has one")
-    return type(data).from_list(rows)
+    return heads.by_layer(config.top_k)
 
 
 def _trainer(
     config: TrainConfig,
     model: SentenceTransformer,
-    data: Dataset,
-    loss: Any,
-    collator: DreamCollator | None,
+    objective: Objective,
     evaluator: RetrievalEvaluator | None,
     evaluate_first: bool,
 ) -> Any:
@@ -278,6 +211,7 @@ def _trainer(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        batch_sampler="no_duplicates" if objective.no_duplicates else "batch_sampler",
         prompts={"query": config.query_prompt, "positive": config.document_prompt},
         **evaluate,
     )
@@ -286,10 +220,10 @@ def _trainer(
     trainer = SentenceTransformerTrainer(
         model=model,
         args=args,
-        train_dataset=data,
-        loss=loss,
+        train_dataset=objective.data,
+        loss=objective.loss,
         evaluator=evaluator,
-        data_collator=collator,  # type: ignore[arg-type]  # duck-typed by the trainer
+        data_collator=objective.collator,  # type: ignore[arg-type]  # duck-typed by the trainer
     )
     trainer.remove_callback(PrinterCallback)
     model.model_card_data.widget = []

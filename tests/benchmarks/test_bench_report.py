@@ -198,3 +198,13 @@ def test_a_floor_names_what_binds() -> None:
     floor = floor_of(Work(operations=750 * 10**12, bytes=3 * 10**12, exponentials=0), H100)
     assert floor.products == pytest.approx(1.0) and floor.memory == pytest.approx(1.0)
     assert floor.share == pytest.approx(1.0)
+
+
+def test_a_part_of_a_suite_leaves_the_rest_of_its_record(measured, tmp_path) -> None:
+    store.Keeper(tmp_path, "kernel").add(measured)
+    again = {**measured[0], "note": "measured again"}
+    store.Keeper(tmp_path, "kernel", part=True).add([again])
+    records = store.read(tmp_path)
+    assert len(records) == len(measured) and again in records and measured[0] not in records
+    store.Keeper(tmp_path, "kernel").add([again])
+    assert store.read(tmp_path) == [again]

@@ -104,8 +104,8 @@ def test_passes_of_any_size_give_one_result(pools, rows_per_pass: int) -> None:
 
 def test_a_pass_holds_as_many_rows_as_allowed() -> None:
     reader = make_reader(rows_per_pass=100)
-    assert reader._passes([[0] * 30, [0] * 10, [0] * 40], [[0] * 10] * 3) == [[0, 1], [2]]
-    assert reader._passes([[0] * 500, [0]], [[0], [0]]) == [[0], [1]]
+    assert reader.passes([[0] * 30, [0] * 10, [0] * 40], [[0] * 10] * 3) == [[0, 1], [2]]
+    assert reader.passes([[0] * 500, [0]], [[0], [0]]) == [[0], [1]]
 
 
 def test_without_gradient_the_reader_keeps_nothing() -> None:

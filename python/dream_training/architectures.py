@@ -1,0 +1,141 @@
+"""Shapes of models: of those that the recipes name, and tiny ones of the same architecture."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# As their public configuration files say, so that a plan needs no network and no licence click.
+_QWEN = {"model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 32768}
+_LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072}
+_QWEN_05B = {
+    **_QWEN,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+_LLAMA_1B = {
+    **_LLAMA,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+_LLAMA_3B = {
+    **_LLAMA,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+KNOWN = {
+    "Qwen/Qwen2.5-0.5B": _QWEN_05B,
+    "Qwen/Qwen2.5-0.5B-Instruct": _QWEN_05B,
+    "meta-llama/Llama-3.2-1B": _LLAMA_1B,
+    "meta-llama/Llama-3.2-1B-Instruct": _LLAMA_1B,
+    "meta-llama/Llama-3.2-3B": _LLAMA_3B,
+    "meta-llama/Llama-3.2-3B-Instruct": _LLAMA_3B,
+}
+
+_TINY_LAYERS, _TINY_HEAD_DIM, _TINY_VOCABULARY = 4, 16, 512
+
+
+def model_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return the configuration of a decoder: of a folder, a model known here, or the hub's.
+
+    Raises:
+        OSError: there is no such model, or it cannot be fetched.
+    """
+    from transformers import AutoConfig
+
+    if not Path(name).is_dir() and name in KNOWN:
+        shape: dict[str, Any] = dict(KNOWN[name])
+        return AutoConfig.for_model(shape.pop("model_type"), **shape)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return config.get_text_config()
+
+
+def parameter_count(config: PretrainedConfig, layers: int | None = None) -> dict[str, int]:
+    """Count a decoder's weights without making them.
+
+    Args:
+        config: of the model.
+        layers: count only so many; None for all.
+
+    Returns:
+        ``decoder`` (what multiplies every token), ``embedding`` and ``head`` (0 if tied).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    embedding = model.get_input_embeddings().weight.numel()
+    head = model.get_output_embeddings().weight.numel()
+    tied = bool(config.tie_word_embeddings)
+    decoder = sum(p.numel() for p in model.base_model.parameters()) - embedding
+    if layers is not None:
+        decoder = decoder * min(layers, config.num_hidden_layers) // config.num_hidden_layers
+    return {"decoder": decoder, "embedding": embedding, "head": 0 if tied else head}
+
+
+def save_tiny(config: PretrainedConfig, path: str | os.PathLike[str], seed: int = 0) -> Path:
+    """Save random weights of the same architecture, a few layers of it, with a byte tokenizer.
+
+    The ratio of query to key heads stays; everything else shrinks.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    key_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    group = config.num_attention_heads // key_heads
+    heads = 2 * group
+    shape: dict[str, Any] = {
+        "vocab_size": _TINY_VOCABULARY,
+        "hidden_size": heads * _TINY_HEAD_DIM,
+        "intermediate_size": 2 * heads * _TINY_HEAD_DIM,
+        "num_hidden_layers": min(_TINY_LAYERS, config.num_hidden_layers),
+        "num_attention_heads": heads,
+        "num_key_value_heads": 2,
+        "head_dim": _TINY_HEAD_DIM,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.model_type, **shape))
+    path = Path(path)
+    model.save_pretrained(path)
+    _byte_tokenizer().save_pretrained(path)
+    return path
+
+
+def _byte_tokenizer() -> Any:
+    """One token for each byte, so that every text survives."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary |= {symbol: i for i, symbol in enumerate(symbols, len(vocabulary))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )

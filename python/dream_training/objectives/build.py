@@ -1,0 +1,105 @@
+"""From a config to its objective: the loss, what brings its batches, and the columns they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dream_training.collator import DreamCollator
+from dream_training.loading import all_heads, load_reader
+from dream_training.losses import DreamLoss
+from dream_training.objectives.distillation import EmdrLoss, ReplugLoss
+from dream_training.objectives.revela import TEXT_PROMPT, RevelaLoss
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+
+    from dream_training.config import TrainConfig
+
+Heads = Mapping[int, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the trainer is given.
+
+    Attributes:
+        loss: a sentence-transformers loss.
+        data: the training data in the columns that the loss expects.
+        collator: makes batches of texts and tokens; None for the trainer's own.
+        no_duplicates: whether equal texts in one batch would count as each other's negatives.
+    """
+
+    loss: Any
+    data: Dataset
+    collator: DreamCollator | None
+    no_duplicates: bool = False
+
+
+def build_objective(
+    config: TrainConfig,
+    model: SentenceTransformer,
+    data: Dataset,
+    choose_heads: Callable[[], Heads],
+) -> Objective:
+    """Build the objective that a config names.
+
+    Args:
+        config: the run.
+        model: the retriever.
+        data: with the columns ``query``, ``target``, ``documents``, ``positive``.
+        choose_heads: returns the heads that receive the scores; called where they matter.
+
+    Raises:
+        ValueError: the objective needs labels that the data does not have.
+    """
+    name = config.objective
+    if name == "infonce":
+        from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+        loss = MultipleNegativesRankingLoss(model, scale=1.0 / config.temperature)
+        return Objective(loss, labelled_columns(data), None, no_duplicates=True)
+    collator = DreamCollator(model, config.query_max_len, config.passage_max_len)
+    own: Any
+    if name == "dream":
+        own = DreamLoss(model, load_reader(config, choose_heads()), config.temperature)
+    elif name == "replug":
+        own = ReplugLoss(
+            model,
+            load_reader(config, {}),
+            config.temperature,
+            teacher=config.teacher,
+            teacher_temperature=config.teacher_temperature,
+            direction=config.teacher_direction,
+        )
+    elif name == "emdr":
+        own = EmdrLoss(model, load_reader(config, {}), config.temperature)
+    else:
+        reader = load_reader(
+            config, all_heads(config), prompt=TEXT_PROMPT, target_max_len=config.passage_max_len
+        )
+        own = RevelaLoss(model, reader, config.temperature)
+    return Objective(own, data, collator)
+
+
+def labelled_columns(data: Dataset) -> Dataset:
+    """(query, positive, negative_1, ...) columns for objectives that need labels.
+
+    Every row gives its relevant document and as many of its other candidates as all rows have.
+
+    Raises:
+        ValueError: no line knows its relevant document.
+    """
+    known = [row for row in data if row["positive"] >= 0]
+    if not known:
+        raise ValueError("objective 'infonce' needs known positives, and no training line has one")
+    negatives = min(len(row["documents"]) for row in known) - 1
+    rows = []
+    for row in known:
+        documents = list(row["documents"])
+        columns = {"query": row["query"], "positive": documents.pop(row["positive"])}
+        columns |= {f"negative_{i + 1}": documents[i] for i in range(negatives)}
+        rows.append(columns)
+    return type(data).from_list(rows)

@@ -1,0 +1,141 @@
+"""Objectives in which the reader's likelihood under each document alone teaches the retriever."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dream_training.config import DIRECTIONS, TEACHERS
+from dream_training.likelihood import TargetLikelihood, target_likelihood
+from dream_training.objectives.base import PoolObjective, check_choice, check_positive
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from dream_training.reader import Reader
+
+
+class _TaughtByLikelihood(PoolObjective):
+    """Reads every document alone, in front of every query that has it in its pool."""
+
+    def __init__(self, model: SentenceTransformer, reader: Reader, temperature: float) -> None:
+        super().__init__(model, temperature)
+        self.reader = reader
+
+    def read(self, query: dict[str, Any], pool: dict[str, Any]) -> TargetLikelihood:
+        return target_likelihood(
+            self.reader, pool["texts"], query["texts"], query["targets"], query.get("pools")
+        )
+
+
+class ReplugLoss(_TaughtByLikelihood):
+    r"""RePlug's likelihood supervision, and Atlas's perplexity distillation.
+
+    With the retriever's :math:`P_R = \mathrm{softmax}(s)`, :math:`s_d = \cos(q, d) / \tau`, and the
+    reader's :math:`Q = \mathrm{softmax}(g / \tau_g)`:
+
+    .. math:: L = \frac{1}{B} \sum_b \mathrm{KL}(P_R \,\|\, Q)
+              \quad\text{or}\quad \mathrm{KL}(Q \,\|\, P_R)
+
+    :math:`g_d` is the mean log-probability of a target token when the reader sees document
+    :math:`d` alone, or its exponential, the probability per token.
+
+    Source: Shi et al. 2023 (arXiv 2301.12652) with ``student_teacher``; Izacard et al. 2022
+    (arXiv 2208.03299) with ``teacher_student`` and log-probabilities.
+
+    Args:
+        model: the retriever.
+        reader: the frozen language model; its injected heads do not matter.
+        temperature: :math:`\tau`, divides the cosine similarities.
+        teacher: ``"mean_log_probability"`` or ``"probability"``, what :math:`g` is.
+        teacher_temperature: :math:`\tau_g`, divides the teacher's scores.
+        direction: ``"student_teacher"`` is :math:`\mathrm{KL}(P_R \| Q)`, ``"teacher_student"``
+            the other one.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    name = "replug"
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        reader: Reader,
+        temperature: float = 0.05,
+        *,
+        teacher: str = "mean_log_probability",
+        teacher_temperature: float = 0.1,
+        direction: str = "teacher_student",
+    ) -> None:
+        super().__init__(model, reader, temperature)
+        self.teacher = check_choice("teacher", teacher, TEACHERS)
+        self.teacher_temperature = check_positive("teacher_temperature", teacher_temperature)
+        self.direction = check_choice("direction", direction, DIRECTIONS)
+
+    def loss(
+        self,
+        scores: Tensor,
+        evidence: TargetLikelihood,
+        query: dict[str, Any],
+        pool: dict[str, Any],
+    ) -> Tensor:
+        taught = evidence.mean()
+        if self.teacher == "probability":
+            taught = taught.exp()
+        # Documents outside a query's pool have no weight on either side.
+        outside = scores.isneginf()
+        taught = (taught / self.teacher_temperature).masked_fill(outside, -torch.inf)
+        first, second = torch.log_softmax(taught, -1), torch.log_softmax(scores, -1)
+        if self.direction == "student_teacher":
+            first, second = second, first
+        difference = (first - second).masked_fill(outside, 0.0)
+        return (first.exp() * difference).sum(-1).mean()
+
+    def get_config_dict(self) -> dict[str, Any]:
+        return {
+            **super().get_config_dict(),
+            "teacher": self.teacher,
+            "teacher_temperature": self.teacher_temperature,
+            "direction": self.direction,
+        }
+
+
+class EmdrLoss(_TaughtByLikelihood):
+    r"""EMDR²: the likelihood of the target, marginalised over the documents token by token.
+
+    .. math:: L = -\frac{1}{T} \sum_t \log \sum_d P_R(d \mid q)\, p(y_t \mid y_{<t}, q, d),
+              \qquad P_R = \mathrm{softmax}(\cos(q, \cdot) / \tau)
+
+    The reader is frozen, so only the retriever's side of the original objective is left.
+
+    Source: Sachan et al. 2021 (arXiv 2106.05346).
+
+    Args:
+        model: the retriever.
+        reader: the frozen language model; its injected heads do not matter.
+        temperature: divides the cosine similarities.
+
+    Raises:
+        ValueError: ``temperature`` is not positive.
+    """
+
+    name = "emdr"
+
+    def __init__(
+        self, model: SentenceTransformer, reader: Reader, temperature: float = 0.05
+    ) -> None:
+        super().__init__(model, reader, temperature)
+
+    def loss(
+        self,
+        scores: Tensor,
+        evidence: TargetLikelihood,
+        query: dict[str, Any],
+        pool: dict[str, Any],
+    ) -> Tensor:
+        joint = evidence.log_probabilities + torch.log_softmax(scores, -1)[:, :, None]
+        of_token = torch.logsumexp(joint, dim=1)  # [B, T]
+        return -of_token[evidence.token_mask].mean()

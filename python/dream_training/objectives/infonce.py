@@ -1,0 +1,52 @@
+"""Contrastive learning with labels, over each query's own candidates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from dream_training.objectives.base import PoolObjective
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+class PoolInfoNCELoss(PoolObjective):
+    r"""InfoNCE over the same pool of documents that the other objectives see.
+
+    .. math:: L = -\frac{1}{B} \sum_b \log
+              \frac{e^{\cos(q_b, d_b^+) / \tau}}{\sum_{d} e^{\cos(q_b, d) / \tau}}
+
+    :math:`d` runs over the query's pool. It is the loss of sentence-transformers'
+    ``MultipleNegativesRankingLoss`` for a shared pool; with a pool for each query it has no
+    in-batch negatives, which that class cannot do.
+
+    Source: van den Oord et al. 2018 (arXiv 1807.03748).
+
+    Args:
+        model: the retriever.
+        temperature: divides the cosine similarities.
+
+    Raises:
+        ValueError: ``temperature`` is not positive; in training, a query has no known positive.
+    """
+
+    name = "infonce"
+
+    def __init__(self, model: SentenceTransformer, temperature: float = 0.05) -> None:
+        super().__init__(model, temperature)
+
+    def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
+        unknown = [text for text, place in zip(query["texts"], query["positives"]) if place < 0]
+        if unknown:
+            raise ValueError(
+                "objective 'infonce' needs a known positive for every query, "
+                f"{unknown[0]!r} has none"
+            )
+        return pool["input_ids"].new_tensor(query["positives"])
+
+    def loss(
+        self, scores: Tensor, evidence: Tensor, query: dict[str, Any], pool: dict[str, Any]
+    ) -> Tensor:
+        return nn.functional.cross_entropy(scores, evidence.to(scores.device))

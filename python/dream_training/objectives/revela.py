@@ -1,0 +1,94 @@
+"""Revela: language modelling of a batch of texts that attend to each other by similarity."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dream_kernels import Prefix
+from dream_training.objectives.base import PoolObjective, model_inputs, weight_metrics
+from dream_training.reader import ReaderPrompt
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from dream_training.reader import Reader
+
+# What stands before a text in the reader's prompt, as between two documents.
+_BEFORE_TEXT = "\n\n"
+TEXT_PROMPT = ReaderPrompt(query="{query}", target="{target}")
+
+
+class RevelaLoss(PoolObjective):
+    r"""Revela, as far as its definition carries over to a frozen reader.
+
+    Every document :math:`i` of the batch is itself the text to predict, and attends to the other
+    ones :math:`j` in *all* layers and heads, inside each of them as the reader attends, and
+    between them by the retriever's similarity:
+
+    .. math:: L = -\frac{1}{T} \sum_i \sum_t \log p(x_{i,t} \mid x_{i,<t}, \{x_j\}_{j \ne i}),
+              \qquad W_{ij} = \mathrm{softmax}_{j \ne i}(\cos(x_i, x_j) / \tau)
+
+    Queries and targets of the data are not used, nor labels. What differs from the source: the
+    reader is frozen; the other texts get the share :math:`\mu` of the attention that the reader
+    itself gives them (the operator's mode ``reweight``) where the source adds their output to
+    the text's own.
+
+    Source: Cai et al. 2025 (arXiv 2506.16552).
+
+    Args:
+        model: the retriever; documents are encoded as documents on both sides.
+        reader: the frozen language model, injected into all its heads, with the prompt
+            :data:`TEXT_PROMPT` and targets as long as its documents.
+        temperature: divides the cosine similarities; the source uses 1e-4.
+
+    Raises:
+        ValueError: ``temperature`` is not positive; in training, a batch has one document only.
+    """
+
+    name = "revela"
+
+    def __init__(
+        self, model: SentenceTransformer, reader: Reader, temperature: float = 1e-4
+    ) -> None:
+        super().__init__(model, temperature)
+        self.reader = reader
+
+    def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Prefix:
+        if len(pool["texts"]) < 2:
+            raise ValueError("objective 'revela' needs at least two documents in a batch")
+        return without_own(self.reader.read(pool["texts"]))
+
+    def scores(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
+        embeddings = self.model(model_inputs(pool))["sentence_embedding"].float()
+        embeddings = nn.functional.normalize(embeddings, dim=-1)
+        return embeddings @ embeddings.T / self.temperature
+
+    def loss(
+        self, scores: Tensor, evidence: Prefix, query: dict[str, Any], pool: dict[str, Any]
+    ) -> Tensor:
+        texts = pool["texts"]
+        return self.reader(evidence, [_BEFORE_TEXT] * len(texts), texts, scores).loss
+
+    @torch.no_grad()
+    def _record(
+        self, loss: Tensor, scores: Tensor, query: dict[str, Any], pool: dict[str, Any]
+    ) -> None:
+        others = scores.clone().fill_diagonal_(-torch.inf)
+        self.metrics = {
+            "loss": loss.item(),
+            **weight_metrics(others, [-1] * len(scores)),
+            "tokens": int(pool["attention_mask"].sum()),
+        }
+
+
+def without_own(prefix: Prefix) -> Prefix:
+    """Hide document ``i`` of a shared pool from row ``i``; as padding it counts as absent."""
+    places = torch.arange(prefix.length, device=prefix.spans.device)
+    begin, end = prefix.spans[0].unbind(-1)
+    own = (begin[:, None] <= places) & (places < end[:, None])  # [C, P]
+    mask = ~own if prefix.mask is None else prefix.mask & ~own
+    return replace(prefix, mask=mask)
