@@ -86,7 +86,7 @@ def _document_attention(
     """Attend through the operator; returns ``[B, M, Hq, D]`` as transformers expects."""
     prefix = None if context.prefix is None else context.prefix.layers[layer]
     _refuse_what_the_operator_cannot(layer, key, prefix, kwargs)
-    scores, spans = context.scores, context.spans
+    scores, spans = context.scores_of(layer), context.spans
     if scores is None or spans is None or not heads:
         # Plain attention over prefix and local keys: one absent document and no scored head.
         heads = []

@@ -87,7 +87,8 @@ class DocumentContext:
 
     Attributes:
         heads: ``{layer: [head, ...]}`` that receive the scores.
-        scores: ``[B, C]`` or ``[B, Hq, C]``, or None when no scores act in this pass.
+        scores: ``[B, C]``, ``[B, Hq, C]`` or ``[B, layers, Hq, C]``, or None when no scores act
+            in this pass.
         spans: ``[B, C, 2]``, or None when there are no documents in this pass.
         attention_mask: ``[B, T]`` bool over prefix and local keys, or None.
         prefix: what stands before the local keys, or None.
@@ -108,3 +109,9 @@ class DocumentContext:
     impl: str
     recorder: MassRecorder | None = None
     reached: set[int] = field(default_factory=set)
+
+    def scores_of(self, layer: int) -> Tensor | None:
+        """The scores that act in a layer: ``[B, C]`` or ``[B, Hq, C]``."""
+        if self.scores is None or self.scores.dim() != 4:
+            return self.scores
+        return self.scores[:, layer]

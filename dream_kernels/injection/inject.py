@@ -31,6 +31,7 @@ class Injection:
     Attributes:
         model: the injected model.
         heads: ``{layer: [head, ...]}`` that receive the scores.
+        mode: how they act there, ``"reweight"`` or ``"bias"``.
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class Injection:
     ) -> None:
         self.model = model
         self.heads = heads
-        self._mode, self._document_mass, self._impl = mode, document_mass, impl
+        self.mode = mode
+        self._document_mass, self._impl = document_mass, impl
         self._recorder: MassRecorder | None = None
         self._context: DocumentContext | None = None
         self._signature = inspect.signature(type(model).forward)
@@ -74,6 +76,18 @@ class Injection:
         traceback: TracebackType | None,
     ) -> None:
         self.remove()
+
+    def use_heads(self, heads: Heads) -> None:
+        """Let the scores act in other heads from now on.
+
+        Args:
+            heads: as in :func:`inject_attention`.
+
+        Raises:
+            TypeError: ``heads`` has the wrong form.
+            ValueError: the model has no such head.
+        """
+        self.heads = support.check_heads(_by_layer(heads), self.model)
 
     def read_mass(self, row_weights: Tensor, **inputs: Any) -> Tensor:
         """Return the plain attention mass of every document in every layer and head.
@@ -158,6 +172,8 @@ class Injection:
             raise ValueError("document_scores needs document_spans or a document_prefix with spans")
         if scores is None and spans is not None and prefix is None and self._recorder is None:
             raise ValueError("document_spans needs document_scores")
+        if scores is not None and scores.dim() == 4:
+            _check_layers_of_scores(scores, len(support.attention_modules(model)))
         self._context = DocumentContext(
             heads=self.heads,
             scores=scores,
@@ -166,7 +182,7 @@ class Injection:
                 given.get("attention_mask"), prefix, batch, past_length + rows, inputs.device
             ),
             prefix=prefix,
-            mode=self._mode,
+            mode=self.mode,
             document_mass=self._document_mass,
             impl=self._impl,
             recorder=self._recorder,
@@ -200,8 +216,9 @@ def inject_attention(
 
     The model's forward then takes three more keyword arguments:
 
-    - ``document_scores``: ``[B, C]`` or ``[B, Hq, C]``, one logit per document; the gradient
-      flows back into it;
+    - ``document_scores``: ``[B, C]``, ``[B, Hq, C]`` or ``[B, layers, Hq, C]``, one logit per
+      document, or one for each head, or for each head of every layer; the gradient flows back
+      into it, as 0 where a head is not among ``heads``;
     - ``document_spans``: ``[B, C, 2]``, where each document stands, counted in tokens from the
       start of the prefix, or of ``input_ids`` without one;
     - ``document_prefix``: a :class:`Prefix` of documents that were read before. ``input_ids`` is
@@ -236,6 +253,11 @@ def inject_attention(
         raise ValueError(f"{type(model).__name__} cannot be injected: {reason}")
     check_mode(mode, document_mass)
     check_impl(impl)
+    checked = support.check_heads(_by_layer(heads), model)
+    return Injection(model, checked, mode, document_mass, impl)
+
+
+def _by_layer(heads: Heads) -> Mapping[int, Sequence[int]]:
     if isinstance(heads, (str, os.PathLike)):
         heads = read_heads(heads)
     if isinstance(heads, HeadFile):
@@ -245,7 +267,15 @@ def inject_attention(
             "heads must be {layer: [head, ...]}, a HeadFile or a path, "
             f"got {type(heads).__name__}"
         )
-    return Injection(model, support.check_heads(heads, model), mode, document_mass, impl)
+    return heads
+
+
+def _check_layers_of_scores(scores: Tensor, layers: int) -> None:
+    if scores.shape[1] != layers:
+        raise ValueError(
+            f"document_scores of four dimensions must have shape [B, {layers}, Hq, C], one entry "
+            f"for each layer of the model, got {list(scores.shape)}"
+        )
 
 
 def _check_prefix(prefix: object, batch: int, layers: int) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dream_training.collator import DreamCollator
     from dream_training.config import TrainConfig, load_config
-    from dream_training.heads import select_heads
+    from dream_training.heads import HeadExample, select_heads
     from dream_training.losses import DreamLoss
     from dream_training.reader import Reader, ReaderPrompt
     from dream_training.retriever import build_retriever, save_retriever
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "DreamCollator": "collator",
     "DreamLoss": "losses",
+    "HeadExample": "heads",
     "Reader": "reader",
     "ReaderPrompt": "reader",
     "TrainConfig": "config",
@@ -31,6 +32,7 @@ _HOMES = {
 __all__ = [
     "DreamCollator",
     "DreamLoss",
+    "HeadExample",
     "Reader",
     "ReaderPrompt",
     "TrainConfig",

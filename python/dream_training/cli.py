@@ -101,30 +101,43 @@ def compare(
 def heads(
     reader: Annotated[str, typer.Option(help="folder or hub name of the language model")],
     data: Annotated[
-        Path, typer.Option(help="training JSONL whose lines know their positive", exists=True)
+        Path, typer.Option(help="training JSONL; qr criteria need known positives", exists=True)
     ],
     output: Annotated[Path, typer.Option(help="head file, .yaml or .json")] = Path("heads.yaml"),
+    criterion: Annotated[
+        str,
+        typer.Option(help="qr_mass, qr_ndcg, loss_gradient (needs no positives) or random"),
+    ] = "qr_mass",
     top_k: Annotated[int, typer.Option(min=1, help="heads to print and outline")] = 16,
     examples: Annotated[int, typer.Option(min=2, help="training lines to look at")] = 96,
     pool_size: Annotated[int, typer.Option(min=2, help="documents per pool")] = 16,
     context: Annotated[str, typer.Option(help="independent or joint reading")] = "independent",
     passage_max_len: Annotated[int, typer.Option(min=1, help="tokens of a document")] = 128,
     null_query: Annotated[str, typer.Option(help="the query that says nothing")] = "N/A",
-    seed: Annotated[int, typer.Option(help="of the choice of examples")] = 0,
+    token_filter: Annotated[
+        bool, typer.Option(help="drop tokens far below their document's mean (qr criteria)")
+    ] = False,
+    point: Annotated[
+        str, typer.Option(help="where loss_gradient differentiates: own or uniform weights")
+    ] = "own",
+    seed: Annotated[int, typer.Option(help="of the choice of examples, and of random heads")] = 0,
 ) -> None:
-    """Rank the reader's heads by how much a query draws them to its document."""
+    """Rank the reader's heads by how well they pass on which document is read."""
     from dream_training.head_command import run_heads
 
     run_heads(
         reader=reader,
         data=data,
         output=output,
+        criterion=criterion,
         top_k=top_k,
         examples=examples,
         pool_size=pool_size,
         context=context,
         passage_max_len=passage_max_len,
         null_query=null_query,
+        token_filter=token_filter,
+        point=point,
         seed=seed,
     )
 

@@ -16,6 +16,7 @@ import yaml
 
 from dream_training.pools import check_pool
 
+HEAD_CRITERIA = ("qr_mass", "qr_ndcg", "loss_gradient", "random")
 OBJECTIVES = ("dream", "infonce", "replug", "emdr", "revela")
 TEACHERS = ("mean_log_probability", "probability")
 DIRECTIONS = ("teacher_student", "student_teacher")
@@ -28,6 +29,8 @@ class TrainConfig:
     Attributes:
         reader: folder or hub name of the frozen language model; ``smollm2`` for the packaged one.
         heads: head file, or ``auto`` to select heads on the training data first.
+        head_criterion: what ``auto`` goes by: ``qr_mass``, ``qr_ndcg``, ``loss_gradient`` (needs
+            no known positives) or ``random``.
         top_k: how many heads of the head file receive the scores; None for all it names.
         context: how documents are read, ``independent`` or ``joint``.
         mode: ``reweight`` or ``bias``.
@@ -78,6 +81,7 @@ class TrainConfig:
     reader: str
     train_data: str
     heads: str = "auto"
+    head_criterion: str = "qr_mass"
     top_k: int | None = 16
     context: str = "independent"
     mode: str = "reweight"
@@ -121,6 +125,7 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             setattr(self, field.name, _coerce(field.name, getattr(self, field.name)))
         for name, choices in (
+            ("head_criterion", HEAD_CRITERIA),
             ("objective", OBJECTIVES),
             ("teacher", TEACHERS),
             ("teacher_direction", DIRECTIONS),

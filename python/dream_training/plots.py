@@ -19,6 +19,16 @@ from dream_training.callbacks import History
 if TYPE_CHECKING:
     from dream_training.comparison import Row
 
+# Title and unit of the map by the criterion that a head file names.
+_HEAD_SCORES = {
+    "qr_mass": ("QR score", "attention to the gold document\nabove the null query"),
+    "qr_ndcg": ("nDCG@10 of the ranking", "nDCG@10 of the pool as the head ranks it"),
+    "loss_gradient": (
+        "Drop of the loss",
+        "nats per target token when the head\nreads what the loss prefers",
+    ),
+}
+
 
 def plot_heads(head_file: HeadFile, path: str | os.PathLike[str], top_k: int = 16) -> Path:
     """Draw the score of every head as a layer x head map, the ``top_k`` best outlined.
@@ -47,8 +57,9 @@ def plot_heads(head_file: HeadFile, path: str | os.PathLike[str], top_k: int = 1
     axes.set_ylabel("head")
     axes.set_xticks(range(0, layers, max(1, layers // 15)))
     axes.set_yticks(range(0, heads, max(1, heads // 16)))
-    axes.set_title(f"QR score of each head, the best {top_k} outlined")
-    figure.colorbar(image, ax=axes, label="attention to the gold document\nabove the null query")
+    title, meaning = _HEAD_SCORES.get(head_file.provenance.get("criterion", ""), ("Score", "score"))
+    axes.set_title(f"{title} of each head, the best {top_k} outlined")
+    figure.colorbar(image, ax=axes, label=meaning)
     return _save(figure, path)
 
 

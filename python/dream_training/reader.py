@@ -217,7 +217,8 @@ class Reader(nn.Module):
             prefix: the documents, from :meth:`read`; one pool, or one for each query.
             queries: ``B`` texts.
             targets: ``B`` texts, none blank.
-            scores: ``[B, C]`` logits over the documents, any device; gradients flow into them.
+            scores: ``[B, C]`` logits over the documents, any device; gradients flow into them. Or
+                ``[B, Hq, C]`` or ``[B, layers, Hq, C]``, where heads differ.
 
         Raises:
             ValueError: a target is blank, or does not fit into the reader's context.
@@ -322,6 +323,25 @@ class Reader(nn.Module):
             offset = ids.shape[1] - len(tokens)
             weights[b, offset + start : offset + end] = 1.0 / (end - start)
         return ids, mask, weights
+
+    def suffix_rows(
+        self, queries: Sequence[str], targets: Sequence[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokenise queries with their targets, as :meth:`forward` reads them.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` ``[B, M]``, padded on the left, and
+            ``row_weights`` ``[B, M]`` that average over all tokens of a row.
+        """
+        ids, mask = _pad(
+            [
+                self.query_tokens(query) + self.target_tokens(target, i)
+                for i, (query, target) in enumerate(zip(queries, targets))
+            ],
+            "left",
+            self.device,
+        )
+        return ids, mask, mask / mask.sum(1, keepdim=True)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

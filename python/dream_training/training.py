@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import read_training_data
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask
-from dream_training.heads import select_heads
+from dream_training.heads import HEAD_EXAMPLES, WITHOUT_LABELS, head_examples, select_heads
 from dream_training.json_file import write_json
 from dream_training.loading import load_reader, make_retriever
 from dream_training.objectives.build import Objective, build_objective
@@ -27,9 +26,6 @@ from dream_training.retriever import save_retriever
 if TYPE_CHECKING:
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
-
-HEAD_EXAMPLES = 96
-HEAD_POOL = 16
 
 
 @dataclass
@@ -51,21 +47,29 @@ class TrainResult:
     seconds: float
 
 
-def known_pairs(data: Dataset, examples: int, seed: int) -> list[tuple[str, str]]:
-    """Draw (query, relevant document) pairs for head selection.
+def find_heads(config: TrainConfig, data: Dataset, examples: int = HEAD_EXAMPLES) -> HeadFile:
+    """Read the head file that a config names, or select heads on the data.
+
+    Args:
+        config: names the file, or the criterion.
+        data: training data to select on.
+        examples: how many of its lines are looked at.
 
     Raises:
-        ValueError: fewer than two examples of ``data`` know their relevant document.
+        FileNotFoundError: there is no such head file.
+        ValueError: the file is not valid, or the data lacks what the criterion needs.
     """
-    known = [row for row, positive in enumerate(data["positive"]) if positive >= 0]
-    if len(known) < 2:
-        raise ValueError(
-            "selecting heads needs training lines with a known positive, and there are "
-            f'{len(known)}: mark some with "positive": true, or name a head file'
-        )
-    chosen = random.Random(seed).sample(known, min(examples, len(known)))
-    rows = [data[row] for row in chosen]
-    return [(row["query"], row["documents"][row["positive"]]) for row in rows]
+    if config.heads != "auto":
+        return read_heads(config.heads)
+    criterion = config.head_criterion
+    return select_heads(
+        load_reader(config, {}),
+        head_examples(data, examples, config.seed, labelled=criterion not in WITHOUT_LABELS),
+        criterion=criterion,
+        seed=config.seed,
+        data_name=config.train_data,
+        reader_name=config.reader,
+    )
 
 
 def make_evaluator(config: TrainConfig) -> RetrievalEvaluator | None:
@@ -161,15 +165,7 @@ def _choose_heads(
     if heads is None:
         if config.heads == "auto":
             console.print("selecting the reader's heads ...")
-            heads = select_heads(
-                load_reader(config, {}),
-                known_pairs(data, HEAD_EXAMPLES, config.seed),
-                pool_size=HEAD_POOL,
-                data_name=config.train_data,
-                reader_name=config.reader,
-            )
-        else:
-            heads = read_heads(config.heads)
+        heads = find_heads(config, data)
     if heads.scores:
         plot_heads(heads, output_dir / "heads.png", config.top_k or len(heads.heads))
     write_heads(output_dir / "heads.yaml", heads)
