@@ -95,6 +95,7 @@ class DocumentContext:
         mode: as in :func:`dream_kernels.document_attention`.
         document_mass: as in :func:`dream_kernels.document_attention`.
         impl: as in :func:`dream_kernels.document_attention`.
+        first_row: the first row of the local tokens that the scores act on.
         recorder: collects document masses, or None.
         reached: the layers whose attention has seen this context, to notice models that drop it.
     """
@@ -107,6 +108,7 @@ class DocumentContext:
     mode: str
     document_mass: float | None
     impl: str
+    first_row: int = 0
     recorder: MassRecorder | None = None
     reached: set[int] = field(default_factory=set)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Heads = Mapping[int, Sequence[int]] | HeadFile | str | os.PathLike[str]
 
-_KEYWORDS = ("document_scores", "document_spans", "document_prefix")
+_KEYWORDS = ("document_scores", "document_spans", "document_prefix", "document_first_row")
 
 
 class Injection:
@@ -138,7 +138,7 @@ class Injection:
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._context = None
-        scores, spans, prefix = (kwargs.pop(name, None) for name in _KEYWORDS)
+        scores, spans, prefix, first_row = (kwargs.pop(name, None) for name in _KEYWORDS)
         if scores is None and spans is None and prefix is None and self._recorder is None:
             return None
         bound = self._signature.bind_partial(model, *args, **kwargs).arguments
@@ -149,6 +149,7 @@ class Injection:
         if inputs is None:
             raise ValueError("input_ids or inputs_embeds must be given with document_scores")
         batch, rows = inputs.shape[:2]
+        first_row = _check_first_row(first_row, rows)
         # Newer transformers name it "cache" and still accept the old name.
         past = given.get("cache")
         if past is None:
@@ -185,6 +186,7 @@ class Injection:
             mode=self.mode,
             document_mass=self._document_mass,
             impl=self._impl,
+            first_row=first_row,
             recorder=self._recorder,
         )
         kwargs[attention.CONTEXT_KEYWORD] = self._context
@@ -214,7 +216,7 @@ def inject_attention(
 ) -> Injection:
     """Let per-document scores act in some attention heads of a transformers decoder.
 
-    The model's forward then takes three more keyword arguments:
+    The model's forward then takes four more keyword arguments:
 
     - ``document_scores``: ``[B, C]``, ``[B, Hq, C]`` or ``[B, layers, Hq, C]``, one logit per
       document, or one for each head, or for each head of every layer; the gradient flows back
@@ -223,7 +225,9 @@ def inject_attention(
       start of the prefix, or of ``input_ids`` without one;
     - ``document_prefix``: a :class:`Prefix` of documents that were read before. ``input_ids`` is
       then only what follows them, ``attention_mask`` its padding, and ``document_spans`` may be
-      left out.
+      left out;
+    - ``document_first_row``: rows of ``input_ids`` before this one attend plainly, 0 by default.
+      Without effect where there are no scores.
 
     Called without them the model computes exactly what it did before. Works with every decoder
     that dispatches through transformers' ``AttentionInterface``: Llama, Qwen2, Qwen3, Mistral,
@@ -276,6 +280,16 @@ def _check_layers_of_scores(scores: Tensor, layers: int) -> None:
             f"document_scores of four dimensions must have shape [B, {layers}, Hq, C], one entry "
             f"for each layer of the model, got {list(scores.shape)}"
         )
+
+
+def _check_first_row(first_row: object, rows: int) -> int:
+    if first_row is None:
+        return 0
+    if isinstance(first_row, bool) or not isinstance(first_row, int):
+        raise TypeError(f"document_first_row must be an int, got {type(first_row).__name__}")
+    if not 0 <= first_row <= rows:
+        raise ValueError(f"document_first_row must lie in 0 .. {rows}, got {first_row}")
+    return first_row
 
 
 def _check_prefix(prefix: object, batch: int, layers: int) -> None:

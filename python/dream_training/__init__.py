@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from dream_training.config import TrainConfig, load_config
     from dream_training.heads import HeadExample, select_heads
     from dream_training.losses import DreamLoss
-    from dream_training.reader import Reader, ReaderPrompt
+    from dream_training.prompts import ReaderPrompt
+    from dream_training.reader import Reader
     from dream_training.retriever import build_retriever, save_retriever
     from dream_training.training import train
 
@@ -20,7 +21,7 @@ _HOMES = {
     "DreamLoss": "losses",
     "HeadExample": "heads",
     "Reader": "reader",
-    "ReaderPrompt": "reader",
+    "ReaderPrompt": "prompts",
     "TrainConfig": "config",
     "build_retriever": "retriever",
     "load_config": "config",

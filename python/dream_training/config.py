@@ -19,6 +19,8 @@ from dream_training.pools import check_pool
 HEAD_CRITERIA = ("qr_mass", "qr_ndcg", "loss_gradient", "random")
 OBJECTIVES = ("dream", "infonce", "replug", "emdr", "revela")
 TEACHERS = ("mean_log_probability", "probability")
+CONTEXTS = ("independent", "joint")
+INJECTED_ROWS = ("all", "target")
 DIRECTIONS = ("teacher_student", "student_teacher")
 
 
@@ -35,6 +37,11 @@ class TrainConfig:
         context: how documents are read, ``independent`` or ``joint``.
         mode: ``reweight`` or ``bias``.
         document_mass: fixes the attention that all documents get together; None keeps the reader's.
+        injected_rows: the rows that the scores act on: ``all`` after the documents, or ``target``,
+            those that predict the target.
+        reader_prompt: the text around documents, query and target: ``plain``; ``chat``, the
+            reader's chat template, with the target as its answer; or the path of a Jinja template
+            that prints ``documents`` (a list), ``query`` and ``target`` in this order.
         document_store: where keys and values of documents stay once they are read: ``memory``, a
             folder that later runs may share, or None. Independent reading only.
         document_store_gb: what the store keeps at most, in 10⁹ bytes.
@@ -86,6 +93,8 @@ class TrainConfig:
     context: str = "independent"
     mode: str = "reweight"
     document_mass: float | None = None
+    injected_rows: str = "all"
+    reader_prompt: str = "plain"
     document_store: str | None = None
     document_store_gb: float = 2.0
     retriever: str = "smollm2"
@@ -127,6 +136,8 @@ class TrainConfig:
         for name, choices in (
             ("head_criterion", HEAD_CRITERIA),
             ("objective", OBJECTIVES),
+            ("context", CONTEXTS),
+            ("injected_rows", INJECTED_ROWS),
             ("teacher", TEACHERS),
             ("teacher_direction", DIRECTIONS),
         ):
