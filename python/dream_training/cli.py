@@ -98,6 +98,18 @@ def compare(
 
 
 @app.command()
+def doctor(
+    config: Annotated[Path, typer.Argument(help="YAML file", exists=True, dir_okay=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Say in about a minute whether a run can learn; exit code 1 if something is at fault."""
+    from dream_training.doctor_command import run_doctor
+
+    if not run_doctor(config, overrides or []):
+        raise typer.Exit(1)
+
+
+@app.command()
 def heads(
     reader: Annotated[str, typer.Option(help="folder or hub name of the language model")],
     data: Annotated[
