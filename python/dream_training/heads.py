@@ -157,7 +157,7 @@ def select_heads(
     if len(examples) < 2:
         raise ValueError(f"examples must hold at least 2, got {len(examples)}")
     provenance |= {"data": data_name, "examples": len(examples), "pool_size": pool_size}
-    provenance |= {"context": reader.context}
+    provenance |= {"context": reader.context, "passage_max_len": reader.passage_max_len}
     pools = make_pools(examples, pool_size)
     if criterion == "loss_gradient":
         scores, found = _gradient_scores(reader, pools, point, progress)
