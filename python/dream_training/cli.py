@@ -98,16 +98,47 @@ def compare(
 
 
 @app.command()
+def doctor(
+    config: Annotated[Path, typer.Argument(help="YAML file", exists=True, dir_okay=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Say in about a minute whether a run can learn; exit code 1 if something is at fault."""
+    from dream_training.doctor_command import run_doctor
+
+    if not run_doctor(config, overrides or []):
+        raise typer.Exit(1)
+
+
+@app.command()
 def heads(
     reader: Annotated[str, typer.Option(help="folder or hub name of the language model")],
     data: Annotated[
         Path, typer.Option(help="training JSONL; qr criteria need known positives", exists=True)
     ],
-    output: Annotated[Path, typer.Option(help="head file, .yaml or .json")] = Path("heads.yaml"),
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="head file, .yaml or .json; with --compare a folder"),
+    ] = None,
     criterion: Annotated[
-        str,
-        typer.Option(help="qr_mass, qr_ndcg, loss_gradient (needs no positives) or random"),
-    ] = "qr_mass",
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="qr_mass, qr_ndcg, loss_gradient (needs no positives) or random; may be repeated "
+            "with --compare, where all of them are the default"
+        ),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="several criteria: what they share and what they do")
+    ] = False,
+    draws: Annotated[int, typer.Option(min=1, help="random draws with --compare")] = 5,
+    train: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="with --compare: train as this config says with the heads of each choice",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="trainings of each choice")] = 3,
     top_k: Annotated[int, typer.Option(min=1, help="heads to print and outline")] = 16,
     examples: Annotated[int, typer.Option(min=2, help="training lines to look at")] = 96,
     pool_size: Annotated[int, typer.Option(min=2, help="documents per pool")] = 16,
@@ -122,14 +153,16 @@ def heads(
     ] = "own",
     seed: Annotated[int, typer.Option(help="of the choice of examples, and of random heads")] = 0,
 ) -> None:
-    """Rank the reader's heads by how well they pass on which document is read."""
-    from dream_training.head_command import run_heads
+    """Rank the reader's heads by how well they pass on which document is read.
 
-    run_heads(
+    With --compare, what is there already in the folder is not measured again: a long
+    comparison may be stopped, and gone on with by the same command.
+    """
+    from dream_training.head_command import HeadOptions, run_head_comparison, run_heads
+
+    options = HeadOptions(
         reader=reader,
         data=data,
-        output=output,
-        criterion=criterion,
         top_k=top_k,
         examples=examples,
         pool_size=pool_size,
@@ -140,6 +173,23 @@ def heads(
         point=point,
         seed=seed,
     )
+    if compare:
+        try:
+            run_head_comparison(
+                options,
+                output or Path("head-comparison"),
+                criteria=criterion or [],
+                draws=draws,
+                train=train,
+                seeds=seeds,
+            )
+        except KeyboardInterrupt:
+            typer.echo("\nStopped. What is complete is kept: run the same command to go on.")
+            raise typer.Exit(130) from None
+        return
+    if train is not None or len(criterion or []) > 1:
+        raise ValueError("--train and several criteria need --compare")
+    run_heads(options, output or Path("heads.yaml"), (criterion or ["qr_mass"])[0])
 
 
 @app.command()

@@ -157,8 +157,8 @@ def select_heads(
     if len(examples) < 2:
         raise ValueError(f"examples must hold at least 2, got {len(examples)}")
     provenance |= {"data": data_name, "examples": len(examples), "pool_size": pool_size}
-    provenance |= {"context": reader.context}
-    pools = _pools(examples, pool_size)
+    provenance |= {"context": reader.context, "passage_max_len": reader.passage_max_len}
+    pools = make_pools(examples, pool_size)
     if criterion == "loss_gradient":
         scores, found = _gradient_scores(reader, pools, point, progress)
         provenance |= {"mode": reader.injection.mode, "point": point, **found}
@@ -260,7 +260,7 @@ def _head_file(scores: Tensor, provenance: dict[str, Any]) -> HeadFile:
     )
 
 
-def _pools(examples: Sequence[HeadExample], pool_size: int) -> list[Sequence[HeadExample]]:
+def make_pools(examples: Sequence[HeadExample], pool_size: int) -> list[Sequence[HeadExample]]:
     """Cut the examples into pools of ``pool_size``; a last pool of one joins the one before it."""
     pools = [examples[i : i + pool_size] for i in range(0, len(examples), pool_size)]
     if len(pools) > 1 and len(pools[-1]) == 1:

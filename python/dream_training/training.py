@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from dream_training.retriever import save_retriever
 if TYPE_CHECKING:
     from datasets import Dataset
     from sentence_transformers import SentenceTransformer
+    from transformers import TrainerCallback
 
 
 @dataclass
@@ -91,6 +93,7 @@ def train(
     console: Console | None = None,
     evaluate_first: bool = True,
     history: History | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainResult:
     """Train a retriever.
 
@@ -107,6 +110,7 @@ def train(
         console: where to print.
         evaluate_first: evaluate before the first step too.
         history: what was measured before; the run adds to it.
+        callbacks: the trainer's, beside the run's own.
 
     Raises:
         FileNotFoundError: a file of the config is missing.
@@ -132,7 +136,7 @@ def train(
     progress = ProgressCallback(objective.loss, history, console, config.log_steps)
     keeper = KeepBestCallback(model, history, output_dir, console)
     trainer = _trainer(config, model, objective, evaluator, evaluate_first)
-    for callback in (progress, keeper):
+    for callback in (progress, keeper, *callbacks):
         trainer.add_callback(callback)
     start = time.perf_counter()
     interrupted = False
