@@ -35,6 +35,12 @@ class TrainConfig:
         train_data: JSONL file, or a folder that holds train.jsonl.
         eval_data: BEIR folder, or None.
         eval_split: split of the BEIR folder.
+        eval_queries: evaluate on this many of its queries during training, drawn by the seed; the
+            corpus stays whole. None for all.
+        final_tasks: tasks that the best model is evaluated on after training, as ``dream evaluate``
+            names them; the scores of every query go to evaluation.json.
+        report_queries: training queries whose weights before and after are kept for
+            ``dream report``; 0 for none.
         objective: ``dream``, or ``infonce`` (needs known positives).
         temperature: divides the cosine similarities.
         batch_size: queries per step; their documents form one pool.
@@ -70,6 +76,9 @@ class TrainConfig:
     lora_alpha: int | None = None
     eval_data: str | None = None
     eval_split: str = "test"
+    eval_queries: int | None = None
+    final_tasks: list | None = None
+    report_queries: int = 8
     objective: str = "dream"
     temperature: float = 0.05
     batch_size: int = 16
@@ -102,7 +111,9 @@ class TrainConfig:
             _at_least(name, getattr(self, name), 2 if name == "batch_size" else 1)
         for name in ("max_steps", "eval_steps", "log_steps"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("lora_r", "warmup_steps"):
+        if self.eval_queries is not None:
+            _at_least("eval_queries", self.eval_queries, 1)
+        for name in ("lora_r", "warmup_steps", "report_queries"):
             _at_least(name, getattr(self, name), 0)
 
 

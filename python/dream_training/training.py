@@ -17,13 +17,15 @@ from dream_training.collator import DreamCollator
 from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import read_training_data
-from dream_training.evaluation import RetrievalEvaluator, RetrievalTask
+from dream_training.evaluation import RetrievalEvaluator, RetrievalTask, sample_queries
+from dream_training.evaluation.tasks import check_tasks
 from dream_training.heads import select_heads
 from dream_training.json_file import write_json
 from dream_training.losses import DreamLoss
 from dream_training.plots import plot_curve, plot_heads
 from dream_training.reader import Reader
 from dream_training.retriever import build_retriever, save_retriever
+from dream_training.run_record import RunRecord
 from dream_training.smollm2 import smollm2_path
 
 if TYPE_CHECKING:
@@ -100,7 +102,7 @@ def make_evaluator(config: TrainConfig) -> RetrievalEvaluator | None:
     if config.eval_data is None:
         return None
     corpus, queries, qrels = read_beir_folder(config.eval_data, config.eval_split)
-    task = RetrievalTask(queries, corpus, qrels)
+    task = sample_queries(RetrievalTask(queries, corpus, qrels), config.eval_queries, config.seed)
     return RetrievalEvaluator(task, config.query_max_len, config.passage_max_len)
 
 
@@ -134,8 +136,9 @@ def train(
     """Train a retriever.
 
     Writes ``best/`` and ``last/`` (both load with ``SentenceTransformer(path)``), ``heads.yaml``,
-    ``config.json``, ``history.json`` and ``curve.png`` to ``config.output_dir``. Ctrl-C stops
-    after the current step and keeps what there is.
+    ``config.json``, ``history.json`` and ``curve.png`` to ``config.output_dir``, and for
+    ``dream report`` what :class:`~dream_training.run_record.RunRecord` names. Ctrl-C stops after
+    the current step and keeps what there is.
 
     Args:
         config: the run.
@@ -160,16 +163,18 @@ def train(
         )
     if evaluator is None:
         evaluator = make_evaluator(config)
+    check_tasks(config.final_tasks or [])
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "config.json", asdict(config))
     if model is None:
         model = make_retriever(config)
     loss, collator, columns = _objective(config, model, data, heads, output_dir, console)
     history = history or History()
+    record = RunRecord(config, model, data, loss, evaluator, history)
     progress = ProgressCallback(loss, history, console, config.log_steps)
     keeper = KeepBestCallback(model, history, output_dir, console)
     trainer = _trainer(config, model, columns, loss, collator, evaluator, evaluate_first)
-    for callback in (progress, keeper):
+    for callback in (progress, keeper, record):
         trainer.add_callback(callback)
     start = time.perf_counter()
     interrupted = False
@@ -179,6 +184,7 @@ def train(
         interrupted = True
     finally:
         progress.close()
+    seconds = time.perf_counter() - start
     save_retriever(model, output_dir / "last")
     path = keeper.best_path or output_dir / "last"
     write_json(
@@ -188,7 +194,8 @@ def train(
     plot_curve(history, output_dir / "curve.png")
     if interrupted:
         console.print(f"Interrupted after {len(history.steps)} steps; the retriever is in {path}")
-    return TrainResult(model, path, history, interrupted, time.perf_counter() - start)
+    record.finish(path, console, interrupted)
+    return TrainResult(model, path, history, interrupted, seconds)
 
 
 def _objective(
