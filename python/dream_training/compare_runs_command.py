@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dream_training.evaluation.paired import Comparison, compare_queries
 from dream_training.evaluation.results import Evaluation, read_evaluations
-from dream_training.evaluation.tasks import BM25
+from dream_training.evaluation.tasks import BM25, UNTRAINED
 
 
 def run_compare(
@@ -71,14 +71,14 @@ def choose_model(
     source: str | os.PathLike[str],
     option: str,
 ) -> list[Evaluation]:
-    """Return the evaluations of one model; without a name the only one besides BM25.
+    """Return the evaluations of one model; without a name the only trained one.
 
     Raises:
         ValueError: there is no such model, or several to choose from.
     """
     models = list(dict.fromkeys(e.model for e in evaluations))
     if model is None:
-        candidates = [name for name in models if name != BM25] or models
+        candidates = [name for name in models if name not in (BM25, UNTRAINED)] or models
         if len(candidates) != 1:
             raise ValueError(
                 f"{source}: holds {len(candidates)} models, name one with --{option}: "

@@ -52,6 +52,12 @@ class TrainConfig:
         train_data: JSONL file, or a folder that holds train.jsonl.
         eval_data: BEIR folder, or None.
         eval_split: split of the BEIR folder.
+        eval_queries: evaluate on this many of its queries during training, drawn by the seed; the
+            corpus stays whole. None for all.
+        final_tasks: tasks that the best model is evaluated on after training, as ``dream evaluate``
+            names them; the scores of every query go to evaluation.json.
+        report_queries: training queries whose weights before and after are kept for
+            ``dream report``; 0 for none.
         objective: ``dream``, ``replug``, ``emdr``, ``revela``, or ``infonce``, which needs known
             positives.
         temperature: divides the cosine similarities.
@@ -103,6 +109,9 @@ class TrainConfig:
     lora_alpha: int | None = None
     eval_data: str | None = None
     eval_split: str = "test"
+    eval_queries: int | None = None
+    final_tasks: list | None = None
+    report_queries: int = 8
     objective: str = "dream"
     temperature: float = 0.05
     teacher: str = "mean_log_probability"
@@ -157,7 +166,9 @@ class TrainConfig:
             _at_least(name, getattr(self, name), 1)
         if self.mini_batch_size is not None:
             _at_least("mini_batch_size", self.mini_batch_size, 1)
-        for name in ("lora_r", "warmup_steps"):
+        if self.eval_queries is not None:
+            _at_least("eval_queries", self.eval_queries, 1)
+        for name in ("lora_r", "warmup_steps", "report_queries"):
             _at_least(name, getattr(self, name), 0)
 
 

@@ -16,13 +16,15 @@ from dream_training.callbacks import History, KeepBestCallback, ProgressCallback
 from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import read_training_data
-from dream_training.evaluation import RetrievalEvaluator, RetrievalTask
+from dream_training.evaluation import RetrievalEvaluator, RetrievalTask, sample_queries
+from dream_training.evaluation.tasks import check_tasks
 from dream_training.heads import HEAD_EXAMPLES, WITHOUT_LABELS, head_examples, select_heads
 from dream_training.json_file import write_json
 from dream_training.loading import load_reader, make_retriever
 from dream_training.objectives.build import Objective, build_objective
 from dream_training.plots import plot_curve, plot_heads
 from dream_training.retriever import save_retriever
+from dream_training.run_record import RunRecord
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,7 +81,7 @@ def make_evaluator(config: TrainConfig) -> RetrievalEvaluator | None:
     if config.eval_data is None:
         return None
     corpus, queries, qrels = read_beir_folder(config.eval_data, config.eval_split)
-    task = RetrievalTask(queries, corpus, qrels)
+    task = sample_queries(RetrievalTask(queries, corpus, qrels), config.eval_queries, config.seed)
     return RetrievalEvaluator(task, config.query_max_len, config.passage_max_len)
 
 
@@ -98,8 +100,9 @@ def train(
     """Train a retriever.
 
     Writes ``best/`` and ``last/`` (both load with ``SentenceTransformer(path)``), ``heads.yaml``,
-    ``config.json``, ``history.json`` and ``curve.png`` to ``config.output_dir``. Ctrl-C stops
-    after the current step and keeps what there is.
+    ``config.json``, ``history.json`` and ``curve.png`` to ``config.output_dir``, and for
+    ``dream report`` what :class:`~dream_training.run_record.RunRecord` names. Ctrl-C stops after
+    the current step and keeps what there is.
 
     Args:
         config: the run.
@@ -125,6 +128,7 @@ def train(
         )
     if evaluator is None:
         evaluator = make_evaluator(config)
+    check_tasks(config.final_tasks or [])
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "config.json", asdict(config))
     if model is None:
@@ -133,10 +137,11 @@ def train(
         config, model, data, lambda: _choose_heads(config, data, heads, output_dir, console)
     )
     history = history or History()
+    record = RunRecord(config, model, data, objective.loss, evaluator, history)
     progress = ProgressCallback(objective.loss, history, console, config.log_steps)
     keeper = KeepBestCallback(model, history, output_dir, console)
     trainer = _trainer(config, model, objective, evaluator, evaluate_first)
-    for callback in (progress, keeper, *callbacks):
+    for callback in (progress, keeper, record, *callbacks):
         trainer.add_callback(callback)
     start = time.perf_counter()
     interrupted = False
@@ -146,6 +151,7 @@ def train(
         interrupted = True
     finally:
         progress.close()
+    seconds = time.perf_counter() - start
     save_retriever(model, output_dir / "last")
     path = keeper.best_path or output_dir / "last"
     write_json(
@@ -155,7 +161,8 @@ def train(
     plot_curve(history, output_dir / "curve.png")
     if interrupted:
         console.print(f"Interrupted after {len(history.steps)} steps; the retriever is in {path}")
-    return TrainResult(model, path, history, interrupted, time.perf_counter() - start)
+    record.finish(path, console, interrupted)
+    return TrainResult(model, path, history, interrupted, seconds)
 
 
 def _choose_heads(

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 BEIR_PREFIX = "beir:"
-BM25 = "BM25"
+# Names in results that stand for no trained model.
+BM25, UNTRAINED = "BM25", "untrained"
 
 # beir9: the paper reports nine sets of BEIR and which ones is not known to us. These nine are
 # public, and papers that report a part of BEIR mostly report these; the choice is ours.
