@@ -11,6 +11,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from dream_training.data_cli import app as data_app
+
 app = typer.Typer(
     help="Train dense retrievers from a frozen language model's own next-token loss.",
     no_args_is_help=True,
@@ -18,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data_app, name="data")
 
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time
@@ -190,6 +193,74 @@ def heads(
     if train is not None or len(criterion or []) > 1:
         raise ValueError("--train and several criteria need --compare")
     run_heads(options, output or Path("heads.yaml"), (criterion or ["qr_mass"])[0])
+
+
+@app.command()
+def mine(
+    data: Annotated[str, typer.Argument(help="training data of any form")],
+    output: Annotated[Path, typer.Option(help="JSONL file to write")],
+    retriever: Annotated[
+        str, typer.Option(help="bm25, or a sentence-transformers model: folder or hub name")
+    ] = "bm25",
+    corpus: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="BEIR folder or file of lines with text; by default the data's own"),
+    ] = None,
+    per_query: Annotated[int, typer.Option(min=1, help="candidates to add to a line")] = 7,
+    first_rank: Annotated[int, typer.Option(min=1, help="of the ranks they come from")] = 1,
+    last_rank: Annotated[int, typer.Option(min=1, help="of the ranks they come from")] = 100,
+    choose: Annotated[str, typer.Option(help="random ones of these ranks, or the best")] = "random",
+    exclude_answers: Annotated[
+        bool, typer.Option(help="leave out documents in which an answer occurs")
+    ] = False,
+    keep_candidates: Annotated[
+        bool, typer.Option(help="keep the candidates that a line has besides its positives")
+    ] = False,
+    split: Annotated[str, typer.Option(help="of a BEIR folder's qrels or a data set")] = "train",
+    target_from: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="answers, positive, positive_sentence or a file of targets"),
+    ] = None,
+    query_max_len: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="tokens of a query that are encoded"),
+    ] = None,
+    passage_max_len: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="tokens of a document that are encoded"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts encoded at once")] = 32,
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="cpu, cuda, ...; a GPU where there is one"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the random choice")] = 0,
+) -> None:
+    """Add candidates to training lines: documents that BM25 or a retriever ranks high."""
+    from dream_training.data.mining import MiningOptions
+    from dream_training.mine_command import run_mine
+
+    run_mine(
+        data=data,
+        output=output,
+        retriever=retriever,
+        corpus=corpus,
+        options=MiningOptions(
+            per_query=per_query,
+            first_rank=first_rank,
+            last_rank=last_rank,
+            choose=choose,
+            exclude_answers=exclude_answers,
+            keep_candidates=keep_candidates,
+            seed=seed,
+        ),
+        split=split,
+        target_from=target_from,
+        query_max_len=query_max_len,
+        passage_max_len=passage_max_len,
+        batch_size=batch_size,
+        device=device,
+    )
 
 
 @app.command()

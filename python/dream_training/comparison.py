@@ -245,7 +245,7 @@ def _measure(
     model = make_retriever(config)
     evaluators = {}
     for folder in comparison.folders:
-        evaluator = make_evaluator(replace(config, eval_data=folder))
+        evaluator = make_evaluator(replace(config, eval_data=folder, eval_queries=None))
         assert evaluator is not None
         evaluators[_short(folder)] = evaluator
     # Runs that differ only in how they train start from the same retriever.

@@ -22,6 +22,7 @@ TEACHERS = ("mean_log_probability", "probability")
 CONTEXTS = ("independent", "joint")
 INJECTED_ROWS = ("all", "target")
 DIRECTIONS = ("teacher_student", "student_teacher")
+POSITIVES = ("first", "each")
 
 
 @dataclass
@@ -49,7 +50,13 @@ class TrainConfig:
         retriever_layers: keep only the first layers of a language model; None for all.
         lora_r: rank of the LoRA adapters; 0 trains every weight.
         lora_alpha: scale of the adapters, twice the rank by default.
-        train_data: JSONL file, or a folder that holds train.jsonl.
+        train_data: file, folder or data set of any form that
+            :func:`~dream_training.data.jsonl.iterate_training_rows` reads.
+        train_split: of ``train_data``, where it has splits.
+        train_positives: of several relevant documents the ``first``, or one row of ``each``.
+        target_from: what the target is where lines have none: ``positive``,
+            ``positive_sentence``, ``answers`` or a file of targets.
+        streaming: read ``train_data`` while training, shuffled within a buffer, and not at once.
         eval_data: BEIR folder, or None.
         eval_split: split of the BEIR folder.
         eval_queries: evaluate on this many of its queries during training, drawn by the seed; the
@@ -107,6 +114,10 @@ class TrainConfig:
     retriever_layers: int | None = None
     lora_r: int = 32
     lora_alpha: int | None = None
+    train_split: str = "train"
+    train_positives: str = "first"
+    target_from: str | None = None
+    streaming: bool = False
     eval_data: str | None = None
     eval_split: str = "test"
     eval_queries: int | None = None
@@ -149,9 +160,12 @@ class TrainConfig:
             ("injected_rows", INJECTED_ROWS),
             ("teacher", TEACHERS),
             ("teacher_direction", DIRECTIONS),
+            ("train_positives", POSITIVES),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.streaming and self.objective == "infonce":
+            raise ValueError("objective 'infonce' needs all lines at once: set streaming: false")
         for name in ("temperature", "teacher_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -57,10 +57,10 @@ def dry_run(config: TrainConfig, console: Console) -> Plan:
 def _rows(config: TrainConfig) -> tuple[Any, bool]:
     from datasets import Dataset
 
-    from dream_training.data.jsonl import read_training_data
+    from dream_training.training import load_training_data
 
     try:
-        return read_training_data(config.train_data), True
+        return load_training_data(replace(config, streaming=False)), True
     except FileNotFoundError:
         words = [f"{i} {'abcdefgh'[i % 8] * _LETTERS}" for i in range(4 * config.batch_size)]
         rows = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from dream_training.head_mass import calibrated_mass, qr_mass, qr_ndcg
 from dream_training.reader import Reader
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 NULL_QUERY = "N/A"
 HEAD_EXAMPLES = 96
+# Lines of a stream among which the examples are drawn.
+STREAM_SAMPLE = 10_000
 HEAD_POOL = 16
 
 # What the score of a head is under each criterion, as written into head files.
@@ -57,11 +60,13 @@ class HeadExample:
         return self.documents[self.positive]
 
 
-def head_examples(data: Dataset, count: int, seed: int, *, labelled: bool) -> list[HeadExample]:
+def head_examples(
+    data: Dataset | IterableDataset, count: int, seed: int, *, labelled: bool
+) -> list[HeadExample]:
     """Draw examples for head selection from training data.
 
     Args:
-        data: with the columns of ``DreamCollator``.
+        data: with the columns of ``DreamCollator``; of a stream only the beginning is looked at.
         count: how many, as far as there are that many.
         seed: of the choice.
         labelled: only lines with a known positive.
@@ -69,6 +74,10 @@ def head_examples(data: Dataset, count: int, seed: int, *, labelled: bool) -> li
     Raises:
         ValueError: there are fewer than two.
     """
+    if not hasattr(data, "__len__"):
+        from datasets import Dataset
+
+        data = Dataset.from_list(list(itertools.islice(data, STREAM_SAMPLE)))
     rows = list(range(len(data)))
     if labelled:
         rows = [row for row, positive in enumerate(data["positive"]) if positive >= 0]

@@ -15,7 +15,7 @@ from dream_kernels import HeadFile, read_heads, write_heads
 from dream_training.callbacks import History, KeepBestCallback, ProgressCallback
 from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
-from dream_training.data.jsonl import read_training_data
+from dream_training.data.jsonl import read_training_data, stream_training_data
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask, sample_queries
 from dream_training.evaluation.tasks import check_tasks
 from dream_training.heads import HEAD_EXAMPLES, WITHOUT_LABELS, head_examples, select_heads
@@ -27,9 +27,12 @@ from dream_training.retriever import save_retriever
 from dream_training.run_record import RunRecord
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from sentence_transformers import SentenceTransformer
     from transformers import TrainerCallback
+
+# Lines of a stream that are shuffled together.
+STREAM_BUFFER = 1000
 
 
 @dataclass
@@ -51,7 +54,27 @@ class TrainResult:
     seconds: float
 
 
-def find_heads(config: TrainConfig, data: Dataset, examples: int = HEAD_EXAMPLES) -> HeadFile:
+def load_training_data(config: TrainConfig) -> Dataset | IterableDataset:
+    """Read the training data that a config names; a stream if it says so, shuffled.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or data set.
+        ValueError: a line is not valid; the message names file and line.
+    """
+    options: dict[str, Any] = {
+        "split": config.train_split,
+        "target_from": config.target_from,
+        "positives": config.train_positives,
+    }
+    if config.streaming:
+        stream = stream_training_data(config.train_data, **options)
+        return stream.shuffle(seed=config.seed, buffer_size=STREAM_BUFFER)
+    return read_training_data(config.train_data, **options)
+
+
+def find_heads(
+    config: TrainConfig, data: Dataset | IterableDataset, examples: int = HEAD_EXAMPLES
+) -> HeadFile:
     """Read the head file that a config names, or select heads on the data.
 
     Args:
@@ -88,7 +111,7 @@ def make_evaluator(config: TrainConfig) -> RetrievalEvaluator | None:
 def train(
     config: TrainConfig,
     *,
-    data: Dataset | None = None,
+    data: Dataset | IterableDataset | None = None,
     evaluator: RetrievalEvaluator | None = None,
     heads: HeadFile | None = None,
     model: SentenceTransformer | None = None,
@@ -121,8 +144,8 @@ def train(
     """
     console = console or Console()
     output_dir = Path(config.output_dir)
-    data = read_training_data(config.train_data) if data is None else data
-    if len(data) < config.batch_size:
+    data = load_training_data(config) if data is None else data
+    if not _is_stream(data) and len(data) < config.batch_size:
         raise ValueError(
             f"train_data must hold at least one batch of {config.batch_size} lines, got {len(data)}"
         )
@@ -165,9 +188,13 @@ def train(
     return TrainResult(model, path, history, interrupted, seconds)
 
 
+def _is_stream(data: Any) -> bool:
+    return not hasattr(data, "__len__")
+
+
 def _choose_heads(
     config: TrainConfig,
-    data: Dataset,
+    data: Dataset | IterableDataset,
     heads: HeadFile | None,
     output_dir: Path,
     console: Console,
@@ -216,6 +243,8 @@ def _trainer(
         data_seed=config.seed,
         use_cpu=str(model.device) == "cpu",
         dataloader_drop_last=True,
+        # Batches of a stream would be cut to as many documents as there are queries.
+        accelerator_config={"dispatch_batches": False},
         dataloader_pin_memory=torch.cuda.is_available(),
         logging_steps=1,
         save_strategy="no",

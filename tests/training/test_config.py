@@ -53,6 +53,8 @@ def test_file_and_overrides(tmp_path) -> None:
             ["document_store=memory", "context=joint"],
             "document_store must be null unless",
         ),
+        (REQUIRED, ["train_positives=all"], "train_positives must be one of .*'all'"),
+        (REQUIRED, ["streaming=true", "objective=infonce"], "needs all lines at once"),
         (REQUIRED, ["top_k=best"], "top_k must be int or null"),
         ("- a\n", [], "must hold keys and values, got list"),
         ("a: [\n", [], "not valid YAML"),

@@ -147,6 +147,19 @@ def test_mistakes_are_named(run, tmp_path: Path) -> None:
         train(run(heads=str(heads), top_k=None), console=quiet())
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_forms_are_trained_on(run, tmp_path: Path, streaming: bool) -> None:
+    data = tmp_path / "flag.jsonl"
+    lines = [{"query": r["query"], "pos": r["documents"], "neg": ["none"]} for r in make_rows(9)]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    config = run(train_data=str(data), streaming=streaming, eval_data=None, target_from="positive")
+    result = train(config, console=quiet())
+    # Two batches of four in nine lines: the fourth step is in the second round.
+    assert [s["step"] for s in result.history.steps] == [1, 2, 3, 4]
+    assert all(s["weight_on_positive"] > 0 for s in result.history.steps)
+    assert read_heads(tmp_path / "out" / "heads.yaml").provenance["examples"] == 9
+
+
 @pytest.mark.slow
 def test_fifty_steps_on_natural_questions(nq_oracle: Path, tmp_path: Path) -> None:
     """A frozen SmolLM2 teaches its own first layers: nDCG@10 at least 0.35 on unseen queries."""

@@ -129,11 +129,7 @@ def read_beir_folder(
             unknown queries or documents.
     """
     folder = Path(path)
-    corpus: Corpus = {}
-    for where, row in _read_jsonl(folder / _CORPUS):
-        title = _text(row, "title", where, optional=True)
-        text = _text(row, "text", where, optional=True)
-        _add(corpus, _id(row, where), f"{title} {text}".strip(), where)
+    corpus = read_corpus(folder)
     every_query: Queries = {}
     for where, row in _read_jsonl(folder / _QUERIES):
         _add(every_query, _id(row, where), _text(row, "text", where), where)
@@ -143,6 +139,21 @@ def read_beir_folder(
     if dropped := len(every_query) - len(queries):
         logger.info("%s: %d queries have no line in qrels/%s.tsv", folder, dropped, split)
     return corpus, queries, qrels
+
+
+def read_corpus(path: str | os.PathLike[str]) -> Corpus:
+    """Read the corpus of a BEIR folder alone, as :func:`read_beir_folder` does.
+
+    Raises:
+        FileNotFoundError: the folder has no ``corpus.jsonl``.
+        ValueError: for a line that cannot be read, or an id that appears twice.
+    """
+    corpus: Corpus = {}
+    for where, row in _read_jsonl(Path(path) / _CORPUS):
+        title = _text(row, "title", where, optional=True)
+        text = _text(row, "text", where, optional=True)
+        _add(corpus, _id(row, where), f"{title} {text}".strip(), where)
+    return corpus
 
 
 def _merged_queries(splits: Mapping[str, Split]) -> Queries:

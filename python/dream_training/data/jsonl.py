@@ -1,54 +1,154 @@
-"""Training data as JSON lines: a query, a target, candidate documents."""
+"""Training data: any form read into columns, and written as the project's own JSON lines."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dream_training.config import POSITIVES
+from dream_training.data import raw_text
+from dream_training.data.forms import Parse, beir, find_form
+from dream_training.data.raw_text import TextLengths
+from dream_training.data.sources import read_rows
+from dream_training.data.targets import choose_targets
+from dream_training.data.training_row import TrainingRow, text_of
+
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
+
+# Rows that become one Arrow table: Python objects of more would outweigh the text.
+_CHUNK = 10_000
 
 
-def read_training_data(path: str | os.PathLike[str]) -> Dataset:
-    """Read a JSONL file into a data set with the columns of ``DreamCollator``.
-
-    A line is an object with
-
-    - ``query``: text;
-    - ``target``: the text that the reader shall predict, or ``answers``: a list whose first text
-      is the target;
-    - ``documents``: a list of candidates, each a text or ``{"title": ..., "text": ...}``. Every
-      candidate joins the batch's pool;
-    - ``positive`` (optional): ``true`` when the first document is known to be relevant, or the
-      index of the relevant one. It is only watched, never trained on by DREAM.
+def read_training_data(
+    source: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    target_from: str | None = None,
+    positives: str = "first",
+) -> Dataset:
+    """Read training data of any form into a data set with the columns of ``DreamCollator``.
 
     Args:
-        path: the file, or a folder that holds ``train.jsonl``.
+        source: a file, a folder, or the name of a data set on the hub, as
+            :func:`iterate_training_rows` takes them.
+        split: of a BEIR folder's qrels, or of a data set.
+        target_from: where the target comes from; by default the row's own ``target``, or its
+            first answer. See :func:`~dream_training.data.targets.choose_targets`.
+        positives: of several relevant documents keep the ``first``, or make one row of ``each``.
+            The others leave the row: beside the first they would count as irrelevant.
 
     Returns:
         A ``datasets.Dataset`` with ``query``, ``target``, ``documents`` and ``positive`` (-1 where
         it is not known).
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, folder or data set.
         ValueError: a line is not valid; the message names file and line.
     """
-    from datasets import Dataset
+    from datasets import Dataset, concatenate_datasets
 
-    path = Path(path)
-    if path.is_dir():
-        path = path / "train.jsonl"
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                rows.append(_parse(line, f"{path}:{number}"))
-    if not rows:
-        raise ValueError(f"{path}: holds no line")
-    return Dataset.from_list(rows)
+    tables: list[Dataset] = []
+    chunk: list[dict[str, Any]] = []
+    for row in _columns(source, split, target_from, positives):
+        chunk.append(row)
+        if len(chunk) == _CHUNK:
+            tables.append(Dataset.from_list(chunk))
+            chunk = []
+    if chunk:
+        tables.append(Dataset.from_list(chunk))
+    return tables[0] if len(tables) == 1 else concatenate_datasets(tables)
+
+
+def stream_training_data(
+    source: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    target_from: str | None = None,
+    positives: str = "first",
+) -> IterableDataset:
+    """Read training data row by row while it is trained on; arguments and errors as above.
+
+    An error in a line is raised when the line is reached. A trainer's arguments need
+    ``accelerator_config={"dispatch_batches": False}``: batches that are dispatched lose the
+    documents beyond the number of queries.
+
+    Returns:
+        A ``datasets.IterableDataset`` with the columns of :func:`read_training_data`.
+    """
+    from datasets import Features, IterableDataset, Value
+
+    return IterableDataset.from_generator(
+        _columns,
+        features=Features(
+            {
+                "query": Value("string"),
+                "target": Value("string"),
+                "documents": [Value("string")],
+                "positive": Value("int64"),
+            }
+        ),
+        gen_kwargs={
+            "source": str(source),
+            "split": split,
+            "target_from": target_from,
+            "positives": positives,
+            "streaming": True,
+        },
+    )
+
+
+def iterate_training_rows(
+    source: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    target_from: str | os.PathLike[str] | None = None,
+    need_target: bool = True,
+    streaming: bool = False,
+    text_lengths: TextLengths | None = None,
+    on_bad_line: Callable[[str], None] | None = None,
+) -> Iterator[TrainingRow]:
+    """Yield the rows of training data of any form.
+
+    The form of a file's lines follows from the keys of the first:
+
+    - the project's own: ``query``; ``target``, or ``answers`` (a list of which the first is the
+      target); ``documents``, a list of candidates, each a text or ``{"title": ..., "text": ...}``;
+      and, if known, ``positive``: ``true`` (the first is relevant), an index or a list of indices;
+    - Tevatron: ``query``, ``positive_passages``, ``negative_passages``, perhaps ``answers``;
+    - FlagEmbedding: ``query``, ``pos``, ``neg``;
+    - sentence-transformers: ``query`` or ``anchor``, ``positive``, ``negative``, ``negative_2``;
+    - ``text`` alone: see :func:`~dream_training.data.raw_text.rows_of_text`.
+
+    Args:
+        source: a ``.jsonl``, ``.json`` or ``.parquet`` file (the first two also ``.gz``); a folder
+            with ``train.jsonl``, a BEIR folder, a folder of ``.txt`` and ``.md`` files, or one
+            that ``datasets`` loads; or the name of a data set on the hub, ``name:subset`` if it
+            has subsets.
+        split: of a BEIR folder's qrels, or of a data set.
+        target_from: as in :func:`~dream_training.data.targets.choose_targets`. A BEIR folder that
+            holds ``targets.jsonl`` takes it by default.
+        need_target: rows without a target are an error.
+        streaming: do not download a data set before reading it.
+        text_lengths: how ``text`` alone is cut.
+        on_bad_line: called with what is wrong with a line, which is then passed over; by default
+            that is raised. Lines that are not JSON are raised in any case.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or data set.
+        ValueError: a line is not valid, or there is none.
+    """
+    path = Path(source)
+    if path.is_dir() and not (path / "train.jsonl").is_file() and beir.fits(path):
+        rows = beir.rows_of(path, split)
+        if target_from is None and (path / beir.TARGETS_FILE).is_file():
+            target_from = path / beir.TARGETS_FILE
+    else:
+        rows = _rows_of_lines(source, split, streaming, text_lengths, on_bad_line)
+    return choose_targets(rows, target_from) if need_target or target_from is not None else rows
 
 
 def to_training_data(rows: Iterable[tuple[str, str, str]]) -> Dataset:
@@ -63,58 +163,106 @@ def to_training_data(rows: Iterable[tuple[str, str, str]]) -> Dataset:
     )
 
 
-def _parse(line: str, where: str) -> dict[str, Any]:
+def write_training_rows(path: str | os.PathLike[str], rows: Iterable[TrainingRow]) -> int:
+    """Write rows in the project's own form, whole or not at all, and return their number.
+
+    The file takes its name when it is complete; on an error there is none, or the old one stays.
+    """
+    return write_json_lines(path, (row.as_json() for row in rows))
+
+
+def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write objects as lines of JSON, whole or not at all, and return their number."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    count = 0
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a line must be an object, got {type(row).__name__}")
-    documents = row.get("documents")
-    if not isinstance(documents, list) or not documents:
-        raise ValueError(f"{where}: documents must be a list of at least one candidate")
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def _rows_of_lines(
+    source: str | os.PathLike[str],
+    split: str,
+    streaming: bool,
+    text_lengths: TextLengths | None,
+    on_bad_line: Callable[[str], None] | None,
+) -> Iterator[TrainingRow]:
+    path = Path(source)
+    if path.is_dir():
+        if (path / "train.jsonl").is_file():
+            path = path / "train.jsonl"
+            source = path
+        elif files := raw_text.text_files(path):
+            yield from raw_text.rows_of_text(raw_text.read_files(files), text_lengths)
+            return
+    placed = read_rows(source, split, streaming=streaming)
+    first = next(placed, None)
+    if first is None:
+        raise ValueError(f"{source}: holds no line")
+    lines = _with_first(first, placed)
+    where, row = first
+    if raw_text.fits(row):
+        texts = ((where, text_of(row, "text", where)) for where, row in lines)
+        yield from raw_text.rows_of_text(texts, text_lengths)
+        return
+    parse = find_form(row, where)
+    for where, row in lines:
+        parsed = _parsed(parse, row, where, on_bad_line)
+        if parsed is not None:
+            yield parsed
+
+
+def _parsed(
+    parse: Parse, row: dict[str, Any], where: str, on_bad_line: Callable[[str], None] | None
+) -> TrainingRow | None:
+    try:
+        return parse(row, where)
+    except ValueError as error:
+        if on_bad_line is None:
+            raise
+        on_bad_line(str(error))
+        return None
+
+
+def _with_first(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _columns(
+    source: str | os.PathLike[str],
+    split: str,
+    target_from: str | None,
+    positives: str,
+    streaming: bool = False,
+) -> Iterator[dict[str, Any]]:
+    if positives not in POSITIVES:
+        raise ValueError(f"positives must be one of {POSITIVES}, got {positives!r}")
+    rows = iterate_training_rows(source, split=split, target_from=target_from, streaming=streaming)
+    for row in rows:
+        irrelevant = [d for i, d in enumerate(row.documents) if i not in row.positives]
+        known = [row.documents[i] for i in row.positives]
+        if len(known) <= 1:
+            # As written, for a reader of the file to find what is trained on.
+            positive = row.positives[0] if known else -1
+            yield _column_row(row, list(row.documents), positive)
+            continue
+        for document in known if positives == "each" else known[:1]:
+            yield _column_row(row, [document, *irrelevant], 0)
+
+
+def _column_row(row: TrainingRow, documents: list[str], positive: int) -> dict[str, Any]:
     return {
-        "query": _text(row, "query", where),
-        "target": _target(row, where),
-        "documents": [_document(d, i, where) for i, d in enumerate(documents)],
-        "positive": _positive(row.get("positive"), len(documents), where),
+        "query": row.query,
+        "target": row.target,
+        "documents": documents,
+        "positive": positive,
     }
-
-
-def _text(row: dict[str, Any], key: str, where: str) -> str:
-    if key not in row:
-        raise ValueError(f"{where}: has no {key}; its keys are {', '.join(row) or 'none'}")
-    value = row[key]
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: {key} must be a text that is not empty, got {value!r}")
-    return value
-
-
-def _target(row: dict[str, Any], where: str) -> str:
-    if "target" in row or "answers" not in row:
-        return _text(row, "target", where)
-    answers = row["answers"]
-    if not isinstance(answers, list) or not answers:
-        raise ValueError(f"{where}: answers must be a list of at least one text, got {answers!r}")
-    return _text({"answers[0]": answers[0]}, "answers[0]", where)
-
-
-def _document(value: Any, index: int, where: str) -> str:
-    name = f"documents[{index}]"
-    if isinstance(value, dict):
-        title, text = value.get("title") or "", value.get("text") or ""
-        value = f"{title}\n{text}" if title and text else title or text
-    return _text({name: value}, name, where)
-
-
-def _positive(value: Any, documents: int, where: str) -> int:
-    if value is None or value is False:
-        return -1
-    if value is True:
-        return 0
-    if not isinstance(value, int) or not -1 <= value < documents:
-        raise ValueError(
-            f"{where}: positive must be true, false or an index in 0 .. {documents - 1}, "
-            f"got {value!r}"
-        )
-    return value

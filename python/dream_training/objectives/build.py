@@ -14,7 +14,7 @@ from dream_training.objectives.infonce import PoolInfoNCELoss
 from dream_training.objectives.revela import TEXT_PROMPT, RevelaLoss
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from sentence_transformers import SentenceTransformer
 
     from dream_training.config import TrainConfig
@@ -34,7 +34,7 @@ class Objective:
     """
 
     loss: Any
-    data: Dataset
+    data: Dataset | IterableDataset
     collator: DreamCollator | None
     no_duplicates: bool = False
 
@@ -42,7 +42,7 @@ class Objective:
 def build_objective(
     config: TrainConfig,
     model: SentenceTransformer,
-    data: Dataset,
+    data: Dataset | IterableDataset,
     choose_heads: Callable[[], Heads],
 ) -> Objective:
     """Build the objective that a config names.
@@ -122,7 +122,7 @@ def labelled(data: Dataset) -> Dataset:
     return data.select(known)
 
 
-def labelled_columns(data: Dataset) -> Dataset:
+def labelled_columns(data: Dataset | IterableDataset) -> Dataset:
     """(query, positive, negative_1, ...) columns for objectives that need labels.
 
     Every row gives its relevant document and as many of its other candidates as all rows have.
@@ -130,6 +130,8 @@ def labelled_columns(data: Dataset) -> Dataset:
     Raises:
         ValueError: no line knows its relevant document.
     """
+    from datasets import Dataset
+
     known = list(labelled(data))
     negatives = min(len(row["documents"]) for row in known) - 1
     rows = []
@@ -138,4 +140,4 @@ def labelled_columns(data: Dataset) -> Dataset:
         columns = {"query": row["query"], "positive": documents.pop(row["positive"])}
         columns |= {f"negative_{i + 1}": documents[i] for i in range(negatives)}
         rows.append(columns)
-    return type(data).from_list(rows)
+    return Dataset.from_list(rows)

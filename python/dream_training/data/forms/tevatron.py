@@ -1,0 +1,44 @@
+"""Tevatron's form: ``query``, ``positive_passages``, ``negative_passages``, perhaps ``answers``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from dream_training.data.training_row import (
+    TrainingRow,
+    answers_of,
+    documents_of,
+    make_row,
+    query_id_of,
+    target_of,
+    text_of,
+)
+
+COLUMNS = "query, positive_passages, negative_passages"
+
+
+def fits(columns: Collection[str]) -> bool:
+    """Whether rows with these columns have this form."""
+    return "positive_passages" in columns
+
+
+def parse(row: Mapping[str, Any], where: str) -> TrainingRow:
+    """Read passages, ``{"docid": ..., "title": ..., "text": ...}``, the relevant ones first.
+
+    Some published sets have an empty list of answers where there is none.
+
+    Raises:
+        ValueError: the row is not valid; the message begins with ``where``.
+    """
+    relevant = documents_of(row, "positive_passages", where)
+    others = documents_of(row, "negative_passages", where, least=0)
+    return make_row(
+        text_of(row, "query", where),
+        [*relevant, *others],
+        range(len(relevant)),
+        target=target_of(row, where),
+        answers=answers_of(row, where) if row.get("answers") else (),
+        query_id=query_id_of(row),
+        where=where,
+    )

@@ -1,0 +1,156 @@
+"""Targets that a language model writes, where data has a query and a passage and no answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from dream_training.data.training_row import TrainingRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+INSTRUCTION = (
+    "Passage:\n{document}\n\nQuestion: {query}\n\n"
+    "Answer the question in one short sentence, from the passage alone."
+)
+_PLAIN = "{instruction}\nAnswer:"
+
+
+@dataclass
+class GenerationCounts:
+    """What became of the lines.
+
+    Attributes:
+        kept: they had a target already.
+        written: they got one.
+        empty: the model wrote nothing, and the line was left out.
+    """
+
+    kept: int = 0
+    written: int = 0
+    empty: int = 0
+
+
+def write_targets(
+    rows: Iterable[TrainingRow],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    counts: GenerationCounts,
+    *,
+    instruction: str = INSTRUCTION,
+    passage_max_len: int = 256,
+    max_new_tokens: int = 32,
+    batch_size: int = 16,
+    overwrite: bool = False,
+    progress: Callable[[GenerationCounts], None] | None = None,
+) -> Iterator[TrainingRow]:
+    """Yield the rows with a target: their own, or what the model writes to query and positive.
+
+    Generation is greedy, so the same rows in the same batches give the same targets. The
+    instruction goes through the tokenizer's chat template if it has one. What follows the first
+    line of an answer is left off.
+
+    Args:
+        rows: rows; one without a target or an answer must know its positive.
+        model: a transformers decoder.
+        tokenizer: its tokenizer.
+        counts: is added to.
+        instruction: must contain ``{document}`` and ``{query}``.
+        passage_max_len: tokens of the passage that the model is shown.
+        max_new_tokens: tokens of a target.
+        batch_size: rows that are generated at once.
+        overwrite: write targets of rows that have one, too, if they know their positive.
+        progress: called after every batch.
+
+    Raises:
+        ValueError: a row has neither target nor positive, or the instruction lacks a part.
+    """
+    for part in ("{document}", "{query}"):
+        if part not in instruction:
+            raise ValueError(f"instruction must contain {part}, got {instruction!r}")
+    rows = iter(rows)
+    while batch := list(islice(rows, batch_size)):
+        todo = [
+            index
+            for index, row in enumerate(batch)
+            if _needs_target(row) or (overwrite and row.positives)
+        ]
+        prompts = [_prompt(batch[index], instruction, tokenizer, passage_max_len) for index in todo]
+        written = dict(zip(todo, _generate(prompts, model, tokenizer, max_new_tokens)))
+        for index, row in enumerate(batch):
+            if index not in written:
+                counts.kept += 1
+                yield row
+            elif written[index]:
+                counts.written += 1
+                yield replace(row, target=written[index])
+            else:
+                counts.empty += 1
+        if progress is not None:
+            progress(counts)
+
+
+def _needs_target(row: TrainingRow) -> bool:
+    if row.target is not None or row.answers:
+        return False
+    if not row.positives:
+        raise ValueError(
+            f"{row.where}: has neither a target nor a known positive to write one from"
+        )
+    return True
+
+
+def _prompt(row: TrainingRow, instruction: str, tokenizer: Any, passage_max_len: int) -> str:
+    document = row.documents[row.positives[0]]
+    ids = tokenizer(document, add_special_tokens=False)["input_ids"]
+    if len(ids) > passage_max_len:
+        document = tokenizer.decode(ids[:passage_max_len], skip_special_tokens=True)
+    # Not str.format: passages have braces of their own, and questions too.
+    around = [part.replace("{query}", row.query) for part in instruction.split("{document}")]
+    text = document.strip().join(around)
+    if not getattr(tokenizer, "chat_template", None):
+        return _PLAIN.replace("{instruction}", text)
+    return str(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+    )
+
+
+def _generate(prompts: Sequence[str], model: Any, tokenizer: Any, max_new_tokens: int) -> list[str]:
+    if not prompts:
+        return []
+    import torch
+
+    # A chat template has put the special tokens there already.
+    special = not getattr(tokenizer, "chat_template", None)
+    ids = [tokenizer(prompt, add_special_tokens=special)["input_ids"] for prompt in prompts]
+    width = max(map(len, ids))
+    # The same token serves as padding whatever the tokenizer has: the mask hides it.
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    padding = padding or 0
+    device = model.get_input_embeddings().weight.device
+    # Padding stands on the left, so that what is generated follows the prompt.
+    inputs = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=inputs,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=padding,
+            do_sample=False,
+            # The defaults of a model's own generation config, which greedy decoding warns of.
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+    answers = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return [_first_line(answer) for answer in answers]
+
+
+def _first_line(answer: str) -> str:
+    return next((line.strip() for line in answer.splitlines() if line.strip()), "")

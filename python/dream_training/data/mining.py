@@ -1,0 +1,185 @@
+"""Candidates for training rows: what a retriever ranks high and is not known to be relevant."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dream_training.data.training_row import TrainingRow, make_row, normalised
+
+# Ranks the documents of a corpus for queries, both by id: (queries, corpus, k) -> scores by id.
+Rank = Callable[[Mapping[str, str], Mapping[str, str], int], Mapping[str, Mapping[str, float]]]
+
+CHOICES = ("random", "best")
+
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class MiningOptions:
+    """What is mined.
+
+    Attributes:
+        per_query: candidates that a row gets, at most.
+        first_rank: of the ranks that they come from, counted from 1; the very first ones are
+            often relevant without anybody having said so.
+        last_rank: of those ranks.
+        choose: ``random`` ones of these ranks, or the ``best``.
+        exclude_answers: leave out documents in which an answer, or the target, occurs.
+        keep_candidates: keep a row's other candidates beside its known positives. Where no
+            positive is known they are always kept: one of them may be it.
+        seed: of the random choice, which for a query does not depend on the other queries.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    per_query: int = 7
+    first_rank: int = 1
+    last_rank: int = 100
+    choose: str = "random"
+    exclude_answers: bool = False
+    keep_candidates: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.per_query < 1:
+            raise ValueError(f"per_query must be at least 1, got {self.per_query}")
+        if not 1 <= self.first_rank <= self.last_rank:
+            raise ValueError(
+                "first_rank and last_rank must be ranks from 1 on, the first not behind the last, "
+                f"got {self.first_rank} and {self.last_rank}"
+            )
+        if self.choose not in CHOICES:
+            raise ValueError(f"choose must be one of {CHOICES}, got {self.choose!r}")
+
+
+@dataclass
+class MiningCounts:
+    """What became of the ranked documents.
+
+    Attributes:
+        rows: training rows.
+        mined: candidates that were added.
+        known_positives: left out because they are known to be relevant to the query.
+        with_answer: left out because an answer occurs in them.
+        repeated: left out because the row has an equal text already.
+        short_rows: rows that got fewer than ``per_query``.
+    """
+
+    rows: int = 0
+    mined: int = 0
+    known_positives: int = 0
+    with_answer: int = 0
+    repeated: int = 0
+    short_rows: int = 0
+
+
+def mine(
+    rows: Sequence[TrainingRow], corpus: Iterable[str], rank: Rank, options: MiningOptions
+) -> tuple[list[TrainingRow], MiningCounts]:
+    """Give every row candidates from a corpus.
+
+    A document is known to be relevant to a query when any row with that query says so; texts are
+    compared as :func:`~dream_training.data.training_row.normalised` makes them. Blank and equal
+    texts of the corpus are searched once or not at all.
+
+    Args:
+        rows: training rows.
+        corpus: document texts.
+        rank: the retriever.
+        options: what is mined.
+
+    Returns:
+        The rows, each with its positives, what it keeps of its other candidates, and then those
+        mined, best first or in random order; and what was left out.
+
+    Raises:
+        ValueError: there is no document to mine from.
+    """
+    distinct: dict[str, str] = {}
+    for text in corpus:
+        distinct.setdefault(normalised(text), text)
+    distinct.pop("", None)
+    if not distinct:
+        raise ValueError("corpus must hold at least one document, got none")
+    keys = dict(zip(map(str, range(len(distinct))), distinct))
+    texts = dict(zip(keys, distinct.values()))
+    # Equal queries are searched once: the key of a query is its text.
+    queries = {query: query for query in dict.fromkeys(row.query for row in rows)}
+    ranking = rank(queries, texts, options.last_rank)
+    relevant: dict[str, set[str]] = {}
+    for row in rows:
+        known = relevant.setdefault(normalised(row.query), set())
+        known.update(normalised(row.documents[i]) for i in row.positives)
+    counts = MiningCounts(rows=len(rows))
+    mined = []
+    for row in rows:
+        scores = ranking.get(row.query, {})
+        # Equal scores in the order of the corpus, whatever order the search found them in.
+        order = sorted(scores, key=lambda key: (-scores[key], int(key)))
+        ranked = order[options.first_rank - 1 : options.last_rank]
+        kept = _kept(row, options.keep_candidates)
+        known = relevant[normalised(row.query)]
+        allowed = _allowed(row, kept, [(k, keys[k]) for k in ranked], known, options, counts)
+        if options.choose == "random":
+            random.Random(f"{options.seed}:{row.query}").shuffle(allowed)
+        chosen = [texts[key] for key in allowed[: options.per_query]]
+        counts.mined += len(chosen)
+        counts.short_rows += len(chosen) < options.per_query
+        mined.append(
+            make_row(
+                row.query,
+                [*kept, *chosen],
+                range(len(row.positives)),
+                target=row.target,
+                answers=row.answers,
+                query_id=row.query_id,
+                where=row.where,
+            )
+        )
+    return mined, counts
+
+
+def holds_answer(document: str, answers: Iterable[str]) -> bool:
+    """Whether one of the answers occurs in the document, word by word, whatever the case."""
+    words = _words(document)
+    return any(_words(answer) in words for answer in answers if _words(answer).strip())
+
+
+def _kept(row: TrainingRow, keep_candidates: bool) -> list[str]:
+    """The row's own documents that stay, the relevant ones first."""
+    known = [row.documents[i] for i in row.positives]
+    if known and not keep_candidates:
+        return known
+    return known + [text for i, text in enumerate(row.documents) if i not in row.positives]
+
+
+def _allowed(
+    row: TrainingRow,
+    kept: Sequence[str],
+    ranked: Iterable[tuple[str, str]],
+    known: set[str],
+    options: MiningOptions,
+    counts: MiningCounts,
+) -> list[str]:
+    answers = row.answers or ((row.target,) if row.target else ())
+    present = set(map(normalised, kept))
+    allowed = []
+    for key, text in ranked:
+        if text in known:
+            counts.known_positives += 1
+        elif text in present:
+            counts.repeated += 1
+        elif options.exclude_answers and holds_answer(text, answers):
+            counts.with_answer += 1
+        else:
+            allowed.append(key)
+    return allowed
+
+
+def _words(text: str) -> str:
+    words = " ".join(_WORD.findall(text.casefold()))
+    return f" {words} "

@@ -1,0 +1,166 @@
+"""One line of training data, whatever form it came in, and the checks that all forms share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """A query, what the reader shall predict, and candidate documents.
+
+    Attributes:
+        query: text, not blank.
+        documents: candidate texts, at least one, no two of them equal under :func:`normalised`.
+        target: the text to predict, or None where the form has none.
+        answers: accepted answers, the first of which is the target where there is no other.
+        positives: indices of the documents known to be relevant, the first one before all.
+        query_id: the query's id, where the form has one.
+        repeated: documents that were left out because they equal another one.
+        where: file and line, for messages.
+    """
+
+    query: str
+    documents: tuple[str, ...]
+    target: str | None = None
+    answers: tuple[str, ...] = ()
+    positives: tuple[int, ...] = ()
+    query_id: str | None = None
+    repeated: int = 0
+    where: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the row in the project's own form, as ``dream train`` reads it."""
+        row: dict[str, Any] = {} if self.query_id is None else {"query_id": self.query_id}
+        row["query"] = self.query
+        if self.target is not None:
+            row["target"] = self.target
+        if self.answers:
+            row["answers"] = list(self.answers)
+        row["documents"] = list(self.documents)
+        if self.positives:
+            known = list(self.positives)
+            row["positive"] = known[0] if len(known) == 1 else known
+        return row
+
+
+def make_row(
+    query: str,
+    documents: Iterable[str],
+    positives: Iterable[int] = (),
+    *,
+    target: str | None = None,
+    answers: Iterable[str] = (),
+    query_id: str | None = None,
+    where: str = "",
+) -> TrainingRow:
+    """Build a row, each document once.
+
+    Of documents that are equal under :func:`normalised` the first stays, and it is relevant when
+    one of them is: a relevant document never stands among the others as well.
+    """
+    places: dict[str, int] = {}
+    kept: list[str] = []
+    place_of = []
+    for document in documents:
+        place = places.setdefault(normalised(document), len(kept))
+        if place == len(kept):
+            kept.append(document)
+        place_of.append(place)
+    known = dict.fromkeys(place_of[index] for index in positives)
+    return TrainingRow(
+        query,
+        tuple(kept),
+        target,
+        tuple(answers),
+        tuple(known),
+        query_id,
+        len(place_of) - len(kept),
+        where,
+    )
+
+
+def normalised(text: str) -> str:
+    """Return ``text`` without differences in case and white space: what makes two texts equal."""
+    return " ".join(text.casefold().split())
+
+
+def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
+    """Return the text under ``key``.
+
+    Raises:
+        ValueError: there is no such key, or what it holds is no text or blank.
+    """
+    if key not in row:
+        raise ValueError(f"{where}: has no {key}; its keys are {', '.join(row) or 'none'}")
+    return check_text(row[key], key, where)
+
+
+def check_text(value: Any, name: str, where: str) -> str:
+    """Return ``value`` if it is a text that is not blank.
+
+    Raises:
+        ValueError: it is not; the message has ``where`` and ``name``.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: {name} must be a text that is not empty, got {value!r}")
+    return value
+
+
+def target_of(row: Mapping[str, Any], where: str) -> str | None:
+    """Return the text under ``target``, or None where the row has no such key or null in it."""
+    return None if row.get("target") is None else text_of(row, "target", where)
+
+
+def answers_of(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Return the texts under ``answers``; none where the row has no such key or null in it.
+
+    An empty list is an error only where there is no target beside it.
+    """
+    answers = row.get("answers")
+    if answers is None or (answers == [] and row.get("target") is not None):
+        return ()
+    if not isinstance(answers, list) or not answers:
+        raise ValueError(f"{where}: answers must be a list of at least one text, got {answers!r}")
+    return tuple(check_text(text, f"answers[{i}]", where) for i, text in enumerate(answers))
+
+
+def query_id_of(row: Mapping[str, Any]) -> str | None:
+    """Return the id under ``query_id``, as text, or None."""
+    value = row.get("query_id")
+    return None if value is None else str(value)
+
+
+def documents_of(row: Mapping[str, Any], key: str, where: str, *, least: int = 1) -> list[str]:
+    """Return the texts of the list under ``key``; a title precedes its text on a line of its own.
+
+    Raises:
+        ValueError: there is no list, fewer than ``least`` entries, or one that is neither a text
+            nor ``{"title": ..., "text": ...}``.
+    """
+    values = row.get(key)
+    if values is None and not least:
+        return []
+    if not isinstance(values, list) or len(values) < least:
+        expected = "a list of at least one candidate" if least else "a list"
+        raise ValueError(f"{where}: {key} must be {expected}, got {_short(values)}")
+    return [document_text(value, f"{key}[{i}]", where) for i, value in enumerate(values)]
+
+
+def document_text(value: Any, name: str, where: str) -> str:
+    """Return a document, a text or ``{"title": ..., "text": ...}``, as one text.
+
+    Raises:
+        ValueError: it is neither, or blank; the message has ``where`` and ``name``.
+    """
+    if isinstance(value, dict):
+        title, text = value.get("title") or "", value.get("text") or ""
+        value = f"{title}\n{text}" if title and text else title or text
+    return check_text(value, name, where)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
