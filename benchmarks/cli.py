@@ -32,6 +32,11 @@ Peers = Annotated[
     typer.Option("--peer", help="only peers whose name begins so; may be repeated"),
 ]
 
+Runs = Annotated[int, typer.Option(min=1, help="timed rounds")]
+Seconds = Annotated[float, typer.Option(help="a peer's or way's time for one case")]
+TotalSeconds = Annotated[float, typer.Option(help="the time of all")]
+Memory = Annotated[bool, typer.Option(help="measure peak memory")]
+
 
 def results_folder(output: Path | None, quick: bool) -> Path:
     """Where records go: a quick look never overwrites a result."""
@@ -67,10 +72,10 @@ def kernel(
     peer: Peers = None,
     case: Annotated[str, typer.Option(help="only cases whose name contains this")] = "",
     dtype: Annotated[str, typer.Option(help="only this dtype")] = "",
-    runs: Annotated[int, typer.Option(min=1, help="timed rounds")] = 15,
-    seconds: Annotated[float, typer.Option(help="a peer's time for one case")] = 6.0,
-    total_seconds: Annotated[float, typer.Option(help="the suite's time")] = 1200.0,
-    memory: Annotated[bool, typer.Option(help="measure peak memory")] = True,
+    runs: Runs = 15,
+    seconds: Seconds = 6.0,
+    total_seconds: TotalSeconds = 1200.0,
+    memory: Memory = True,
 ) -> None:
     """Time one call of the operator, forward and backward, against its peers."""
     from . import cases as shapes
@@ -117,10 +122,10 @@ def scaling(
     output: Output = None,
     peer: Peers = None,
     axis: Annotated[str, typer.Option(help="only this axis")] = "",
-    runs: Annotated[int, typer.Option(min=1, help="timed rounds")] = 7,
-    seconds: Annotated[float, typer.Option(help="a peer's time for one size")] = 4.0,
-    total_seconds: Annotated[float, typer.Option(help="the suite's time")] = 1200.0,
-    memory: Annotated[bool, typer.Option(help="measure peak memory")] = True,
+    runs: Runs = 7,
+    seconds: Seconds = 4.0,
+    total_seconds: TotalSeconds = 1200.0,
+    memory: Memory = True,
 ) -> None:
     """Time the operator along prefix length, documents, batch and heads scored."""
     from . import records
@@ -160,10 +165,10 @@ def step(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="queries, and documents of the pool")] = 16,
     document_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    runs: Annotated[int, typer.Option(min=1, help="timed rounds")] = 4,
-    seconds: Annotated[float, typer.Option(help="a way's time")] = 20.0,
-    total_seconds: Annotated[float, typer.Option(help="the time of one model")] = 600.0,
-    memory: Annotated[bool, typer.Option(help="measure peak memory")] = True,
+    runs: Runs = 4,
+    seconds: Seconds = 20.0,
+    total_seconds: TotalSeconds = 600.0,
+    memory: Memory = True,
 ) -> None:
     """Time one whole training step: retriever, reading, loss, backward, optimiser."""
     from . import records
@@ -217,9 +222,9 @@ def gpu_acceptance(
     checks: Annotated[bool, typer.Option(help="run tests and sanitizers, too")] = True,
     case: Annotated[str, typer.Option(help="only cases whose name contains this")] = "",
     output: Output = None,
-    runs: Annotated[int, typer.Option(min=1, help="timed rounds")] = 25,
-    seconds: Annotated[float, typer.Option(help="a peer's time for one case")] = 5.0,
-    total_seconds: Annotated[float, typer.Option(help="the time of all cases")] = 1500.0,
+    runs: Runs = 25,
+    seconds: Seconds = 5.0,
+    total_seconds: TotalSeconds = 1500.0,
 ) -> None:
     """Run the tests on the GPU, then time the shapes that decide about the GPU kernels."""
     import torch

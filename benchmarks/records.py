@@ -210,7 +210,7 @@ class Keeper:
         if everything:
             path = self.folder / file_name(self.suite, everything[0]["environment"])
             if self._before is None:
-                self._before = read_file(path) if self.part and path.is_file() else []
+                self._before = [*read_file(path)] if self.part and path.is_file() else []
             new = {_key(record) for record in everything}
             kept = [record for record in self._before if _key(record) not in new]
             self.path = write(path, [*kept, *everything])

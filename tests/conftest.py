@@ -17,6 +17,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# As a context torch.device("meta") learns at its first use which functions make tensors; were
+# they poisoned by then, it would let the real ones through.
+with torch.device("meta"):
+    torch.empty(0)
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

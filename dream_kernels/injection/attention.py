@@ -86,28 +86,45 @@ def _document_attention(
     """Attend through the operator; returns ``[B, M, Hq, D]`` as transformers expects."""
     prefix = None if context.prefix is None else context.prefix.layers[layer]
     _refuse_what_the_operator_cannot(layer, key, prefix, kwargs)
-    scores, spans = context.scores, context.spans
-    if scores is None or spans is None or not heads:
-        # Plain attention over prefix and local keys: one absent document and no scored head.
-        heads = []
-        scores = torch.zeros(len(query), 1, device=query.device)
-        spans = torch.zeros(len(query), 1, 2, dtype=torch.long, device=query.device)
-    mask = context.attention_mask
-    output = api.document_attention(
-        query,
-        key,
-        value,
-        scores.to(query.device),
-        spans.to(query.device),
-        mode=context.mode,
-        heads=heads,
-        document_mass=context.document_mass,
-        scale=kwargs.get("scaling"),
-        attention_mask=None if mask is None else mask.to(query.device),
-        prefix=prefix,
-        impl=context.impl,
-    )
-    return output.transpose(1, 2)
+    rows, first = query.shape[2], context.first_row
+    all_scores = context.scores_of(layer)
+    if all_scores is None or context.spans is None or not heads:
+        first = rows
+
+    def attend(begin: int, end: int) -> Tensor:
+        """Attend with rows ``begin .. end``, all of them scored or none."""
+        own, scores, spans = heads, all_scores, context.spans
+        if begin < first or scores is None or spans is None:
+            # Plain attention over prefix and local keys: one absent document and no scored head.
+            own = []
+            scores = torch.zeros(len(query), 1, device=query.device)
+            spans = torch.zeros(len(query), 1, 2, dtype=torch.long, device=query.device)
+        mask, last = context.attention_mask, key.shape[2] - rows + end
+        if mask is not None:
+            mask = mask[:, : mask.shape[1] - rows + end].to(query.device)
+        return api.document_attention(
+            _places(query, begin, end),
+            _places(key, 0, last),
+            _places(value, 0, last),
+            scores.to(query.device),
+            spans.to(query.device),
+            mode=context.mode,
+            heads=own,
+            document_mass=context.document_mass,
+            scale=kwargs.get("scaling"),
+            attention_mask=mask,
+            prefix=prefix,
+            impl=context.impl,
+        )
+
+    if first in (0, rows):
+        return attend(0, rows).transpose(1, 2)
+    # The rows before the first scored one see no key behind them: two calls cost what one does.
+    return torch.cat([attend(0, first), attend(first, rows)], dim=2).transpose(1, 2)
+
+
+def _places(states: Tensor, begin: int, end: int) -> Tensor:
+    return states if end - begin == states.shape[2] else states[:, :, begin:end]
 
 
 def _record_mass(

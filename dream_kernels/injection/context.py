@@ -37,6 +37,13 @@ class Prefix:
         return self.layers[0][0].shape[2]
 
     @property
+    def tokens(self) -> int:
+        """Tokens that are there, padding left out."""
+        if self.mask is None or len(self.mask) != self.batch:
+            return self.batch * self.length
+        return int(self.mask.sum())
+
+    @property
     def documents(self) -> int:
         return self.spans.shape[1]
 
@@ -80,13 +87,15 @@ class DocumentContext:
 
     Attributes:
         heads: ``{layer: [head, ...]}`` that receive the scores.
-        scores: ``[B, C]`` or ``[B, Hq, C]``, or None when no scores act in this pass.
+        scores: ``[B, C]``, ``[B, Hq, C]`` or ``[B, layers, Hq, C]``, or None when no scores act
+            in this pass.
         spans: ``[B, C, 2]``, or None when there are no documents in this pass.
         attention_mask: ``[B, T]`` bool over prefix and local keys, or None.
         prefix: what stands before the local keys, or None.
         mode: as in :func:`dream_kernels.document_attention`.
         document_mass: as in :func:`dream_kernels.document_attention`.
         impl: as in :func:`dream_kernels.document_attention`.
+        first_row: the first row of the local tokens that the scores act on.
         recorder: collects document masses, or None.
         reached: the layers whose attention has seen this context, to notice models that drop it.
     """
@@ -99,5 +108,12 @@ class DocumentContext:
     mode: str
     document_mass: float | None
     impl: str
+    first_row: int = 0
     recorder: MassRecorder | None = None
     reached: set[int] = field(default_factory=set)
+
+    def scores_of(self, layer: int) -> Tensor | None:
+        """The scores that act in a layer: ``[B, C]`` or ``[B, Hq, C]``."""
+        if self.scores is None or self.scores.dim() != 4:
+            return self.scores
+        return self.scores[:, layer]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Heads = Mapping[int, Sequence[int]] | HeadFile | str | os.PathLike[str]
 
-_KEYWORDS = ("document_scores", "document_spans", "document_prefix")
+_KEYWORDS = ("document_scores", "document_spans", "document_prefix", "document_first_row")
 
 
 class Injection:
@@ -31,6 +31,7 @@ class Injection:
     Attributes:
         model: the injected model.
         heads: ``{layer: [head, ...]}`` that receive the scores.
+        mode: how they act there, ``"reweight"`` or ``"bias"``.
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class Injection:
     ) -> None:
         self.model = model
         self.heads = heads
-        self._mode, self._document_mass, self._impl = mode, document_mass, impl
+        self.mode = mode
+        self._document_mass, self._impl = document_mass, impl
         self._recorder: MassRecorder | None = None
         self._context: DocumentContext | None = None
         self._signature = inspect.signature(type(model).forward)
@@ -74,6 +76,18 @@ class Injection:
         traceback: TracebackType | None,
     ) -> None:
         self.remove()
+
+    def use_heads(self, heads: Heads) -> None:
+        """Let the scores act in other heads from now on.
+
+        Args:
+            heads: as in :func:`inject_attention`.
+
+        Raises:
+            TypeError: ``heads`` has the wrong form.
+            ValueError: the model has no such head.
+        """
+        self.heads = support.check_heads(_by_layer(heads), self.model)
 
     def read_mass(self, row_weights: Tensor, **inputs: Any) -> Tensor:
         """Return the plain attention mass of every document in every layer and head.
@@ -124,7 +138,7 @@ class Injection:
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._context = None
-        scores, spans, prefix = (kwargs.pop(name, None) for name in _KEYWORDS)
+        scores, spans, prefix, first_row = (kwargs.pop(name, None) for name in _KEYWORDS)
         if scores is None and spans is None and prefix is None and self._recorder is None:
             return None
         bound = self._signature.bind_partial(model, *args, **kwargs).arguments
@@ -135,6 +149,7 @@ class Injection:
         if inputs is None:
             raise ValueError("input_ids or inputs_embeds must be given with document_scores")
         batch, rows = inputs.shape[:2]
+        first_row = _check_first_row(first_row, rows)
         # Newer transformers name it "cache" and still accept the old name.
         past = given.get("cache")
         if past is None:
@@ -158,6 +173,8 @@ class Injection:
             raise ValueError("document_scores needs document_spans or a document_prefix with spans")
         if scores is None and spans is not None and prefix is None and self._recorder is None:
             raise ValueError("document_spans needs document_scores")
+        if scores is not None and scores.dim() == 4:
+            _check_layers_of_scores(scores, len(support.attention_modules(model)))
         self._context = DocumentContext(
             heads=self.heads,
             scores=scores,
@@ -166,9 +183,10 @@ class Injection:
                 given.get("attention_mask"), prefix, batch, past_length + rows, inputs.device
             ),
             prefix=prefix,
-            mode=self._mode,
+            mode=self.mode,
             document_mass=self._document_mass,
             impl=self._impl,
+            first_row=first_row,
             recorder=self._recorder,
         )
         kwargs[attention.CONTEXT_KEYWORD] = self._context
@@ -198,15 +216,18 @@ def inject_attention(
 ) -> Injection:
     """Let per-document scores act in some attention heads of a transformers decoder.
 
-    The model's forward then takes three more keyword arguments:
+    The model's forward then takes four more keyword arguments:
 
-    - ``document_scores``: ``[B, C]`` or ``[B, Hq, C]``, one logit per document; the gradient
-      flows back into it;
+    - ``document_scores``: ``[B, C]``, ``[B, Hq, C]`` or ``[B, layers, Hq, C]``, one logit per
+      document, or one for each head, or for each head of every layer; the gradient flows back
+      into it, as 0 where a head is not among ``heads``;
     - ``document_spans``: ``[B, C, 2]``, where each document stands, counted in tokens from the
       start of the prefix, or of ``input_ids`` without one;
     - ``document_prefix``: a :class:`Prefix` of documents that were read before. ``input_ids`` is
       then only what follows them, ``attention_mask`` its padding, and ``document_spans`` may be
-      left out.
+      left out;
+    - ``document_first_row``: rows of ``input_ids`` before this one attend plainly, 0 by default.
+      Without effect where there are no scores.
 
     Called without them the model computes exactly what it did before. Works with every decoder
     that dispatches through transformers' ``AttentionInterface``: Llama, Qwen2, Qwen3, Mistral,
@@ -236,6 +257,11 @@ def inject_attention(
         raise ValueError(f"{type(model).__name__} cannot be injected: {reason}")
     check_mode(mode, document_mass)
     check_impl(impl)
+    checked = support.check_heads(_by_layer(heads), model)
+    return Injection(model, checked, mode, document_mass, impl)
+
+
+def _by_layer(heads: Heads) -> Mapping[int, Sequence[int]]:
     if isinstance(heads, (str, os.PathLike)):
         heads = read_heads(heads)
     if isinstance(heads, HeadFile):
@@ -245,7 +271,25 @@ def inject_attention(
             "heads must be {layer: [head, ...]}, a HeadFile or a path, "
             f"got {type(heads).__name__}"
         )
-    return Injection(model, support.check_heads(heads, model), mode, document_mass, impl)
+    return heads
+
+
+def _check_layers_of_scores(scores: Tensor, layers: int) -> None:
+    if scores.shape[1] != layers:
+        raise ValueError(
+            f"document_scores of four dimensions must have shape [B, {layers}, Hq, C], one entry "
+            f"for each layer of the model, got {list(scores.shape)}"
+        )
+
+
+def _check_first_row(first_row: object, rows: int) -> int:
+    if first_row is None:
+        return 0
+    if isinstance(first_row, bool) or not isinstance(first_row, int):
+        raise TypeError(f"document_first_row must be an int, got {type(first_row).__name__}")
+    if not 0 <= first_row <= rows:
+        raise ValueError(f"document_first_row must lie in 0 .. {rows}, got {first_row}")
+    return first_row
 
 
 def _check_prefix(prefix: object, batch: int, layers: int) -> None:

@@ -7,17 +7,32 @@ documents are scored. So their keys and values are computed once and every suffi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dream_kernels.injection import support
+from dream_kernels.injection.assembly import Layers, PoolAssembly
 from dream_kernels.injection.context import Prefix
 from dream_kernels.validation import check_span_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class DocumentStates(Protocol):
+    """Where keys and values of documents are kept that one model read alone."""
+
+    def get(self, header: Sequence[int], document: Sequence[int]) -> Tensor | None:
+        """Return ``[layers, 2, Hkv, L, D]``, keys and values of a document behind ``header``.
+
+        ``L`` is the document's own length. An empty document stands for the header itself. None
+        when it is not there.
+        """
+
+    def put(self, header: Sequence[int], document: Sequence[int], states: Tensor) -> None:
+        """Keep what :meth:`get` shall return; it is a tensor of its own."""
 
 
 @torch.no_grad()
@@ -61,6 +76,7 @@ def read_independently(
     pools: Sequence[Sequence[int]] | None = None,
     header: Sequence[int] = (),
     batch_size: int = 32,
+    store: DocumentStates | None = None,
 ) -> Prefix:
     """Read every document alone, all at the same positions.
 
@@ -75,12 +91,16 @@ def read_independently(
         header: token ids that stand before every document, such as the beginning-of-sequence
             token that readers use as an attention sink.
         batch_size: how many documents are read in one forward pass.
+        store: asked for every document before it is read, and given what was read. A document
+            from the store equals one that is read again, up to the rounding of matrix products,
+            which depends on the shape of the batch it is read in.
 
     Returns:
         The prefix; a suffix goes on at the position after the longest document of its pool.
 
     Raises:
-        ValueError: there are no documents, one is empty, or a pool names one that is not there.
+        ValueError: there are no documents, one is empty, a pool names one that is not there, or
+            there is a store and keys and values are not all of one shape.
     """
     lengths = [len(document) for document in documents]
     if not lengths or min(lengths) == 0:
@@ -91,55 +111,80 @@ def read_independently(
     if any(not 0 <= i < len(documents) for pool in rows for i in pool):
         raise ValueError(f"pools must name documents 0 .. {len(documents) - 1}, got {rows}")
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
-    width = len(header) + max(lengths)
+    assembly = PoolAssembly(len(header), lengths, rows, device)
+    missing = list(range(len(documents)))
+    if store is not None:
+        missing = [i for i in missing if not _from_store(assembly, store, header, documents[i], i)]
+        if header and (states := store.get(header, ())) is not None:
+            assembly.add_header(states)
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
+        layers = _read_alone(model, header, [documents[i] for i in batch], device)
+        assembly.add_batch(layers, batch)
+        if store is not None:
+            _into_store(store, header, [documents[i] for i in batch], layers)
+        del layers  # before the next batch comes
+    if header and not assembly.has_header:
+        layers = _read_alone(model, header, [[]], device)
+        assembly.add_batch(layers, [])
+        if store is not None:
+            _into_store(store, header, [], layers)
+    return assembly.prefix()
+
+
+def _from_store(
+    assembly: PoolAssembly,
+    store: DocumentStates,
+    header: Sequence[int],
+    document: Sequence[int],
+    index: int,
+) -> bool:
+    states = store.get(header, document)
+    if states is not None:
+        assembly.add_document(states, index)
+    return states is not None
+
+
+def _into_store(
+    store: DocumentStates,
+    header: Sequence[int],
+    documents: Sequence[Sequence[int]],
+    layers: Layers,
+) -> None:
+    """Keep the documents of a batch, and its header from the first of them."""
+    if len({states.shape for layer in layers for states in layer}) > 1:
+        raise ValueError("store needs a model whose layers all have keys and values of one shape")
+    begin = len(header)
+    if header and store.get(header, ()) is None:
+        store.put(header, (), _stack(layers, 0, slice(begin)))
+    for row, document in enumerate(documents):
+        store.put(header, document, _stack(layers, row, slice(begin, begin + len(document))))
+
+
+def _stack(layers: Layers, row: int, place: slice) -> Tensor:
+    return torch.stack([states[row, :, place] for layer in layers for states in layer]).unflatten(
+        0, (len(layers), 2)
+    )
+
+
+def _read_alone(
+    model: PreTrainedModel,
+    header: Sequence[int],
+    documents: Sequence[Sequence[int]],
+    device: torch.device,
+) -> Layers:
+    """Keys and values ``[n, Hkv, L, D]`` of documents behind the header, padded at the end."""
+    width = len(header) + max(map(len, documents))
     ids = torch.zeros(len(documents), width, dtype=torch.long)
     mask = torch.zeros(len(documents), width, dtype=torch.bool)
     for i, document in enumerate(documents):
         tokens = [*header, *document]
         ids[i, : len(tokens)] = torch.tensor(tokens)
         mask[i, : len(tokens)] = True
-    parts = [
-        _keys_and_values(model, ids[i : i + batch_size].to(device), mask[i : i + batch_size])
-        for i in range(0, len(documents), batch_size)
-    ]
-
-    # Where each key of the prefix comes from in the flattened [documents * width] grid.
-    sources, spans = [], torch.zeros(len(rows), max(map(len, rows)), 2, dtype=torch.long)
-    for b, pool in enumerate(rows):
-        source = list(range(pool[0] * width, pool[0] * width + len(header)))
-        for c, i in enumerate(pool):
-            begin = i * width + len(header)
-            spans[b, c, 0] = len(source)
-            source += range(begin, begin + lengths[i])
-            spans[b, c, 1] = len(source)
-        sources.append(source)
-    longest = max(map(len, sources))
-    index = torch.tensor([s + [0] * (longest - len(s)) for s in sources], device=device)
-    prefix_mask = None
-    if any(len(s) < longest for s in sources):
-        counts = torch.tensor([len(s) for s in sources], device=device)
-        prefix_mask = torch.arange(longest, device=device) < counts[:, None]
-    layers = []
-    for layer in range(len(parts[0])):
-        key = torch.cat([part[layer][0] for part in parts])
-        value = torch.cat([part[layer][1] for part in parts])
-        layers.append((_pick(key, index), _pick(value, index)))
-        for part in parts:  # the grid of a layer is not needed once its prefix stands
-            part[layer] = (key[:0], value[:0])
-    next_position = torch.tensor(
-        [len(header) + max(lengths[i] for i in pool) for pool in rows], device=device
-    )
-    return Prefix(layers, spans.to(device), next_position, prefix_mask)
+    return _keys_and_values(model, ids.to(device), mask)
 
 
-def _pick(states: Tensor, index: Tensor) -> Tensor:
-    """Keys or values ``[documents, Hkv, L, D]`` at flat ``index [B, P]``: ``[B, Hkv, P, D]``."""
-    return states.transpose(1, 2).flatten(0, 1)[index].transpose(1, 2)
-
-
-def _keys_and_values(
-    model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None
-) -> list[tuple[Tensor, Tensor]]:
+def _keys_and_values(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> Layers:
     """Run the decoder without its language-model head and return every layer's cache."""
     from transformers import DynamicCache
 

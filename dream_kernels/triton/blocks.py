@@ -77,6 +77,23 @@ def fold_range(i_m, counts, m_r, o_b, B, M, G, BM: tl.constexpr):
 
 
 @triton.jit
+def fold_pass(z, own, i_b, b_first, o_b, m_rows, B, FOLD: tl.constexpr):
+    """What pass ``z`` of a tile over the batch elements it has rows of is about.
+
+    Returns:
+        i_z: the element, int64.
+        m_z: ``[BM]`` which of ``m_rows`` the pass concerns: the element's own, or where ``own`` is
+            0, all.
+    """
+    b_z = i_b
+    m_z = m_rows
+    if FOLD:
+        b_z = (b_first + z) % B
+        m_z = m_rows & ((o_b - b_z) * own == 0)
+    return b_z.to(tl.int64), m_z
+
+
+@triton.jit
 def row_pointers(base, o_b, o_h, o_m, s_b, s_h, s_m):
     """``[BM]`` pointers to rows of a ``[B, Hq, M, D]`` tensor with any strides."""
     return base + (o_b.to(tl.int64) * s_b + o_h.to(tl.int64) * s_h + o_m.to(tl.int64) * s_m)
@@ -99,10 +116,45 @@ def store_rows(p_rows, b_x, m_rows, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def weight_pointers(weights, b_row, o_b, i_b, C, PER_HEAD: tl.constexpr, FOLD: tl.constexpr):
+    """Where the weights of each row begin, ``[BM]``, or ``[1]`` if that is one place for all."""
+    if PER_HEAD:
+        return weights + b_row * C
+    elif FOLD:
+        return weights + o_b * C
+    else:
+        return weights + i_b * C + tl.zeros([1], tl.int32)
+
+
+@triton.jit
 def split_range(n_work, i_s, S):
     """The tiles of split ``i_s`` out of ``S``."""
     begin = (n_work * i_s.to(tl.int64) // S).to(tl.int32)
     return begin, (n_work * (i_s + 1).to(tl.int64) // S).to(tl.int32)
+
+
+@triton.jit
+def visible_range(
+    m_rows, b_pos, T, i_s, S, BN: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """The keys ``begin .. end`` of a split that any row sees; all rows see those to ``n_clear``."""
+    end = T
+    n_clear = T
+    if CAUSAL:
+        end = tl.maximum(tl.max(tl.where(m_rows, b_pos, -1), 0) + 1, 0)
+        n_clear = tl.maximum(tl.min(tl.where(m_rows, b_pos, T), 0) + 1, 0)
+    begin = end * 0
+    if SPLIT:
+        first, last = split_range(tl.cdiv(end, BN), i_s, S)
+        begin, end = first * BN, tl.minimum(last * BN, end)
+    return begin, end, n_clear
+
+
+@triton.jit
+def segment_bases(local, prefix, i_h, P, s_h, s_n, s_ph):
+    """Keys or values of a key head in both segments, based as :func:`key_pointers` wants them."""
+    i_kh = i_h.to(tl.int64)
+    return local + (i_kh * s_h - P.to(tl.int64) * s_n), prefix + i_kh * s_ph
 
 
 @triton.jit
@@ -117,6 +169,34 @@ def key_pointers(local, prefix, s_n, s_pn, b_n, inside, HAS_PREFIX: tl.constexpr
         return tl.where(inside, prefix, local) + o_n * tl.where(inside, s_pn, s_n)
     else:
         return local + o_n * s_n
+
+
+@triton.jit
+def load_pair(
+    k_l, k_p, v_l, v_p, b_n, m_n, inside, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
+    D: tl.constexpr, BD: tl.constexpr, HAS_PREFIX: tl.constexpr,
+):  # fmt: skip
+    """``[BN, BD]`` each: keys and values at positions ``b_n``, see :func:`key_pointers`."""
+    p_k = key_pointers(k_l, k_p, s_kn, s_pkn, b_n, inside, HAS_PREFIX)
+    p_v = key_pointers(v_l, v_p, s_vn, s_pvn, b_n, inside, HAS_PREFIX)
+    return load_rows(p_k, m_n, s_kd, D, BD), load_rows(p_v, m_n, s_vd, D, BD)
+
+
+@triton.jit
+def load_run(
+    k, v, key0, end, s_kn, s_vn, s_kd, s_vd, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """A tile of keys as they stand in one segment of memory, from ``key0`` and below ``end``.
+
+    Returns:
+        o_n: ``[BN]`` their positions, and m_n: which of them there are.
+        b_k, b_v: ``[BN, BD]``.
+    """
+    o_n = key0 + tl.arange(0, BN)
+    m_n = o_n < end
+    o_k = o_n.to(tl.int64)
+    b_k = load_rows(k + o_k * s_kn, m_n, s_kd, D, BD)
+    return o_n, m_n, b_k, load_rows(v + o_k * s_vn, m_n, s_vd, D, BD)
 
 
 @triton.jit
@@ -141,6 +221,13 @@ def work(p_counts, i_s, S, BN: tl.constexpr, SLOT: tl.constexpr, SPLIT: tl.const
     if SPLIT:
         t_begin, t_end = split_range(t_end, i_s, S)
     return n_tiles, n_behind, t_begin, t_end
+
+
+@triton.jit
+def load_tile(tiles, i_b, NT, t):
+    """Tile ``t`` of a batch element: its first key, how many keys, document, flags."""
+    p_tile = tiles + (i_b.to(tl.int64) * NT + t) * 4
+    return tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2), tl.load(p_tile + 3)
 
 
 @triton.jit
@@ -182,6 +269,36 @@ def load_rest(rest, p_counts, i_b, t, T, BN: tl.constexpr):
 def rest_tiles(n, n_prefix, BN: tl.constexpr):
     """How many tiles the first ``n`` keys of the rest take."""
     return tl.cdiv(tl.minimum(n, n_prefix), BN) + tl.cdiv(tl.maximum(n - n_prefix, 0), BN)
+
+
+@triton.jit
+def rest_range(
+    p_counts, z, unlike, n_seen, i_s, S, BN: tl.constexpr, SLOT: tl.constexpr, FOLD: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """The tiles of the rest that a split does in pass ``z``, and whether it reaches the rest.
+
+    Pass 0 of a folded tile does what its batch elements have in common, the prefix unless they
+    are ``unlike`` in it; the other passes do what is an element's own.
+
+    Args:
+        n_seen: how many keys of the rest any row sees.
+
+    Returns:
+        begin, end: the tiles.
+        reach: above 0 if the split's share of the work list reaches into the rest.
+    """
+    _, n_behind, t_begin, t_end = work(p_counts, i_s, S, BN, SLOT, SPLIT)
+    n_prefix = tl.load(p_counts + N_REST_PREFIX)
+    begin = tl.maximum(t_begin - n_behind, 0)
+    end = tl.minimum(t_end - n_behind, rest_tiles(n_seen, n_prefix, BN))
+    if FOLD:
+        n_common = tl.cdiv(n_prefix, BN) * (1 - unlike)
+        if z == 0:
+            end = tl.minimum(end, n_common)
+        else:
+            begin = tl.maximum(begin, n_common)
+    return begin, end, t_end - n_behind
 
 
 @triton.jit

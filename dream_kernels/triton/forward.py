@@ -12,19 +12,24 @@ from dream_kernels.triton.blocks import (
     N_REST,
     N_REST_PREFIX,
     finite,
+    fold_pass,
     fold_range,
     inverse,
-    key_pointers,
     load_pack,
+    load_pair,
     load_rest,
     load_rows,
+    load_run,
+    load_tile,
     locate_scored_rows,
     log_add,
     online_step,
-    rest_tiles,
+    rest_range,
     row_pointers,
-    split_range,
+    segment_bases,
     store_rows,
+    visible_range,
+    weight_pointers,
     work,
 )
 
@@ -59,11 +64,8 @@ def forward_kernel(
     b_q = load_rows(row_pointers(q, o_b, o_h, o_m, s_qb, s_qh, s_qm), m_r, s_qd, D, BD)
     if NEGATE:
         b_q = -b_q
-    i_kh = i_h.to(tl.int64)
-    k_l = k + (i_kh * s_kh - P.to(tl.int64) * s_kn)
-    v_l = v + (i_kh * s_vh - P.to(tl.int64) * s_vn)
-    k_p = pk + i_kh * s_pkh
-    v_p = pv + i_kh * s_pvh
+    k_l, k_p = segment_bases(k, pk, i_h, P, s_kh, s_kn, s_pkh)
+    v_l, v_p = segment_bases(v, pv, i_h, P, s_vh, s_vn, s_pvh)
     # state [B, Hq, C + 1 or 1, M]: the documents, and last the rest or the whole softmax.
     n_slots = C * 0 + 1 if BIAS else C + 1
     b_row = o_b.to(tl.int64) * Hq + o_h  # [BM]
@@ -92,21 +94,13 @@ def forward_kernel(
         b_all_m = tl.full([BM], float("-inf"), tl.float32)  # the logits of all documents together
         b_all_l = tl.zeros([BM], tl.float32)
         b_zero = tl.zeros([BM], tl.float32)
-        if PER_HEAD:
-            p_weights = weights + b_row * C  # [BM] or, one for all rows, [1]
-        elif FOLD:
-            p_weights = weights + o_b * C
-        else:
-            p_weights = weights + i_b * C + tl.zeros([1], tl.int32)
+        p_weights = weight_pointers(weights, b_row, o_b, i_b, C, PER_HEAD, FOLD)
 
         for z in range(0, n_common):
-            b_z = i_b
-            m_z = m_scored
-            if FOLD:
-                b_z = (b_first + z) % B
-                m_z = m_scored & ((o_b - b_z) * unlike == 0)
-            i_z = b_z.to(tl.int64)
-            p_counts = counts + b_z * COUNTS
+            i_z, m_z = fold_pass(z, unlike, i_b, b_first, o_b, m_scored, B, FOLD)
+            k_lz, k_pz = k_l + i_z * s_kb, k_p + i_z * s_pkb
+            v_lz, v_pz = v_l + i_z * s_vb, v_p + i_z * s_pvb
+            p_counts = counts + i_z * COUNTS
             p_mask = mask + i_z * T
             n_tiles, n_behind, t_begin, t_end = work(p_counts, i_s, S, BN, SLOT, SPLIT)
             begun = t_begin < 0  # whether the document at hand began in this split
@@ -115,18 +109,13 @@ def forward_kernel(
             b_m = tl.full([BM], float("-inf"), tl.float32)
             b_l = tl.zeros([BM], tl.float32)
             for t in range(t_begin, tl.minimum(t_end, n_tiles)):
-                p_tile = tiles + (i_z * NT + t) * 4
-                key0, n, doc, flags = (
-                    tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2), tl.load(p_tile + 3),
-                )  # fmt: skip
+                key0, n, doc, flags = load_tile(tiles, i_z, NT, t)
                 o_n = tl.arange(0, BN)
                 m_n = o_n < n
-                p_k = key_pointers(k_l + i_z * s_kb, k_p + i_z * s_pkb, s_kn, s_pkn, key0 + o_n,
-                                   key0 < P, HAS_PREFIX)  # fmt: skip
-                p_v = key_pointers(v_l + i_z * s_vb, v_p + i_z * s_pvb, s_vn, s_pvn, key0 + o_n,
-                                   key0 < P, HAS_PREFIX)  # fmt: skip
-                b_k = load_rows(p_k, m_n, s_kd, D, BD)
-                b_v = load_rows(p_v, m_n, s_vd, D, BD)
+                b_k, b_v = load_pair(
+                    k_lz, k_pz, v_lz, v_pz, key0 + o_n, m_n, key0 < P, s_kn, s_pkn, s_vn, s_pvn,
+                    s_kd, s_vd, D, BD, HAS_PREFIX,
+                )  # fmt: skip
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)  # [BM, BN]
                 if HAS_MASK:
                     m_n = tl.load(p_mask + key0 + o_n, mask=m_n, other=0) != 0
@@ -167,14 +156,12 @@ def forward_kernel(
             NS: tl.constexpr = BN // SLOT
             for t in range(tl.maximum(t_begin, n_tiles), tl.minimum(t_end, n_behind)):
                 b_doc, m_doc, b_n, m_n, inside = load_pack(
-                    shorts, p_counts, b_z, t - n_tiles, C, BN, SLOT
+                    shorts, p_counts, i_z, t - n_tiles, C, BN, SLOT
                 )
-                p_k = key_pointers(k_l + i_z * s_kb, k_p + i_z * s_pkb, s_kn, s_pkn, b_n, inside,
-                                   HAS_PREFIX)  # fmt: skip
-                p_v = key_pointers(v_l + i_z * s_vb, v_p + i_z * s_pvb, s_vn, s_pvn, b_n, inside,
-                                   HAS_PREFIX)  # fmt: skip
-                b_k = load_rows(p_k, m_n, s_kd, D, BD)
-                b_v = load_rows(p_v, m_n, s_vd, D, BD)
+                b_k, b_v = load_pair(
+                    k_lz, k_pz, v_lz, v_pz, b_n, m_n, inside, s_kn, s_pkn, s_vn, s_pvn,
+                    s_kd, s_vd, D, BD, HAS_PREFIX,
+                )  # fmt: skip
                 if HAS_MASK:
                     m_n = tl.load(p_mask + b_n, mask=m_n, other=0) != 0
                 m_s = m_n[None, :]
@@ -221,13 +208,12 @@ def forward_kernel(
         b_has_rest = o_b * 0  # in this split
         # Pass 0 is the prefix in common, pass z > 0 what is element z's own.
         for z in range(0 if FOLD else 1, n_own + 1):
-            b_z = i_b
-            m_z = m_scored
-            if FOLD:
-                b_z = (b_first + tl.maximum(z - 1, i_b)) % B
-                m_z = m_scored & ((o_b - b_z) * z == 0)
-            i_z = b_z.to(tl.int64)
-            p_counts = counts + b_z * COUNTS
+            i_z, m_z = fold_pass(
+                tl.maximum(z - 1, 0), z, i_b, b_first, o_b, m_scored, B, FOLD
+            )  # fmt: skip
+            k_lz, k_pz = k_l + i_z * s_kb, k_p + i_z * s_pkb
+            v_lz, v_pz = v_l + i_z * s_vb, v_p + i_z * s_pvb
+            p_counts = counts + i_z * COUNTS
             p_mask = mask + i_z * T
             n_rest_prefix = tl.load(p_counts + N_REST_PREFIX)
             n_rest = tl.load(p_counts + N_REST)
@@ -236,24 +222,16 @@ def forward_kernel(
                 # All documents end before a scored row, so the keys behind it are of the rest.
                 n_clear = n_rest - (T - 1 - low_pos)
                 n_rest = n_rest - (T - 1 - top_pos)
-            n_tiles, n_behind, t_begin, t_end = work(p_counts, i_s, S, BN, SLOT, SPLIT)
-            begin = tl.maximum(t_begin - n_behind, 0)
-            end = tl.minimum(t_end - n_behind, rest_tiles(n_rest, n_rest_prefix, BN))
-            if FOLD:
-                n_shared = tl.cdiv(n_rest_prefix, BN) * (1 - unlike)
-                if z == 0:
-                    end = tl.minimum(end, n_shared)
-                else:
-                    begin = tl.maximum(begin, n_shared)
-            b_has_rest = tl.where(m_z, t_end - n_behind, b_has_rest)
+            begin, end, reach = rest_range(
+                p_counts, z, unlike, n_rest, i_s, S, BN, SLOT, FOLD, SPLIT
+            )  # fmt: skip
+            b_has_rest = tl.where(m_z, reach, b_has_rest)
             for t in range(begin, end):
-                b_n, m_n, inside, t_rank = load_rest(rest, p_counts, b_z, t, T, BN)
-                p_k = key_pointers(k_l + i_z * s_kb, k_p + i_z * s_pkb, s_kn, s_pkn, b_n, inside,
-                                   HAS_PREFIX)  # fmt: skip
-                p_v = key_pointers(v_l + i_z * s_vb, v_p + i_z * s_pvb, s_vn, s_pvn, b_n, inside,
-                                   HAS_PREFIX)  # fmt: skip
-                b_k = load_rows(p_k, m_n, s_kd, D, BD)
-                b_v = load_rows(p_v, m_n, s_vd, D, BD)
+                b_n, m_n, inside, t_rank = load_rest(rest, p_counts, i_z, t, T, BN)
+                b_k, b_v = load_pair(
+                    k_lz, k_pz, v_lz, v_pz, b_n, m_n, inside, s_kn, s_pkn, s_vn, s_pvn,
+                    s_kd, s_vd, D, BD, HAS_PREFIX,
+                )  # fmt: skip
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
                 if HAS_MASK:
                     m_n = tl.load(p_mask + b_n, mask=m_n, other=0) != 0
@@ -305,24 +283,14 @@ def forward_kernel(
         b_part = tl.zeros([BM, BD], tl.float32)
         if HAS_PREFIX:
             for z in range(0, n_common):
-                b_z = i_b
-                m_z = m_plain
-                if FOLD:
-                    b_z = (b_first + z) % B
-                    m_z = m_plain & ((o_b - b_z) * unlike == 0)
-                i_z = b_z.to(tl.int64)
+                i_z, m_z = fold_pass(z, unlike, i_b, b_first, o_b, m_plain, B, FOLD)
                 b_m, b_l, b_part = _plain_keys(
                     b_q, b_m, b_l, b_part, m_z, b_pos, k_p + i_z * s_pkb, v_p + i_z * s_pvb,
                     mask + i_z * T, s_pkn, s_kd, s_pvn, s_vd, begin, tl.minimum(end, P), n_clear,
                     scale, D, BD, BN, CAUSAL, HAS_MASK, FOLD, IP,
                 )  # fmt: skip
         for z in range(0, n_own):
-            b_z = i_b
-            m_z = m_plain
-            if FOLD:
-                b_z = (b_first + z) % B
-                m_z = m_plain & (o_b == b_z)
-            i_z = b_z.to(tl.int64)
+            i_z, m_z = fold_pass(z, 1, i_b, b_first, o_b, m_plain, B, FOLD)
             b_m, b_l, b_part = _plain_keys(
                 b_q, b_m, b_l, b_part, m_z, b_pos, k_l + i_z * s_kb, v_l + i_z * s_vb,
                 mask + i_z * T, s_kn, s_kd, s_vn, s_vd, tl.maximum(begin, P), end, n_clear,
@@ -343,23 +311,6 @@ def forward_kernel(
             tl.store(p_last, b_m + tl.log2(b_l), mask=m_plain)
             b_o = b_part * inverse(b_l)[:, None]
             store_rows(o + (b_row * M + o_m) * D, b_o, m_plain, D, BD)
-
-
-@triton.jit
-def visible_range(
-    m_rows, b_pos, T, i_s, S, BN: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr
-):  # fmt: skip
-    """The keys ``begin .. end`` of a split that any row sees; all rows see those to ``n_clear``."""
-    end = T
-    n_clear = T
-    if CAUSAL:
-        end = tl.maximum(tl.max(tl.where(m_rows, b_pos, -1), 0) + 1, 0)
-        n_clear = tl.maximum(tl.min(tl.where(m_rows, b_pos, T), 0) + 1, 0)
-    begin = end * 0
-    if SPLIT:
-        first, last = split_range(tl.cdiv(end, BN), i_s, S)
-        begin, end = first * BN, tl.minimum(last * BN, end)
-    return begin, end, n_clear
 
 
 @triton.jit
@@ -397,11 +348,7 @@ def _plain_keys(
     b_zero = b_l * 0.0
     clear = begin + tl.maximum(tl.minimum(end, n_clear) - begin, 0) // BN * BN
     for key0 in range(begin, clear, BN):
-        o_n = key0 + tl.arange(0, BN)
-        m_n = o_n < end
-        o_k = o_n.to(tl.int64)
-        b_k = load_rows(k + o_k * s_kn, m_n, s_kd, D, BD)
-        b_v = load_rows(v + o_k * s_vn, m_n, s_vd, D, BD)
+        o_n, m_n, b_k, b_v = load_run(k, v, key0, end, s_kn, s_vn, s_kd, s_vd, D, BD, BN)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
         if HAS_MASK:
             m_n = tl.load(p_mask + o_n, mask=m_n, other=0) != 0
@@ -410,11 +357,7 @@ def _plain_keys(
             b_s = tl.where(m_rows[:, None], b_s, float("-inf"))
         b_m, b_l, b_acc = online_step(b_s, b_v, b_m, b_l, b_acc, b_zero, scale, IP)
     for key0 in range(clear, end, BN):
-        o_n = key0 + tl.arange(0, BN)
-        m_n = o_n < end
-        o_k = o_n.to(tl.int64)
-        b_k = load_rows(k + o_k * s_kn, m_n, s_kd, D, BD)
-        b_v = load_rows(v + o_k * s_vn, m_n, s_vd, D, BD)
+        o_n, m_n, b_k, b_v = load_run(k, v, key0, end, s_kn, s_vn, s_kd, s_vd, D, BD, BN)
         if HAS_MASK:
             m_n = tl.load(p_mask + o_n, mask=m_n, other=0) != 0
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)

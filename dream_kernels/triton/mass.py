@@ -16,10 +16,12 @@ from dream_kernels.triton.blocks import (
     load_pack,
     load_rest,
     load_rows,
+    load_tile,
     locate_rows,
     log_add,
     rest_tiles,
     row_pointers,
+    segment_bases,
     work,
 )
 
@@ -52,11 +54,11 @@ def mass_kernel(
     b_q = load_rows(row_pointers(q, i_b, o_h, o_m, s_qb, s_qh, s_qm), m_r, s_qd, D, BD)
     if NEGATE:
         b_q = -b_q
-    i_kh = i_h.to(tl.int64)
-    k_l = k + (i_b.to(tl.int64) * s_kb + i_kh * s_kh - P.to(tl.int64) * s_kn)
-    k_p = pk + (i_b.to(tl.int64) * s_pkb + i_kh * s_pkh)
-    p_mask = mask + i_b.to(tl.int64) * T
-    p_state = state + (i_b.to(tl.int64) * Hq + o_h) * (C + 1) * M + o_m
+    i_z = i_b.to(tl.int64)
+    k_l, k_p = segment_bases(k, pk, i_h, P, s_kh, s_kn, s_pkh)
+    k_l, k_p = k_l + i_z * s_kb, k_p + i_z * s_pkb
+    p_mask = mask + i_z * T
+    p_state = state + (i_z * Hq + o_h) * (C + 1) * M + o_m
     n_tiles, n_behind, _, _ = work(p_counts, i_b, 1, BN, SLOT, False)
     b_all_m = tl.full([BM], float("-inf"), tl.float32)
     b_all_l = tl.zeros([BM], tl.float32)
@@ -64,10 +66,7 @@ def mass_kernel(
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     for t in range(0, n_tiles):
-        p_tile = tiles + (i_b.to(tl.int64) * NT + t) * 4
-        key0, n, doc, flags = (
-            tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2), tl.load(p_tile + 3),
-        )  # fmt: skip
+        key0, n, doc, flags = load_tile(tiles, i_z, NT, t)
         o_n = tl.arange(0, BN)
         m_n = o_n < n
         p_k = key_pointers(k_l, k_p, s_kn, s_pkn, key0 + o_n, key0 < P, HAS_PREFIX)

@@ -13,21 +13,25 @@ from dream_kernels.triton.blocks import (
     LAST,
     MU,
     N_REST,
-    N_REST_PREFIX,
     NORM,
     OFFSET,
+    fold_pass,
     fold_range,
-    key_pointers,
     load_pack,
+    load_pair,
     load_rest,
     load_rows,
+    load_run,
+    load_tile,
     locate_scored_rows,
-    rest_tiles,
+    rest_range,
     row_pointers,
+    segment_bases,
     store_rows,
+    visible_range,
+    weight_pointers,
     work,
 )
-from dream_kernels.triton.forward import visible_range
 
 
 @triton.jit
@@ -74,23 +78,15 @@ def rows_kernel(
     b_do = load_rows(row_pointers(do, o_b, o_h, o_m, s_ob, s_oh, s_om), m_r, s_od, D, BD)
     if NEGATE:
         b_q = -b_q
-    i_kh = i_h.to(tl.int64)
-    k_l = k + (i_kh * s_kh - P.to(tl.int64) * s_kn)
-    v_l = v + (i_kh * s_vh - P.to(tl.int64) * s_vn)
-    k_p = pk + i_kh * s_pkh
-    v_p = pv + i_kh * s_pvh
+    k_l, k_p = segment_bases(k, pk, i_h, P, s_kh, s_kn, s_pkh)
+    v_l, v_p = segment_bases(v, pv, i_h, P, s_vh, s_vn, s_pvh)
     b_row = o_b.to(tl.int64) * Hq + o_h  # [BM]
     p_columns = columns + b_row * COLUMNS * M + o_m
     p_state = state + b_row * (C + 1) * M + o_m
     p_documents = documents + b_row * (C + 1) * M + o_m
     n_rows = B.to(tl.int64) * Hq * M
     p_part = parts + i_s.to(tl.int64) * 2 * n_rows + b_row * M + o_m
-    if PER_HEAD:
-        p_weights = weights + b_row * C  # [BM] or, one for all rows, [1]
-    elif FOLD:
-        p_weights = weights + o_b * C
-    else:
-        p_weights = weights + i_b * C + tl.zeros([1], tl.int32)
+    p_weights = weight_pointers(weights, b_row, o_b, i_b, C, PER_HEAD, FOLD)
     b_first = i_b
     n_own = 1
     n_common = 1
@@ -115,31 +111,23 @@ def rows_kernel(
 
     if tl.max(m_scored.to(tl.int32), 0) > 0:
         for z in range(0, n_common):
-            b_z = i_b
-            m_z = m_scored
-            if FOLD:
-                b_z = (b_first + z) % B
-                m_z = m_scored & ((o_b - b_z) * unlike == 0)
-            i_z = b_z.to(tl.int64)
-            p_counts = counts + b_z * COUNTS
+            i_z, m_z = fold_pass(z, unlike, i_b, b_first, o_b, m_scored, B, FOLD)
+            k_lz, k_pz = k_l + i_z * s_kb, k_p + i_z * s_pkb
+            v_lz, v_pz = v_l + i_z * s_vb, v_p + i_z * s_pvb
+            p_counts = counts + i_z * COUNTS
             p_mask = mask + i_z * T
             n_tiles, n_behind, t_begin, t_end = work(p_counts, i_s, S, BN, SLOT, SPLIT)
             b_sum = b_zero
             begun = t_begin < 0  # whether the document at hand began in this split
             open_document = t_begin < 0
             for t in range(t_begin, tl.minimum(t_end, n_tiles)):
-                p_tile = tiles + (i_z * NT + t) * 4
-                key0, n, doc, flags = (
-                    tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2), tl.load(p_tile + 3),
-                )  # fmt: skip
+                key0, n, doc, flags = load_tile(tiles, i_z, NT, t)
                 o_n = tl.arange(0, BN)
                 m_n = o_n < n
-                p_k = key_pointers(k_l + i_z * s_kb, k_p + i_z * s_pkb, s_kn, s_pkn, key0 + o_n,
-                                   key0 < P, HAS_PREFIX)  # fmt: skip
-                p_v = key_pointers(v_l + i_z * s_vb, v_p + i_z * s_pvb, s_vn, s_pvn, key0 + o_n,
-                                   key0 < P, HAS_PREFIX)  # fmt: skip
-                b_k = load_rows(p_k, m_n, s_kd, D, BD)
-                b_v = load_rows(p_v, m_n, s_vd, D, BD)
+                b_k, b_v = load_pair(
+                    k_lz, k_pz, v_lz, v_pz, key0 + o_n, m_n, key0 < P, s_kn, s_pkn, s_vn, s_pvn,
+                    s_kd, s_vd, D, BD, HAS_PREFIX,
+                )  # fmt: skip
                 slot = doc.to(tl.int64) * M
                 if BIAS:
                     b_w = tl.load(p_weights + doc)
@@ -178,14 +166,12 @@ def rows_kernel(
             NS: tl.constexpr = BN // SLOT
             for t in range(tl.maximum(t_begin, n_tiles), tl.minimum(t_end, n_behind)):
                 b_doc, m_doc, b_at, m_n, inside = load_pack(
-                    shorts, p_counts, b_z, t - n_tiles, C, BN, SLOT
+                    shorts, p_counts, i_z, t - n_tiles, C, BN, SLOT
                 )
-                p_k = key_pointers(k_l + i_z * s_kb, k_p + i_z * s_pkb, s_kn, s_pkn, b_at, inside,
-                                   HAS_PREFIX)  # fmt: skip
-                p_v = key_pointers(v_l + i_z * s_vb, v_p + i_z * s_pvb, s_vn, s_pvn, b_at, inside,
-                                   HAS_PREFIX)  # fmt: skip
-                b_k = load_rows(p_k, m_n, s_kd, D, BD)
-                b_v = load_rows(p_v, m_n, s_vd, D, BD)
+                b_k, b_v = load_pair(
+                    k_lz, k_pz, v_lz, v_pz, b_at, m_n, inside, s_kn, s_pkn, s_vn, s_pvn,
+                    s_kd, s_vd, D, BD, HAS_PREFIX,
+                )  # fmt: skip
                 if HAS_MASK:
                     m_n = tl.load(p_mask + b_at, mask=m_n, other=0) != 0
                 m_rs = m_z[:, None] & m_doc[None, :]  # [BM, NS]
@@ -232,39 +218,28 @@ def rows_kernel(
             b_sum = b_zero
             # Pass 0 is the prefix in common, pass z > 0 what is element z's own.
             for z in range(0 if FOLD else 1, n_own + 1):
-                b_z = i_b
-                m_z = m_scored
-                if FOLD:
-                    b_z = (b_first + tl.maximum(z - 1, i_b)) % B
-                    m_z = m_scored & ((o_b - b_z) * z == 0)
-                i_z = b_z.to(tl.int64)
-                p_counts = counts + b_z * COUNTS
+                i_z, m_z = fold_pass(
+                    tl.maximum(z - 1, 0), z, i_b, b_first, o_b, m_scored, B, FOLD
+                )  # fmt: skip
+                k_lz, k_pz = k_l + i_z * s_kb, k_p + i_z * s_pkb
+                v_lz, v_pz = v_l + i_z * s_vb, v_p + i_z * s_pvb
+                p_counts = counts + i_z * COUNTS
                 p_mask = mask + i_z * T
-                n_rest_prefix = tl.load(p_counts + N_REST_PREFIX)
-                n_tiles, n_behind, t_begin, t_end = work(p_counts, i_s, S, BN, SLOT, SPLIT)
-                begin = tl.maximum(t_begin - n_behind, 0)
-                end = t_end - n_behind
+                n_rest = tl.load(p_counts + N_REST)
                 if CAUSAL:
-                    top_pos = tl.max(tl.where(m_scored, b_pos, 0), 0)
-                    n_rest = tl.load(p_counts + N_REST) - (T - 1 - top_pos)
-                    end = tl.minimum(end, rest_tiles(n_rest, n_rest_prefix, BN))
-                if FOLD:
-                    n_shared = tl.cdiv(n_rest_prefix, BN) * (1 - unlike)
-                    if z == 0:
-                        end = tl.minimum(end, n_shared)
-                    else:
-                        begin = tl.maximum(begin, n_shared)
+                    n_rest = n_rest - (T - 1 - tl.max(tl.where(m_scored, b_pos, 0), 0))
+                begin, end, reach = rest_range(
+                    p_counts, z, unlike, n_rest, i_s, S, BN, SLOT, FOLD, SPLIT
+                )  # fmt: skip
                 b_n = b_norm
                 if FOLD:
                     b_n = tl.where(m_z, b_norm, float("inf"))
                 for t in range(begin, end):
-                    b_at, m_n, inside, _ = load_rest(rest, p_counts, b_z, t, T, BN)
-                    p_k = key_pointers(k_l + i_z * s_kb, k_p + i_z * s_pkb, s_kn, s_pkn, b_at,
-                                       inside, HAS_PREFIX)  # fmt: skip
-                    p_v = key_pointers(v_l + i_z * s_vb, v_p + i_z * s_pvb, s_vn, s_pvn, b_at,
-                                       inside, HAS_PREFIX)  # fmt: skip
-                    b_k = load_rows(p_k, m_n, s_kd, D, BD)
-                    b_v = load_rows(p_v, m_n, s_vd, D, BD)
+                    b_at, m_n, inside, _ = load_rest(rest, p_counts, i_z, t, T, BN)
+                    b_k, b_v = load_pair(
+                        k_lz, k_pz, v_lz, v_pz, b_at, m_n, inside, s_kn, s_pkn, s_vn, s_pvn,
+                        s_kd, s_vd, D, BD, HAS_PREFIX,
+                    )  # fmt: skip
                     if HAS_MASK:
                         m_n = tl.load(p_mask + b_at, mask=m_n, other=0) != 0
                     m_s = m_n[None, :]
@@ -281,7 +256,7 @@ def rows_kernel(
                 if DOCUMENTS and FIXED:
                     # Every pass adds to the sums of its own rows, so the last to write is right.
                     if SPLIT:
-                        if t_end > n_behind:
+                        if reach > 0:
                             p_rest = parts + (i_s.to(tl.int64) * 2 + 1) * n_rows + b_row * M + o_m
                             tl.store(p_rest, b_sum, mask=m_z)
                     else:
@@ -301,24 +276,20 @@ def rows_kernel(
             b_offset = tl.load(p_columns + OFFSET * M, mask=m_plain, other=0.0)
             if HAS_PREFIX:
                 for z in range(0, n_common):
-                    b_z = i_b
+                    i_z, m_z = fold_pass(z, unlike, i_b, b_first, o_b, m_plain, B, FOLD)
                     b_n = b_norm
                     if FOLD:
-                        b_z = (b_first + z) % B
-                        b_n = tl.where((o_b - b_z) * unlike == 0, b_norm, b_inf)
-                    i_z = b_z.to(tl.int64)
+                        b_n = tl.where(m_z, b_norm, b_inf)
                     b_dq = _plain_gradient(
                         b_q, b_do, b_dq, b_n, b_offset, b_pos, k_p + i_z * s_pkb,
                         v_p + i_z * s_pvb, mask + i_z * T, s_pkn, s_kd, s_pvn, s_vd, begin,
                         tl.minimum(end, P), n_clear, scale, D, BD, BN, CAUSAL, HAS_MASK, IP,
                     )  # fmt: skip
             for z in range(0, n_own):
-                b_z = i_b
+                i_z, m_z = fold_pass(z, 1, i_b, b_first, o_b, m_plain, B, FOLD)
                 b_n = b_norm
                 if FOLD:
-                    b_z = (b_first + z) % B
-                    b_n = tl.where(o_b == b_z, b_norm, b_inf)
-                i_z = b_z.to(tl.int64)
+                    b_n = tl.where(m_z, b_norm, b_inf)
                 b_dq = _plain_gradient(
                     b_q, b_do, b_dq, b_n, b_offset, b_pos, k_l + i_z * s_kb, v_l + i_z * s_vb,
                     mask + i_z * T, s_kn, s_kd, s_vn, s_vd, tl.maximum(begin, P), end, n_clear,
@@ -342,22 +313,14 @@ def _plain_gradient(
     b_one = b_offset * 0.0 + 1.0
     clear = begin + tl.maximum(tl.minimum(end, n_clear) - begin, 0) // BN * BN
     for key0 in range(begin, clear, BN):
-        o_n = key0 + tl.arange(0, BN)
-        m_n = o_n < end
-        o_k = o_n.to(tl.int64)
-        b_k = load_rows(k + o_k * s_kn, m_n, s_kd, D, BD)
-        b_v = load_rows(v + o_k * s_vn, m_n, s_vd, D, BD)
+        o_n, m_n, b_k, b_v = load_run(k, v, key0, end, s_kn, s_vn, s_kd, s_vd, D, BD, BN)
         b_ds = logit_gradient(b_q, b_do, b_k, b_v, b_norm, b_one, b_offset, scale, IP)
         if HAS_MASK:
             m_n = tl.load(p_mask + o_n, mask=m_n, other=0) != 0
             b_ds = tl.where(m_n[None, :], b_ds, 0.0)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=IP)
     for key0 in range(clear, end, BN):
-        o_n = key0 + tl.arange(0, BN)
-        m_n = o_n < end
-        o_k = o_n.to(tl.int64)
-        b_k = load_rows(k + o_k * s_kn, m_n, s_kd, D, BD)
-        b_v = load_rows(v + o_k * s_vn, m_n, s_vd, D, BD)
+        o_n, m_n, b_k, b_v = load_run(k, v, key0, end, s_kn, s_vn, s_kd, s_vd, D, BD, BN)
         if HAS_MASK:
             m_n = tl.load(p_mask + o_n, mask=m_n, other=0) != 0
         m_s = m_n[None, :]

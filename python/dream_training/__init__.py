@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dream_training.collator import DreamCollator
     from dream_training.config import TrainConfig, load_config
-    from dream_training.heads import select_heads
+    from dream_training.heads import HeadExample, select_heads
     from dream_training.losses import DreamLoss
-    from dream_training.reader import Reader, ReaderPrompt
+    from dream_training.prompts import ReaderPrompt
+    from dream_training.reader import Reader
     from dream_training.retriever import build_retriever, save_retriever
     from dream_training.training import train
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "DreamCollator": "collator",
     "DreamLoss": "losses",
+    "HeadExample": "heads",
     "Reader": "reader",
-    "ReaderPrompt": "reader",
+    "ReaderPrompt": "prompts",
     "TrainConfig": "config",
     "build_retriever": "retriever",
     "load_config": "config",
@@ -31,6 +33,7 @@ _HOMES = {
 __all__ = [
     "DreamCollator",
     "DreamLoss",
+    "HeadExample",
     "Reader",
     "ReaderPrompt",
     "TrainConfig",

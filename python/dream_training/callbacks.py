@@ -34,6 +34,9 @@ def describe(metrics: dict[str, float]) -> str:
         parts.append(f"weight on positive {metrics['weight_on_positive']:.2f}")
     if "entropy" in metrics:
         parts.append(f"entropy {metrics['entropy']:.2f}/{metrics['max_entropy']:.2f}")
+    if "store_hits" in metrics:
+        found, asked = metrics["store_hits"], metrics["store_hits"] + metrics["store_misses"]
+        parts.append(f"store {found:.0f}/{asked:.0f}")
     if metrics.get("tokens") and metrics.get("seconds"):
         parts.append(f"{metrics['tokens'] / metrics['seconds']:,.0f} tokens/s")
     return "  ".join(parts)

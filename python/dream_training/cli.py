@@ -101,35 +101,98 @@ def compare(
 
 
 @app.command()
+def doctor(
+    config: Annotated[Path, typer.Argument(help="YAML file", exists=True, dir_okay=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Say in about a minute whether a run can learn; exit code 1 if something is at fault."""
+    from dream_training.doctor_command import run_doctor
+
+    if not run_doctor(config, overrides or []):
+        raise typer.Exit(1)
+
+
+@app.command()
 def heads(
     reader: Annotated[str, typer.Option(help="folder or hub name of the language model")],
     data: Annotated[
-        Path, typer.Option(help="training JSONL whose lines know their positive", exists=True)
+        Path, typer.Option(help="training JSONL; qr criteria need known positives", exists=True)
     ],
-    output: Annotated[Path, typer.Option(help="head file, .yaml or .json")] = Path("heads.yaml"),
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="head file, .yaml or .json; with --compare a folder"),
+    ] = None,
+    criterion: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="qr_mass, qr_ndcg, loss_gradient (needs no positives) or random; may be repeated "
+            "with --compare, where all of them are the default"
+        ),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="several criteria: what they share and what they do")
+    ] = False,
+    draws: Annotated[int, typer.Option(min=1, help="random draws with --compare")] = 5,
+    train: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="with --compare: train as this config says with the heads of each choice",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="trainings of each choice")] = 3,
     top_k: Annotated[int, typer.Option(min=1, help="heads to print and outline")] = 16,
     examples: Annotated[int, typer.Option(min=2, help="training lines to look at")] = 96,
     pool_size: Annotated[int, typer.Option(min=2, help="documents per pool")] = 16,
     context: Annotated[str, typer.Option(help="independent or joint reading")] = "independent",
     passage_max_len: Annotated[int, typer.Option(min=1, help="tokens of a document")] = 128,
     null_query: Annotated[str, typer.Option(help="the query that says nothing")] = "N/A",
-    seed: Annotated[int, typer.Option(help="of the choice of examples")] = 0,
+    token_filter: Annotated[
+        bool, typer.Option(help="drop tokens far below their document's mean (qr criteria)")
+    ] = False,
+    point: Annotated[
+        str, typer.Option(help="where loss_gradient differentiates: own or uniform weights")
+    ] = "own",
+    seed: Annotated[int, typer.Option(help="of the choice of examples, and of random heads")] = 0,
 ) -> None:
-    """Rank the reader's heads by how much a query draws them to its document."""
-    from dream_training.head_command import run_heads
+    """Rank the reader's heads by how well they pass on which document is read.
 
-    run_heads(
+    With --compare, what is there already in the folder is not measured again: a long
+    comparison may be stopped, and gone on with by the same command.
+    """
+    from dream_training.head_command import HeadOptions, run_head_comparison, run_heads
+
+    options = HeadOptions(
         reader=reader,
         data=data,
-        output=output,
         top_k=top_k,
         examples=examples,
         pool_size=pool_size,
         context=context,
         passage_max_len=passage_max_len,
         null_query=null_query,
+        token_filter=token_filter,
+        point=point,
         seed=seed,
     )
+    if compare:
+        try:
+            run_head_comparison(
+                options,
+                output or Path("head-comparison"),
+                criteria=criterion or [],
+                draws=draws,
+                train=train,
+                seeds=seeds,
+            )
+        except KeyboardInterrupt:
+            typer.echo("\nStopped. What is complete is kept: run the same command to go on.")
+            raise typer.Exit(130) from None
+        return
+    if train is not None or len(criterion or []) > 1:
+        raise ValueError("--train and several criteria need --compare")
+    run_heads(options, output or Path("heads.yaml"), (criterion or ["qr_mass"])[0])
 
 
 @app.command()
@@ -202,33 +265,89 @@ def mine(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="sentence-transformers model, folder or hub name")],
-    data: Annotated[Path, typer.Argument(help="BEIR folder", exists=True, file_okay=False)],
-    split: Annotated[str, typer.Option(help="qrels/<split>.tsv")] = "test",
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL|FOLDER",
+            help="sentence-transformers models (folder or hub name), and BEIR folders",
+        ),
+    ],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="separated by commas: names of mteb's retrieval tasks, beir:NAME for a set that "
+            "BEIR publishes, BEIR folders, beir9 (nine public sets of BEIR that papers often "
+            "report; which nine the DREAM paper took is not known to us), rteb14 (RTEB's English "
+            "open tasks)"
+        ),
+    ] = "",
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="JSON file for all figures, those of every query among them"),
+    ] = None,
+    split: Annotated[str, typer.Option(help="qrels/<split>.tsv of BEIR folders")] = "test",
     batch_size: Annotated[int, typer.Option(min=1, help="texts encoded at once")] = 32,
-    bm25: Annotated[bool, typer.Option(help="evaluate BM25 as well")] = True,
+    query_max_len: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="tokens of a query; the model's own limit by default"),
+    ] = None,
+    passage_max_len: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="tokens of a document; the model's own limit by default"),
+    ] = None,
+    processes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="processes that encode documents, one for each GPU if any"),
+    ] = None,
+    devices: Annotated[
+        str, typer.Option(help="a process for each of these instead: cuda:0,cuda:1")
+    ] = "",
+    cache_dir: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="where sets of BEIR are kept"),
+    ] = None,
+    bm25: Annotated[bool, typer.Option(help="evaluate BM25 on BEIR folders as well")] = True,
 ) -> None:
-    """Print nDCG@10 and recall@10 of a retriever on a BEIR folder."""
-    from sentence_transformers import SentenceTransformer
+    """Print nDCG@10 and recall@10 of retrievers on BEIR folders and mteb tasks."""
+    from dream_training.evaluate_command import choose_devices, run_evaluate
+    from dream_training.evaluation.tasks import EvaluationOptions
 
-    from dream_training.data.beir_folder import read_beir_folder
-    from dream_training.evaluation import (
-        RetrievalEvaluator,
-        RetrievalTask,
-        score_ranking,
-        search_bm25,
+    run_evaluate(
+        arguments,
+        tasks=tasks,
+        output=output,
+        options=EvaluationOptions(
+            split=split,
+            batch_size=batch_size,
+            query_max_len=query_max_len,
+            passage_max_len=passage_max_len,
+            devices=choose_devices(processes, devices),
+            cache_dir=cache_dir,
+        ),
+        bm25=bm25,
     )
 
-    corpus, queries, qrels = read_beir_folder(data, split)
-    task = RetrievalTask(queries, corpus, qrels)
-    typer.echo(f"{data} ({split}): {len(queries)} queries, {len(corpus)} documents")
-    rows = {model: RetrievalEvaluator(task, batch_size=batch_size)(SentenceTransformer(model))}
-    if bm25:
-        rows["BM25"] = score_ranking(task, search_bm25(task))
-    for name, scores in rows.items():
-        typer.echo(
-            f"{name}: nDCG@10 {scores['ndcg_at_10']:.4f}  recall@10 {scores['recall_at_10']:.4f}"
-        )
+
+@app.command()
+def compare_runs(
+    first: Annotated[
+        Path, typer.Argument(help="file of dream evaluate, or folder of a run", exists=True)
+    ],
+    second: Annotated[Path, typer.Argument(help="the other one", exists=True)],
+    first_model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="which model of the first, where it holds several"),
+    ] = None,
+    second_model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="which model of the second"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the resampling")] = 0,
+) -> None:
+    """Test whether two evaluations differ by more than luck with the queries."""
+    from dream_training.compare_runs_command import run_compare
+
+    run_compare(first, second, first_model=first_model, second_model=second_model, seed=seed)
 
 
 @app.command(

@@ -22,6 +22,7 @@ from dream_training.config import (
     parse_overrides,
     read_yaml,
 )
+from dream_training.json_file import write_json
 
 RESULT = "result.json"
 _METRIC = "ndcg_at_10"
@@ -157,7 +158,6 @@ def run_comparison(comparison: Comparison, console: Console, only: Sequence[str]
         KeyboardInterrupt: Ctrl-C; what is complete is kept.
     """
     from dream_training.plots import plot_comparison
-    from dream_training.training import write_json
 
     for name in only:
         if name not in comparison.runs:
@@ -240,12 +240,12 @@ def _measure(
 ) -> None:
     """Train once, evaluate before and after on every data set, and write the result."""
     from dream_training.loading import make_retriever
-    from dream_training.training import make_evaluator, train, write_json
+    from dream_training.training import make_evaluator, train
 
     model = make_retriever(config)
     evaluators = {}
     for folder in comparison.folders:
-        evaluator = make_evaluator(replace(config, eval_data=folder))
+        evaluator = make_evaluator(replace(config, eval_data=folder, eval_queries=None))
         assert evaluator is not None
         evaluators[_short(folder)] = evaluator
     # Runs that differ only in how they train start from the same retriever.

@@ -14,8 +14,13 @@ from typing import Any
 
 import yaml
 
+from dream_training.pools import check_pool
+
+HEAD_CRITERIA = ("qr_mass", "qr_ndcg", "loss_gradient", "random")
 OBJECTIVES = ("dream", "infonce", "replug", "emdr", "revela")
 TEACHERS = ("mean_log_probability", "probability")
+CONTEXTS = ("independent", "joint")
+INJECTED_ROWS = ("all", "target")
 DIRECTIONS = ("teacher_student", "student_teacher")
 POSITIVES = ("first", "each")
 
@@ -27,10 +32,20 @@ class TrainConfig:
     Attributes:
         reader: folder or hub name of the frozen language model; ``smollm2`` for the packaged one.
         heads: head file, or ``auto`` to select heads on the training data first.
+        head_criterion: what ``auto`` goes by: ``qr_mass``, ``qr_ndcg``, ``loss_gradient`` (needs
+            no known positives) or ``random``.
         top_k: how many heads of the head file receive the scores; None for all it names.
         context: how documents are read, ``independent`` or ``joint``.
         mode: ``reweight`` or ``bias``.
         document_mass: fixes the attention that all documents get together; None keeps the reader's.
+        injected_rows: the rows that the scores act on: ``all`` after the documents, or ``target``,
+            those that predict the target.
+        reader_prompt: the text around documents, query and target: ``plain``; ``chat``, the
+            reader's chat template, with the target as its answer; or the path of a Jinja template
+            that prints ``documents`` (a list), ``query`` and ``target`` in this order.
+        document_store: where keys and values of documents stay once they are read: ``memory``, a
+            folder that later runs may share, or None. Independent reading only.
+        document_store_gb: what the store keeps at most, in 10⁹ bytes.
         retriever: folder or hub name of a sentence-transformers model or a language model.
         retriever_layers: keep only the first layers of a language model; None for all.
         lora_r: rank of the LoRA adapters; 0 trains every weight.
@@ -44,6 +59,12 @@ class TrainConfig:
         streaming: read ``train_data`` while training, shuffled within a buffer, and not at once.
         eval_data: BEIR folder, or None.
         eval_split: split of the BEIR folder.
+        eval_queries: evaluate on this many of its queries during training, drawn by the seed; the
+            corpus stays whole. None for all.
+        final_tasks: tasks that the best model is evaluated on after training, as ``dream evaluate``
+            names them; the scores of every query go to evaluation.json.
+        report_queries: training queries whose weights before and after are kept for
+            ``dream report``; 0 for none.
         objective: ``dream``, ``replug``, ``emdr``, ``revela``, or ``infonce``, which needs known
             positives.
         temperature: divides the cosine similarities.
@@ -51,7 +72,13 @@ class TrainConfig:
         teacher_temperature: of ``replug``, divides the teacher's scores.
         teacher_direction: of ``replug``, ``teacher_student`` for KL(teacher || retriever), or
             ``student_teacher``.
-        batch_size: queries per step; their documents form one pool.
+        pool: what a query competes over: ``both``, all candidates of the batch; ``in_batch``, one
+            document of each query of the batch; ``mined``, its own candidates.
+        documents_per_query: candidates of a query that are drawn for a step, the relevant one
+            always among them where it is known; None for all.
+        batch_size: queries per step.
+        mini_batch_size: texts that the retriever embeds at once, so that large pools fit into
+            memory; None for all of a step. Changes no result and costs one more forward pass.
         query_max_len: tokens of a query, for retriever and reader.
         passage_max_len: tokens of a document, for retriever and reader.
         target_max_len: tokens of a target that are predicted.
@@ -74,10 +101,15 @@ class TrainConfig:
     reader: str
     train_data: str
     heads: str = "auto"
+    head_criterion: str = "qr_mass"
     top_k: int | None = 16
     context: str = "independent"
     mode: str = "reweight"
     document_mass: float | None = None
+    injected_rows: str = "all"
+    reader_prompt: str = "plain"
+    document_store: str | None = None
+    document_store_gb: float = 2.0
     retriever: str = "smollm2"
     retriever_layers: int | None = None
     lora_r: int = 32
@@ -88,12 +120,18 @@ class TrainConfig:
     streaming: bool = False
     eval_data: str | None = None
     eval_split: str = "test"
+    eval_queries: int | None = None
+    final_tasks: list | None = None
+    report_queries: int = 8
     objective: str = "dream"
     temperature: float = 0.05
     teacher: str = "mean_log_probability"
     teacher_temperature: float = 0.1
     teacher_direction: str = "teacher_student"
+    pool: str = "both"
+    documents_per_query: int | None = None
     batch_size: int = 16
+    mini_batch_size: int | None = None
     query_max_len: int = 32
     passage_max_len: int = 128
     target_max_len: int = 32
@@ -116,7 +154,10 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             setattr(self, field.name, _coerce(field.name, getattr(self, field.name)))
         for name, choices in (
+            ("head_criterion", HEAD_CRITERIA),
             ("objective", OBJECTIVES),
+            ("context", CONTEXTS),
+            ("injected_rows", INJECTED_ROWS),
             ("teacher", TEACHERS),
             ("teacher_direction", DIRECTIONS),
             ("train_positives", POSITIVES),
@@ -128,11 +169,20 @@ class TrainConfig:
         for name in ("temperature", "teacher_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_pool(self.pool, self.documents_per_query)
+        if self.document_store is not None:
+            from dream_training.document_store import check_document_store
+
+            check_document_store(self.document_store, self.document_store_gb, self.context)
         for name in ("batch_size", "query_max_len", "passage_max_len", "target_max_len"):
             _at_least(name, getattr(self, name), 2 if name == "batch_size" else 1)
         for name in ("max_steps", "eval_steps", "log_steps"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("lora_r", "warmup_steps"):
+        if self.mini_batch_size is not None:
+            _at_least("mini_batch_size", self.mini_batch_size, 1)
+        if self.eval_queries is not None:
+            _at_least("eval_queries", self.eval_queries, 1)
+        for name in ("lora_r", "warmup_steps", "report_queries"):
             _at_least(name, getattr(self, name), 0)
 
 

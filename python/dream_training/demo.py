@@ -26,12 +26,15 @@ from dream_training.evaluation import (
     Ranking,
     RetrievalEvaluator,
     RetrievalTask,
+    average,
+    score_queries,
     score_ranking,
     search_bm25,
 )
+from dream_training.json_file import write_json
 from dream_training.loading import make_retriever, resolve_model
 from dream_training.plots import plot_curve
-from dream_training.training import train, write_json
+from dream_training.training import train
 
 RETRIEVER_LAYERS = 10
 HEADS = 64
@@ -166,7 +169,8 @@ class _DemoEvaluator(RetrievalEvaluator):
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.ranking = self.rank(model)
-        return score_ranking(self.test, self.ranking)
+        self.query_scores = score_queries(self.test, self.ranking)
+        return average(self.query_scores)
 
 
 def _sizes(reader: str) -> tuple[int, int]:

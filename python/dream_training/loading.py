@@ -33,6 +33,10 @@ def load_reader(config: TrainConfig, heads: Any, **options: Any) -> Reader:
         "query_max_len": config.query_max_len,
         "passage_max_len": config.passage_max_len,
         "target_max_len": config.target_max_len,
+        "injected_rows": config.injected_rows,
+        "prompt": config.reader_prompt,
+        "document_store": config.document_store,
+        "document_store_gb": config.document_store_gb,
     }
     return Reader.from_pretrained(
         resolve_model(config.reader, config.dtype),

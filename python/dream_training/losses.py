@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dream_training.embedding import check_mini_batch_size, embed
+from dream_training.objectives.base import features_of, weight_metrics
+from dream_training.pools import pool_scores
 from dream_training.reader import Reader
 
 if TYPE_CHECKING:
@@ -38,60 +40,68 @@ class DreamLoss(nn.Module):
         model: the retriever.
         reader: the frozen language model.
         temperature: divides the cosine similarities.
+        mini_batch_size: texts that the retriever embeds at once, see
+            :func:`~dream_training.embedding.embed`; it bounds memory, for one more forward pass,
+            and changes no result. None keeps the activations of the whole batch.
 
     Attributes:
         metrics: of the last batch, as floats: ``loss`` (nats per target token),
             ``weight_on_positive`` (mean softmax weight of the known relevant documents; absent
             when none is known), ``entropy`` (of the weights, nats), ``max_entropy`` (of uniform
-            weights), ``tokens`` (read and encoded).
+            weights), ``tokens`` (read and encoded), and with a document store ``store_hits`` and
+            ``store_misses``.
 
     Raises:
-        ValueError: ``temperature`` is not positive.
+        ValueError: ``temperature`` is not positive, or ``mini_batch_size`` below 1.
     """
 
     def __init__(
-        self, model: SentenceTransformer, reader: Reader, temperature: float = 0.05
+        self,
+        model: SentenceTransformer,
+        reader: Reader,
+        temperature: float = 0.05,
+        mini_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
+        check_mini_batch_size(mini_batch_size)
         self.model = model
         self.reader = reader
         self.temperature = temperature
+        self.mini_batch_size = mini_batch_size
         self.metrics: dict[str, float] = {}
 
     def forward(
         self, sentence_features: list[dict[str, Any]], labels: Tensor | None = None
     ) -> Tensor:
-        query, pool = _features(sentence_features)
+        query, pool = features_of(sentence_features, type(self).__name__)
         # Read before encoding: the prefix needs no graph, so its peak memory comes first.
-        prefix = self.reader.read(pool["texts"])
-        queries = self.model(_model_inputs(query))["sentence_embedding"].float()
-        documents = self.model(_model_inputs(pool))["sentence_embedding"].float()
+        pools = query.get("pools")
+        found = self._found()
+        prefix = self.reader.read(pool["texts"], pools)
+        queries = embed(self.model, query, self.mini_batch_size).float()
+        documents = embed(self.model, pool, self.mini_batch_size).float()
         similarity = nn.functional.normalize(queries, dim=-1) @ nn.functional.normalize(
             documents, dim=-1
         ).transpose(0, 1)
-        scores = similarity / self.temperature
-        reading = self.reader(prefix, query["texts"], query["targets"], scores)
-        tokens = reading.target_tokens + prefix.length
+        scores, present = pool_scores(similarity / self.temperature, pools)
+        # The reader knows from the spans which documents are absent; what scores them is moot.
+        given = scores if present is None else scores.masked_fill(~present, 0.0)
+        reading = self.reader(prefix, query["texts"], query["targets"], given)
+        tokens = reading.target_tokens + prefix.tokens
         tokens += sum(int(f["attention_mask"].sum()) for f in (query, pool))
-        self._record(reading.loss, scores, query["positives"], tokens)
+        with torch.no_grad():
+            weights = weight_metrics(scores, query["positives"])
+        self.metrics = {"loss": reading.loss.item(), **weights, "tokens": tokens}
+        names = ("store_hits", "store_misses")
+        self.metrics |= {n: now - then for n, now, then in zip(names, self._found(), found)}
         return reading.loss
 
-    @torch.no_grad()
-    def _record(self, loss: Tensor, scores: Tensor, positives: list[int], tokens: int) -> None:
-        log_weights = torch.log_softmax(scores, -1)
-        weights = log_weights.exp()
-        known = [(row, place) for row, place in enumerate(positives) if place >= 0]
-        self.metrics = {
-            "loss": loss.item(),
-            "entropy": -(weights * log_weights).sum(-1).mean().item(),
-            "max_entropy": math.log(scores.shape[1]),
-            "tokens": tokens,
-        }
-        if known:
-            rows, places = zip(*known)
-            self.metrics["weight_on_positive"] = weights[list(rows), list(places)].mean().item()
+    def _found(self) -> tuple[int, ...]:
+        """Hits and misses of the reader's document store so far."""
+        store = self.reader.store
+        return () if store is None else (store.hits, store.misses)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of the loss."""
@@ -108,17 +118,3 @@ class DreamLoss(nn.Module):
             "Modeling}, author={Tang and Yang}, year={2026}, eprint={2606.24667}, "
             "archivePrefix={arXiv}}"
         )
-
-
-def _features(sentence_features: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    features = list(sentence_features)
-    if len(features) != 2 or "texts" not in features[1] or "targets" not in features[0]:
-        raise ValueError(
-            "DreamLoss needs the texts beside the tokens: give the trainer "
-            "data_collator=DreamCollator(model)"
-        )
-    return features[0], features[1]
-
-
-def _model_inputs(features: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in features.items() if k not in ("texts", "targets", "positives")}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,24 @@ from dream_training.callbacks import History
 
 if TYPE_CHECKING:
     from dream_training.comparison import Row
+
+# Title and unit of the map by the criterion that a head file names.
+_HEAD_SCORES = {
+    "qr_mass": ("QR score", "attention to the gold document\nabove the null query"),
+    "qr_ndcg": ("nDCG@10 of the ranking", "nDCG@10 of the pool as the head ranks it"),
+    "loss_gradient": (
+        "Drop of the loss",
+        "nats per target token when the head\nreads what the loss prefers",
+    ),
+}
+
+# Mark, colour and place within the cell of each criterion.
+_MARKS = (
+    ("o", "#1b4f8a", -0.22, 0.22),
+    ("^", "#d08a3a", 0.22, 0.22),
+    ("D", "#2f8f5b", -0.22, -0.22),
+    ("v", "#8a3a6f", 0.22, -0.22),
+)
 
 
 def plot_heads(head_file: HeadFile, path: str | os.PathLike[str], top_k: int = 16) -> Path:
@@ -47,8 +65,56 @@ def plot_heads(head_file: HeadFile, path: str | os.PathLike[str], top_k: int = 1
     axes.set_ylabel("head")
     axes.set_xticks(range(0, layers, max(1, layers // 15)))
     axes.set_yticks(range(0, heads, max(1, heads // 16)))
-    axes.set_title(f"QR score of each head, the best {top_k} outlined")
-    figure.colorbar(image, ax=axes, label="attention to the gold document\nabove the null query")
+    title, meaning = _HEAD_SCORES.get(head_file.provenance.get("criterion", ""), ("Score", "score"))
+    axes.set_title(f"{title} of each head, the best {top_k} outlined")
+    figure.colorbar(image, ax=axes, label=meaning)
+    return _save(figure, path)
+
+
+def plot_head_choices(
+    choices: Mapping[str, Sequence[tuple[int, int]]],
+    draws: Sequence[Sequence[tuple[int, int]]],
+    shape: tuple[int, int],
+    path: str | os.PathLike[str],
+) -> Path:
+    """Draw who chose which head: a mark for every criterion, a shade for random draws.
+
+    Args:
+        choices: by the name of the criterion, ``(layer, head)`` pairs; at most four.
+        draws: the same for random draws, without names.
+        shape: (layers, heads) of the reader.
+        path: PNG file.
+
+    Raises:
+        ValueError: there are more than four criteria.
+    """
+    if len(choices) > len(_MARKS):
+        raise ValueError(f"at most {len(_MARKS)} criteria can be drawn, got {len(choices)}")
+    layers, heads = shape
+    width = min(14.0, 3.0 + 0.4 * layers)
+    figure, axes = plt.subplots(figsize=(width, 2.2 + 0.36 * heads), layout="constrained")
+    shade = np.zeros((heads, layers))
+    for drawn in draws:
+        for layer, head in drawn:
+            shade[head, layer] += 1 / len(draws)
+    axes.imshow(shade, aspect="auto", cmap="Greys", vmin=0, vmax=2, origin="lower")
+    for (name, chosen), (mark, color, dx, dy) in zip(choices.items(), _MARKS):
+        x, y = np.array(chosen, dtype=float).reshape(-1, 2).T
+        axes.scatter(x + dx, y + dy, marker=mark, s=26, color=color, label=name)
+    if draws:
+        label = f"chosen by random draws (of {len(draws)})"
+        axes.scatter([], [], marker="s", s=60, color="0.75", label=label)
+    axes.set_xticks(np.arange(-0.5, layers), minor=True)
+    axes.set_yticks(np.arange(-0.5, heads), minor=True)
+    axes.grid(which="minor", color="0.85", lw=0.6)
+    axes.tick_params(which="minor", length=0)
+    axes.set_xticks(range(0, layers, max(1, layers // 15)))
+    axes.set_yticks(range(0, heads, max(1, heads // 16)))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("head")
+    most = max(map(len, choices.values()), default=0)
+    axes.set_title(f"The best {most} heads by each criterion")
+    figure.legend(loc="outside lower center", ncols=len(choices) + 1, fontsize=8, frameon=False)
     return _save(figure, path)
 
 

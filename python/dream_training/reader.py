@@ -17,42 +17,16 @@ from dream_kernels import (
     read_independently,
     read_jointly,
 )
+from dream_training.config import CONTEXTS, INJECTED_ROWS
+from dream_training.document_store import check_document_store, open_document_store
+from dream_training.prompts import PLAIN, ReaderPrompt, load_reader_prompt
 from dream_training.target_loss import plain_head, target_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CONTEXTS = ("independent", "joint")
-
 # Tokens of queries and targets that run at once, by default: enough for full speed.
 _ROWS_PER_PASS = {"cpu": 256, "accelerator": 8192}
-
-
-@dataclass(frozen=True)
-class ReaderPrompt:
-    """The text around documents, query and target.
-
-    The pieces are tokenised one by one and joined as tokens, so that the spans of the documents
-    are exact whatever the tokenizer merges.
-
-    Attributes:
-        header: stands before the documents, after the beginning-of-sequence token if there is one.
-        document: one document; must contain ``{document}``.
-        query: what follows the documents; must contain ``{query}``.
-        target: the text to predict; must contain ``{target}``.
-    """
-
-    header: str = "Documents:\n\n"
-    document: str = "{document}\n\n"
-    query: str = "Question: {query}\nAnswer:"
-    target: str = " {target}"
-
-    def __post_init__(self) -> None:
-        for name in ("document", "query", "target"):
-            if getattr(self, name).count(f"{{{name}}}") != 1:
-                raise ValueError(
-                    f"prompt.{name} must contain {{{name}}} once, got {getattr(self, name)!r}"
-                )
 
 
 @dataclass(frozen=True)
@@ -81,13 +55,24 @@ class Reader(nn.Module):
             ``"joint"``: the documents are read as one sequence.
         mode: as in :func:`dream_kernels.document_attention`.
         document_mass: as in :func:`dream_kernels.document_attention`.
+        injected_rows: the rows that the scores act on: ``"all"`` after the documents; or
+            ``"target"``, those that predict a target's tokens, the query being read plainly.
         query_max_len: tokens of a query that are read; longer ones are cut.
         passage_max_len: tokens of a document that are read.
         target_max_len: tokens of a target that are predicted.
-        prompt: the text around documents, query and target.
+        prompt: the text around documents, query and target: a :class:`ReaderPrompt`, ``"plain"``,
+            ``"chat"``, or the path of a Jinja template, see
+            :func:`~dream_training.prompts.load_reader_prompt`.
         impl: as in :func:`dream_kernels.document_attention`.
         rows_per_pass: tokens of queries and targets that run at once, at least one query; None
             for what keeps the device busy. It bounds memory and changes no result.
+        document_store: where documents that were read stay, so that they are not read again:
+            ``"memory"``, a folder, or None for nowhere. Independent reading only.
+        document_store_gb: what the store keeps at most, in 10⁹ bytes; the documents used least
+            recently go first.
+
+    Attributes:
+        store: the :class:`~dream_training.document_store.DocumentStore`, or None.
 
     Raises:
         ValueError: an argument is out of range, or the model cannot be injected.
@@ -102,16 +87,22 @@ class Reader(nn.Module):
         context: str = "independent",
         mode: str = "reweight",
         document_mass: float | None = None,
+        injected_rows: str = "all",
         query_max_len: int = 32,
         passage_max_len: int = 128,
         target_max_len: int = 32,
-        prompt: ReaderPrompt | None = None,
+        prompt: ReaderPrompt | str | os.PathLike[str] = PLAIN,
         impl: str = "auto",
         rows_per_pass: int | None = None,
+        document_store: str | os.PathLike[str] | None = None,
+        document_store_gb: float = 2.0,
     ) -> None:
         super().__init__()
         if context not in CONTEXTS:
             raise ValueError(f"context must be one of {CONTEXTS}, got {context!r}")
+        if injected_rows not in INJECTED_ROWS:
+            raise ValueError(f"injected_rows must be one of {INJECTED_ROWS}, got {injected_rows!r}")
+        check_document_store(document_store, document_store_gb, context)
         for name, value in (
             ("query_max_len", query_max_len),
             ("passage_max_len", passage_max_len),
@@ -123,17 +114,20 @@ class Reader(nn.Module):
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.context = context
+        self.injected_rows = injected_rows
         self.query_max_len = query_max_len
         self.passage_max_len = passage_max_len
         self.target_max_len = target_max_len
         self.rows_per_pass = rows_per_pass
-        self.prompt = prompt or ReaderPrompt()
+        if not isinstance(prompt, ReaderPrompt):
+            prompt = load_reader_prompt(prompt, tokenizer)
+        self.prompt = prompt
         self.injection = inject_attention(
             self.model, heads, mode=mode, document_mass=document_mass, impl=impl
         )
+        self.store = open_document_store(document_store, self.model, document_store_gb)
         self._head = plain_head(self.model)
-        begin = getattr(tokenizer, "bos_token_id", None)
-        self._header = ([] if begin is None else [begin]) + self._ids(self.prompt.header)
+        self._header = self._header_ids()
         self._around_document = self._around(self.prompt.document, "{document}")
         self._around_query = self._around(self.prompt.query, "{query}")
 
@@ -181,7 +175,9 @@ class Reader(nn.Module):
         if not tokens:
             raise ValueError("documents must hold at least one text, got none")
         if self.context == "independent":
-            return read_independently(self.model, tokens, pools, header=self._header)
+            return read_independently(
+                self.model, tokens, pools, header=self._header, store=self.store
+            )
         rows = [range(len(tokens))] if pools is None else pools
         sequences, spans = [], torch.zeros(len(rows), max(map(len, rows)), 2, dtype=torch.long)
         for b, pool in enumerate(rows):
@@ -203,7 +199,8 @@ class Reader(nn.Module):
             prefix: the documents, from :meth:`read`; one pool, or one for each query.
             queries: ``B`` texts.
             targets: ``B`` texts, none blank.
-            scores: ``[B, C]`` logits over the documents, any device; gradients flow into them.
+            scores: ``[B, C]`` logits over the documents, any device; gradients flow into them. Or
+                ``[B, Hq, C]`` or ``[B, layers, Hq, C]``, where heads differ.
 
         Raises:
             ValueError: a target is blank, or does not fit into the reader's context.
@@ -270,21 +267,34 @@ class Reader(nn.Module):
         scores: Tensor | None,
     ) -> Tensor:
         """Return the loss of every target token, query after query; plain reading if no scores."""
-        ids, mask = _pad([q + t for q, t in zip(query_ids, target_ids)], "left", self.device)
+        first_row = None
+        if self.injected_rows == "all":
+            # Targets end at the right edge.
+            ids, mask = _pad([q + t for q, t in zip(query_ids, target_ids)], "left", self.device)
+            begins = [ids.shape[1] - len(target) for target in target_ids]
+        else:
+            # Targets begin in one column, so that the rows before it are those of the queries.
+            left, right = (
+                _pad(query_ids, "left", self.device),
+                _pad(target_ids, "right", self.device),
+            )
+            ids, mask = (torch.cat(parts, dim=1) for parts in zip(left, right))
+            begins = [left[0].shape[1]] * len(ids)
+            first_row = begins[0] - 1
         inputs = {
             "input_ids": ids,
             "attention_mask": mask,
             "document_prefix": prefix,
             "document_scores": scores,
+            "document_first_row": first_row,
             "use_cache": False,
         }
-        # Targets end at the right edge; the row before a token predicts it. Positions without a
-        # target get no logits: over a whole vocabulary those would cost more than all the rest.
-        width = ids.shape[1]
+        # The row before a token predicts it. Positions without a target get no logits: over a
+        # whole vocabulary those would cost more than all the rest.
         flat = [
-            b * width + place
-            for b, target in enumerate(target_ids)
-            for place in range(width - len(target), width)
+            b * ids.shape[1] + place
+            for b, (begin, target) in enumerate(zip(begins, target_ids))
+            for place in range(begin, begin + len(target))
         ]
         of_token = torch.tensor(flat, device=ids.device)
         targets = ids.flatten()[of_token]
@@ -309,8 +319,35 @@ class Reader(nn.Module):
             weights[b, offset + start : offset + end] = 1.0 / (end - start)
         return ids, mask, weights
 
+    def suffix_rows(
+        self, queries: Sequence[str], targets: Sequence[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokenise queries with their targets, as :meth:`forward` reads them.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` ``[B, M]``, padded on the left, and
+            ``row_weights`` ``[B, M]`` that average over all tokens of a row.
+        """
+        ids, mask = _pad(
+            [
+                self.query_tokens(query) + self.target_tokens(target, i)
+                for i, (query, target) in enumerate(zip(queries, targets))
+            ],
+            "left",
+            self.device,
+        )
+        return ids, mask, mask / mask.sum(1, keepdim=True)
+
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _header_ids(self) -> list[int]:
+        """Tokens of the header, which begins with one beginning-of-sequence token at most."""
+        header = self._ids(self.prompt.header)
+        begin = getattr(self.tokenizer, "bos_token_id", None)
+        if begin is None or not self.prompt.bos or header[:1] == [begin]:
+            return header
+        return [begin, *header]
 
     def _around(self, template: str, placeholder: str) -> tuple[list[int], list[int]]:
         before, after = template.split(placeholder)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-import random
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,22 +16,23 @@ from dream_training.callbacks import History, KeepBestCallback, ProgressCallback
 from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import read_training_data, stream_training_data
-from dream_training.evaluation import RetrievalEvaluator, RetrievalTask
-from dream_training.heads import select_heads
+from dream_training.evaluation import RetrievalEvaluator, RetrievalTask, sample_queries
+from dream_training.evaluation.tasks import check_tasks
+from dream_training.heads import HEAD_EXAMPLES, WITHOUT_LABELS, head_examples, select_heads
+from dream_training.json_file import write_json
 from dream_training.loading import load_reader, make_retriever
 from dream_training.objectives.build import Objective, build_objective
 from dream_training.plots import plot_curve, plot_heads
 from dream_training.retriever import save_retriever
+from dream_training.run_record import RunRecord
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from sentence_transformers import SentenceTransformer
+    from transformers import TrainerCallback
 
-HEAD_EXAMPLES = 96
-HEAD_POOL = 16
-# Lines of a stream that are shuffled together, and those looked at for known positives.
+# Lines of a stream that are shuffled together.
 STREAM_BUFFER = 1000
-STREAM_SAMPLE = 10_000
 
 
 @dataclass
@@ -74,29 +72,31 @@ def load_training_data(config: TrainConfig) -> Dataset | IterableDataset:
     return read_training_data(config.train_data, **options)
 
 
-def known_pairs(data: Dataset | IterableDataset, examples: int, seed: int) -> list[tuple[str, str]]:
-    """Draw (query, relevant document) pairs for head selection.
+def find_heads(
+    config: TrainConfig, data: Dataset | IterableDataset, examples: int = HEAD_EXAMPLES
+) -> HeadFile:
+    """Read the head file that a config names, or select heads on the data.
 
-    Of a stream, which is shuffled already, the first lines that know their relevant document.
+    Args:
+        config: names the file, or the criterion.
+        data: training data to select on.
+        examples: how many of its lines are looked at.
 
     Raises:
-        ValueError: fewer than two examples of ``data`` know their relevant document.
+        FileNotFoundError: there is no such head file.
+        ValueError: the file is not valid, or the data lacks what the criterion needs.
     """
-    known: list[Any]
-    if _is_stream(data):
-        rows = itertools.islice(data, STREAM_SAMPLE)
-        known = list(itertools.islice((row for row in rows if row["positive"] >= 0), examples))
-    else:
-        known = [row for row, positive in enumerate(data["positive"]) if positive >= 0]
-    if len(known) < 2:
-        raise ValueError(
-            "selecting heads needs training lines with a known positive, and there are "
-            f'{len(known)}: mark some with "positive": true, or name a head file'
-        )
-    if not _is_stream(data):
-        chosen = random.Random(seed).sample(known, min(examples, len(known)))
-        known = [data[row] for row in chosen]
-    return [(row["query"], row["documents"][row["positive"]]) for row in known]
+    if config.heads != "auto":
+        return read_heads(config.heads)
+    criterion = config.head_criterion
+    return select_heads(
+        load_reader(config, {}),
+        head_examples(data, examples, config.seed, labelled=criterion not in WITHOUT_LABELS),
+        criterion=criterion,
+        seed=config.seed,
+        data_name=config.train_data,
+        reader_name=config.reader,
+    )
 
 
 def make_evaluator(config: TrainConfig) -> RetrievalEvaluator | None:
@@ -104,7 +104,7 @@ def make_evaluator(config: TrainConfig) -> RetrievalEvaluator | None:
     if config.eval_data is None:
         return None
     corpus, queries, qrels = read_beir_folder(config.eval_data, config.eval_split)
-    task = RetrievalTask(queries, corpus, qrels)
+    task = sample_queries(RetrievalTask(queries, corpus, qrels), config.eval_queries, config.seed)
     return RetrievalEvaluator(task, config.query_max_len, config.passage_max_len)
 
 
@@ -118,12 +118,14 @@ def train(
     console: Console | None = None,
     evaluate_first: bool = True,
     history: History | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainResult:
     """Train a retriever.
 
     Writes ``best/`` and ``last/`` (both load with ``SentenceTransformer(path)``), ``heads.yaml``,
-    ``config.json``, ``history.json`` and ``curve.png`` to ``config.output_dir``. Ctrl-C stops
-    after the current step and keeps what there is.
+    ``config.json``, ``history.json`` and ``curve.png`` to ``config.output_dir``, and for
+    ``dream report`` what :class:`~dream_training.run_record.RunRecord` names. Ctrl-C stops after
+    the current step and keeps what there is.
 
     Args:
         config: the run.
@@ -134,6 +136,7 @@ def train(
         console: where to print.
         evaluate_first: evaluate before the first step too.
         history: what was measured before; the run adds to it.
+        callbacks: the trainer's, beside the run's own.
 
     Raises:
         FileNotFoundError: a file of the config is missing.
@@ -148,6 +151,7 @@ def train(
         )
     if evaluator is None:
         evaluator = make_evaluator(config)
+    check_tasks(config.final_tasks or [])
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "config.json", asdict(config))
     if model is None:
@@ -156,10 +160,11 @@ def train(
         config, model, data, lambda: _choose_heads(config, data, heads, output_dir, console)
     )
     history = history or History()
+    record = RunRecord(config, model, data, objective.loss, evaluator, history)
     progress = ProgressCallback(objective.loss, history, console, config.log_steps)
     keeper = KeepBestCallback(model, history, output_dir, console)
     trainer = _trainer(config, model, objective, evaluator, evaluate_first)
-    for callback in (progress, keeper):
+    for callback in (progress, keeper, record, *callbacks):
         trainer.add_callback(callback)
     start = time.perf_counter()
     interrupted = False
@@ -169,6 +174,7 @@ def train(
         interrupted = True
     finally:
         progress.close()
+    seconds = time.perf_counter() - start
     save_retriever(model, output_dir / "last")
     path = keeper.best_path or output_dir / "last"
     write_json(
@@ -178,7 +184,8 @@ def train(
     plot_curve(history, output_dir / "curve.png")
     if interrupted:
         console.print(f"Interrupted after {len(history.steps)} steps; the retriever is in {path}")
-    return TrainResult(model, path, history, interrupted, time.perf_counter() - start)
+    record.finish(path, console, interrupted)
+    return TrainResult(model, path, history, interrupted, seconds)
 
 
 def _is_stream(data: Any) -> bool:
@@ -196,15 +203,7 @@ def _choose_heads(
     if heads is None:
         if config.heads == "auto":
             console.print("selecting the reader's heads ...")
-            heads = select_heads(
-                load_reader(config, {}),
-                known_pairs(data, HEAD_EXAMPLES, config.seed),
-                pool_size=HEAD_POOL,
-                data_name=config.train_data,
-                reader_name=config.reader,
-            )
-        else:
-            heads = read_heads(config.heads)
+        heads = find_heads(config, data)
     if heads.scores:
         plot_heads(heads, output_dir / "heads.png", config.top_k or len(heads.heads))
     write_heads(output_dir / "heads.yaml", heads)
@@ -268,10 +267,3 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     model.model_card_data.widget = []
     return trainer
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON; an existing file is replaced as a whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

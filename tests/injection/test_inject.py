@@ -92,6 +92,40 @@ def test_scores_act_as_defined(name, padding, mode, mass, per_head) -> None:
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
 
 
+@every_model
+def test_scores_of_every_layer_act_in_their_own_layer(name: str) -> None:
+    """Equal scores act as one; the gradient of one score is the sum of those of all its heads."""
+    ids, mask, scores = _inputs(padding="left")
+    model = make_model(name)
+    with inject_attention(model, HEADS):
+
+        def loss_and_gradient(own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            out = model(
+                ids, attention_mask=mask, labels=ids, document_scores=own, document_spans=SPANS
+            )
+            return out.loss, torch.autograd.grad(out.loss, own)[0]
+
+        expected, expected_gradient = loss_and_gradient(scores)
+        everywhere = scores.detach()[:, None, None].repeat(1, 3, 6, 1).requires_grad_()
+        loss, gradient = loss_and_gradient(everywhere)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradient.sum((1, 2)), expected_gradient, rtol=1e-9, atol=1e-12)
+        injected = torch.zeros(3, 6, dtype=torch.bool)
+        for layer, heads in HEADS.items():
+            injected[layer, heads] = True
+        assert (gradient[:, injected].abs().amax(-1) > 1e-9).all()
+        assert (gradient[:, ~injected] == 0).all()
+        # Scores of a layer without such heads change nothing, those of its own layer do.
+        changed = everywhere.detach().clone()
+        changed[:, :, [2, 5]] += torch.tensor([3.0, 0.0, -3.0])  # head 5 of layer 1 alone listens
+        changed[:, 2, 2] = everywhere[:, 2, 2]
+        only = everywhere.detach().clone()
+        only[:, 1, 5] += torch.tensor([3.0, 0.0, -3.0])
+        losses = [loss_and_gradient(own.requires_grad_())[0] for own in (changed, only)]
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=1e-12)
+        assert (losses[0] - expected).abs() > 1e-6
+
+
 def test_gradient_reaches_through_the_models_labels_loss() -> None:
     model = make_model("Llama", torch.float32)
     ids, mask, scores = _inputs()
@@ -220,6 +254,21 @@ def test_heads_that_the_model_does_not_have(heads, error, message) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_other_heads_of_an_injected_model_act_as_if_it_had_been_injected_with_them() -> None:
+    model = make_model("Llama")
+    ids, _, scores = _inputs()
+    documents = {"document_scores": scores, "document_spans": SPANS}
+    with inject_attention(model, HEADS):
+        expected = model(ids, **documents).logits
+    with inject_attention(model, {1: [2]}) as injection:
+        assert not torch.equal(model(ids, **documents).logits, expected)
+        injection.use_heads(HEADS)
+        assert torch.equal(model(ids, **documents).logits, expected)
+        with pytest.raises(ValueError, match="layer 3"):
+            injection.use_heads({3: [0]})
+        assert injection.heads == HEADS
+
+
 def test_a_head_file_for_a_larger_model_is_refused(tmp_path) -> None:
     path = write_heads(tmp_path / "heads.yaml", HeadFile([(17, 3)]))
     with pytest.raises(ValueError, match="layer 17"):
@@ -294,6 +343,8 @@ def test_bad_calls_name_what_is_wrong() -> None:
                 document_scores=scores,
                 document_spans=SPANS,
             )
+        with pytest.raises(ValueError, match=r"shape \[B, 3, Hq, C\].* got \[2, 2, 6, 3\]"):
+            model(ids, document_scores=torch.zeros(2, 2, 6, 3), document_spans=SPANS)
         # A refused call leaves nothing behind.
         model(ids, attention_mask=mask, document_scores=scores, document_spans=SPANS)
 

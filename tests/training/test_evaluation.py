@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 from sentence_transformers.evaluation import SentenceEvaluator
@@ -10,7 +11,10 @@ from sentence_transformers.evaluation import SentenceEvaluator
 from dream_training.evaluation import (
     RetrievalEvaluator,
     RetrievalTask,
+    sample_queries,
+    score_queries,
     score_ranking,
+    search,
     search_bm25,
 )
 from dream_training.retriever import build_retriever
@@ -28,6 +32,24 @@ def test_scores_are_those_of_the_definition() -> None:
     expected = (1 / math.log2(3) + (1 + 1 / math.log2(5)) / ideal) / 2
     assert scores["ndcg_at_10"] == pytest.approx(expected, abs=1e-5)
     assert scores["recall_at_10"] == pytest.approx(1.0)
+
+
+def test_scores_are_those_of_beir_where_beir_has_no_defect() -> None:
+    from beir.retrieval.evaluation import EvaluateRetrieval
+
+    rng = random.Random(3)
+    documents = [f"d{i}" for i in range(40)]
+    qrels = {f"q{i}": {d: rng.randint(0, 2) for d in rng.sample(documents, 5)} for i in range(8)}
+    ranking = {q: {d: rng.random() for d in rng.sample(documents, 20)} for q in qrels}
+    task = RetrievalTask(dict.fromkeys(qrels, "?"), dict.fromkeys(documents, "."), qrels)
+    ndcg, _, recall, _ = EvaluateRetrieval.evaluate(qrels, ranking, [10])
+    scores = score_ranking(task, ranking)
+    assert scores["ndcg_at_10"] == pytest.approx(ndcg["NDCG@10"], abs=6e-6)
+    assert scores["recall_at_10"] == pytest.approx(recall["Recall@10"], abs=6e-6)
+    by_query = score_queries(task, ranking)
+    assert by_query.keys() == qrels.keys()
+    mean = sum(values["ndcg_at_10"] for values in by_query.values()) / len(by_query)
+    assert mean == pytest.approx(scores["ndcg_at_10"], abs=1e-12)
 
 
 def test_a_query_without_results_counts_as_zero() -> None:
@@ -57,4 +79,28 @@ def test_the_evaluator_ranks_every_query(tiny_model) -> None:
     ranking = evaluator.rank(model)
     assert {q: len(found) for q, found in ranking.items()} == {"q1": 4, "q2": 4}
     assert evaluator(model) == score_ranking(TASK, ranking)
+    assert model.max_seq_length == 64
+
+
+def test_a_sample_of_queries_is_seeded_and_keeps_the_corpus() -> None:
+    queries = {f"q{i}": f"query {i}" for i in range(20)}
+    task = RetrievalTask(queries, CORPUS, {q: {"a": 1} for q in queries})
+    sample = sample_queries(task, 5, seed=1)
+    assert len(sample.queries) == 5 and sample.qrels.keys() == sample.queries.keys()
+    assert sample.corpus is task.corpus
+    assert sample_queries(task, 5, seed=1).queries == sample.queries
+    assert sample_queries(task, 5, seed=2).queries != sample.queries
+    assert sample_queries(task, None, 0) is sample_queries(task, 20, 0) is task
+
+
+def test_two_processes_rank_like_one(tiny_model) -> None:
+    """The lengths too: a process has a copy of the model, made when the process starts."""
+    model = build_retriever(tiny_model, layers=1, device="cpu", max_len=64)
+    options = {"query_max_len": 6, "passage_max_len": 9}
+    one = search(model, TASK, **options)
+    two = search(model, TASK, **options, devices=["cpu", "cpu"])
+    assert one.keys() == two.keys()
+    for query, found in one.items():
+        assert list(found) == list(two[query])
+        assert two[query] == pytest.approx(found, abs=1e-5)
     assert model.max_seq_length == 64

@@ -108,6 +108,38 @@ def test_a_pass_holds_as_many_rows_as_allowed() -> None:
     assert reader.passes([[0] * 500, [0]], [[0], [0]]) == [[0], [1]]
 
 
+@pytest.mark.parametrize("rows_per_pass", (1, 10_000))
+def test_only_the_rows_that_predict_the_target_are_injected(rows_per_pass: int) -> None:
+    """Queries and targets of several lengths against one call of the model for each."""
+    reader = make_reader(injected_rows="target", rows_per_pass=rows_per_pass)
+    queries, targets = [*QUERIES, "third"], [*TARGETS, "the last of three"]
+    scores = torch.linspace(-1, 1, 9, dtype=torch.float64).view(3, 3).requires_grad_()
+    prefix = reader.read(DOCUMENTS)
+    reading = reader(prefix, queries, targets, scores)
+    (gradient,) = torch.autograd.grad(reading.loss, scores)
+
+    losses = []
+    for b, (query, target) in enumerate(zip(queries, targets)):
+        before, after = reader.query_tokens(query), reader.target_tokens(target, b)
+        logits = reader.model(
+            torch.tensor([before + after]),
+            document_prefix=prefix,
+            document_scores=scores[b : b + 1],
+            document_first_row=len(before) - 1,
+        ).logits[0, len(before) - 1 : -1]
+        own = torch.nn.functional.cross_entropy(
+            logits.float(), torch.tensor(after), reduction="none"
+        )
+        assert reading.query_losses[b].item() == pytest.approx(own.mean().item(), rel=1e-5)
+        losses.append(own)
+    expected = torch.cat(losses).mean()
+    (expected_gradient,) = torch.autograd.grad(expected, scores)
+    torch.testing.assert_close(reading.loss, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-8)
+    whole = make_reader()(prefix, queries, targets, scores)
+    assert (whole.loss - reading.loss).abs() > 1e-4, "the query's rows must make a difference"
+
+
 def test_without_gradient_the_reader_keeps_nothing() -> None:
     reader = make_reader()
     scores = torch.zeros(2, 3, requires_grad=True)
@@ -162,6 +194,8 @@ def test_bad_documents_and_options_are_refused() -> None:
         reader.read(["a", " "])
     with pytest.raises(ValueError, match="context must be one of"):
         make_reader(context="both")
+    with pytest.raises(ValueError, match=r"injected_rows must be one of .* got 'query'"):
+        make_reader(injected_rows="query")
     with pytest.raises(ValueError, match="target_max_len must be at least 1"):
         make_reader(target_max_len=0)
     with pytest.raises(ValueError, match=r"prompt.query must contain \{query\} once"):

@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from tiny import make_rows
 
 from dream_kernels import HeadFile, read_heads, write_heads
-from dream_training.config import TrainConfig
+from dream_training.config import OBJECTIVES, TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import to_training_data
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask
@@ -117,6 +117,17 @@ def test_infonce_runs_on_the_same_data(run) -> None:
     history = train(run(objective="infonce"), console=quiet()).history
     losses = [s["loss"] for s in history.steps]
     assert len(losses) == 4 and all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_mini_batches_change_no_step(run, objective: str) -> None:
+    losses = []
+    for size in (None, 3):
+        changes = {"objective": objective, "mini_batch_size": size, "eval_data": None}
+        history = train(run(**changes), console=quiet()).history
+        losses.append([s["loss"] for s in history.steps])
+    assert losses[0][0] != losses[0][-1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_mistakes_are_named(run, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from dream_training.embedding import check_mini_batch_size, embed
+from dream_training.pools import pool_scores
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -22,6 +24,8 @@ class PoolObjective(nn.Module):
     Args:
         model: the retriever.
         temperature: divides the cosine similarities.
+        mini_batch_size: texts that the retriever embeds at once, see
+            :func:`~dream_training.embedding.embed`; None for the whole batch.
 
     Attributes:
         metrics: of the last batch, as floats: ``loss``, ``weight_on_positive`` (mean softmax
@@ -29,13 +33,20 @@ class PoolObjective(nn.Module):
             the weights, nats), ``max_entropy`` (of uniform weights), ``tokens`` (encoded).
 
     Raises:
-        ValueError: ``temperature`` is not positive.
+        ValueError: ``temperature`` is not positive, or ``mini_batch_size`` below 1.
     """
 
     name: str
 
-    def __init__(self, model: SentenceTransformer, temperature: float) -> None:
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        temperature: float,
+        mini_batch_size: int | None = None,
+    ) -> None:
         super().__init__()
+        check_mini_batch_size(mini_batch_size)
+        self.mini_batch_size = mini_batch_size
         self.model = model
         self.temperature = check_positive("temperature", temperature)
         self.metrics: dict[str, float] = {}
@@ -63,10 +74,13 @@ class PoolObjective(nn.Module):
 
     def scores(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
         """Cosine similarities over the temperature, ``[B, C]`` float32."""
-        queries = self.model(model_inputs(query))["sentence_embedding"].float()
-        documents = self.model(model_inputs(pool))["sentence_embedding"].float()
-        normalize = nn.functional.normalize
-        return normalize(queries, dim=-1) @ normalize(documents, dim=-1).T / self.temperature
+        similarity = self.embed(query) @ self.embed(pool).T
+        return pool_scores(similarity / self.temperature, query.get("pools"))[0]
+
+    def embed(self, features: dict[str, Any]) -> Tensor:
+        """Embeddings of length 1, ``[N, D]`` float32."""
+        embeddings = embed(self.model, features, self.mini_batch_size).float()
+        return nn.functional.normalize(embeddings, dim=-1)
 
     @torch.no_grad()
     def _record(
@@ -84,11 +98,14 @@ class PoolObjective(nn.Module):
 
 
 def weight_metrics(scores: Tensor, positives: Sequence[int]) -> dict[str, float]:
-    """Entropy of the softmaxed scores ``[B, C]``, and their mean on the known positives."""
+    """Entropy of the softmaxed scores ``[B, C]``, and their mean on the known positives.
+
+    A score of ``-inf`` says that the document is not in the query's pool.
+    """
     weights = torch.softmax(scores, -1)
     metrics = {
         "entropy": torch.special.entr(weights).sum(-1).mean().item(),
-        "max_entropy": math.log(scores.shape[1]),
+        "max_entropy": scores.isfinite().sum(-1).log().mean().item(),
     }
     known = [(row, place) for row, place in enumerate(positives) if place >= 0]
     if known:
@@ -108,11 +125,6 @@ def features_of(
             "data_collator=DreamCollator(model)"
         )
     return features[0], features[1]
-
-
-def model_inputs(features: dict[str, Any]) -> dict[str, Any]:
-    """The part of a batch's features that the retriever takes."""
-    return {k: v for k, v in features.items() if k not in ("texts", "targets", "positives")}
 
 
 def check_positive(name: str, value: float) -> float:

@@ -10,6 +10,7 @@ from dream_training.collator import DreamCollator
 from dream_training.loading import all_heads, load_reader
 from dream_training.losses import DreamLoss
 from dream_training.objectives.distillation import EmdrLoss, ReplugLoss
+from dream_training.objectives.infonce import PoolInfoNCELoss
 from dream_training.objectives.revela import TEXT_PROMPT, RevelaLoss
 
 if TYPE_CHECKING:
@@ -55,16 +56,24 @@ def build_objective(
     Raises:
         ValueError: the objective needs labels that the data does not have.
     """
-    name = config.objective
-    if name == "infonce":
-        from sentence_transformers.losses import MultipleNegativesRankingLoss
-
-        loss = MultipleNegativesRankingLoss(model, scale=1.0 / config.temperature)
-        return Objective(loss, labelled_columns(data), None, no_duplicates=True)
-    collator = DreamCollator(model, config.query_max_len, config.passage_max_len)
+    name, size = config.objective, config.mini_batch_size
+    collator = DreamCollator(
+        model,
+        config.query_max_len,
+        config.passage_max_len,
+        pool=config.pool,
+        documents_per_query=config.documents_per_query,
+        seed=config.seed,
+    )
     own: Any
-    if name == "dream":
-        own = DreamLoss(model, load_reader(config, choose_heads()), config.temperature)
+    if name == "infonce":
+        if config.pool == "both" and config.documents_per_query is None:
+            return _library_infonce(config, model, data)
+        own = PoolInfoNCELoss(model, config.temperature, mini_batch_size=size)
+        data = labelled(data)
+    elif name == "dream":
+        reader = load_reader(config, choose_heads())
+        own = DreamLoss(model, reader, config.temperature, mini_batch_size=size)
     elif name == "replug":
         own = ReplugLoss(
             model,
@@ -73,15 +82,44 @@ def build_objective(
             teacher=config.teacher,
             teacher_temperature=config.teacher_temperature,
             direction=config.teacher_direction,
+            mini_batch_size=size,
         )
     elif name == "emdr":
-        own = EmdrLoss(model, load_reader(config, {}), config.temperature)
+        own = EmdrLoss(model, load_reader(config, {}), config.temperature, mini_batch_size=size)
     else:
         reader = load_reader(
             config, all_heads(config), prompt=TEXT_PROMPT, target_max_len=config.passage_max_len
         )
-        own = RevelaLoss(model, reader, config.temperature)
+        own = RevelaLoss(model, reader, config.temperature, mini_batch_size=size)
     return Objective(own, data, collator)
+
+
+def _library_infonce(config: TrainConfig, model: SentenceTransformer, data: Dataset) -> Objective:
+    """The library's own loss: every candidate of the batch, the other queries' too."""
+    from sentence_transformers.losses import (
+        CachedMultipleNegativesRankingLoss,
+        MultipleNegativesRankingLoss,
+    )
+
+    scale, size = 1.0 / config.temperature, config.mini_batch_size
+    loss: Any
+    if size is None:
+        loss = MultipleNegativesRankingLoss(model, scale=scale)
+    else:
+        loss = CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=size)
+    return Objective(loss, labelled_columns(data), None, no_duplicates=True)
+
+
+def labelled(data: Dataset) -> Dataset:
+    """The rows that know their relevant document.
+
+    Raises:
+        ValueError: no line knows its relevant document.
+    """
+    known = [i for i, positive in enumerate(data["positive"]) if positive >= 0]
+    if not known:
+        raise ValueError("objective 'infonce' needs known positives, and no training line has one")
+    return data.select(known)
 
 
 def labelled_columns(data: Dataset | IterableDataset) -> Dataset:
@@ -94,9 +132,7 @@ def labelled_columns(data: Dataset | IterableDataset) -> Dataset:
     """
     from datasets import Dataset
 
-    known = [row for row in data if row["positive"] >= 0]
-    if not known:
-        raise ValueError("objective 'infonce' needs known positives, and no training line has one")
+    known = list(labelled(data))
     negatives = min(len(row["documents"]) for row in known) - 1
     rows = []
     for row in known:

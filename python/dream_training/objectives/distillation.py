@@ -20,8 +20,14 @@ if TYPE_CHECKING:
 class _TaughtByLikelihood(PoolObjective):
     """Reads every document alone, in front of every query that has it in its pool."""
 
-    def __init__(self, model: SentenceTransformer, reader: Reader, temperature: float) -> None:
-        super().__init__(model, temperature)
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        reader: Reader,
+        temperature: float,
+        mini_batch_size: int | None,
+    ) -> None:
+        super().__init__(model, temperature, mini_batch_size)
         self.reader = reader
 
     def read(self, query: dict[str, Any], pool: dict[str, Any]) -> TargetLikelihood:
@@ -53,6 +59,7 @@ class ReplugLoss(_TaughtByLikelihood):
         teacher_temperature: :math:`\tau_g`, divides the teacher's scores.
         direction: ``"student_teacher"`` is :math:`\mathrm{KL}(P_R \| Q)`, ``"teacher_student"``
             the other one.
+        mini_batch_size: texts that the retriever embeds at once; None for the whole batch.
 
     Raises:
         ValueError: an argument is out of range.
@@ -69,8 +76,9 @@ class ReplugLoss(_TaughtByLikelihood):
         teacher: str = "mean_log_probability",
         teacher_temperature: float = 0.1,
         direction: str = "teacher_student",
+        mini_batch_size: int | None = None,
     ) -> None:
-        super().__init__(model, reader, temperature)
+        super().__init__(model, reader, temperature, mini_batch_size)
         self.teacher = check_choice("teacher", teacher, TEACHERS)
         self.teacher_temperature = check_positive("teacher_temperature", teacher_temperature)
         self.direction = check_choice("direction", direction, DIRECTIONS)
@@ -117,17 +125,23 @@ class EmdrLoss(_TaughtByLikelihood):
         model: the retriever.
         reader: the frozen language model; its injected heads do not matter.
         temperature: divides the cosine similarities.
+        mini_batch_size: texts that the retriever embeds at once; None for the whole batch.
 
     Raises:
-        ValueError: ``temperature`` is not positive.
+        ValueError: ``temperature`` is not positive, or ``mini_batch_size`` below 1.
     """
 
     name = "emdr"
 
     def __init__(
-        self, model: SentenceTransformer, reader: Reader, temperature: float = 0.05
+        self,
+        model: SentenceTransformer,
+        reader: Reader,
+        temperature: float = 0.05,
+        *,
+        mini_batch_size: int | None = None,
     ) -> None:
-        super().__init__(model, reader, temperature)
+        super().__init__(model, reader, temperature, mini_batch_size)
 
     def loss(
         self,

@@ -27,15 +27,22 @@ class PoolInfoNCELoss(PoolObjective):
     Args:
         model: the retriever.
         temperature: divides the cosine similarities.
+        mini_batch_size: texts that the retriever embeds at once; None for the whole batch.
 
     Raises:
-        ValueError: ``temperature`` is not positive; in training, a query has no known positive.
+        ValueError: an argument is out of range; in training, a query has no known positive.
     """
 
     name = "infonce"
 
-    def __init__(self, model: SentenceTransformer, temperature: float = 0.05) -> None:
-        super().__init__(model, temperature)
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        temperature: float = 0.05,
+        *,
+        mini_batch_size: int | None = None,
+    ) -> None:
+        super().__init__(model, temperature, mini_batch_size)
 
     def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
         unknown = [text for text, place in zip(query["texts"], query["positives"]) if place < 0]

@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dream_kernels import Prefix
-from dream_training.objectives.base import PoolObjective, model_inputs, weight_metrics
+from dream_training.objectives.base import PoolObjective, weight_metrics
 from dream_training.reader import ReaderPrompt
 
 if TYPE_CHECKING:
@@ -44,17 +44,23 @@ class RevelaLoss(PoolObjective):
         reader: the frozen language model, injected into all its heads, with the prompt
             :data:`TEXT_PROMPT` and targets as long as its documents.
         temperature: divides the cosine similarities; the source uses 1e-4.
+        mini_batch_size: texts that the retriever embeds at once; None for the whole batch.
 
     Raises:
-        ValueError: ``temperature`` is not positive; in training, a batch has one document only.
+        ValueError: an argument is out of range; in training, a batch has one document only.
     """
 
     name = "revela"
 
     def __init__(
-        self, model: SentenceTransformer, reader: Reader, temperature: float = 1e-4
+        self,
+        model: SentenceTransformer,
+        reader: Reader,
+        temperature: float = 1e-4,
+        *,
+        mini_batch_size: int | None = None,
     ) -> None:
-        super().__init__(model, temperature)
+        super().__init__(model, temperature, mini_batch_size)
         self.reader = reader
 
     def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Prefix:
@@ -63,8 +69,7 @@ class RevelaLoss(PoolObjective):
         return without_own(self.reader.read(pool["texts"]))
 
     def scores(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
-        embeddings = self.model(model_inputs(pool))["sentence_embedding"].float()
-        embeddings = nn.functional.normalize(embeddings, dim=-1)
+        embeddings = self.embed(pool)
         return embeddings @ embeddings.T / self.temperature
 
     def loss(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,25 +33,65 @@ class RetrievalTask:
     qrels: Mapping[str, Mapping[str, int]]
 
 
-def score_ranking(task: RetrievalTask, ranking: Ranking, k: int = TOP_K) -> dict[str, float]:
-    """Return ``ndcg_at_k`` and ``recall_at_k``, averaged over *all* queries of the task.
+def sample_queries(task: RetrievalTask, count: int | None, seed: int) -> RetrievalTask:
+    """Return the task with ``count`` of its queries, drawn by ``seed``; the corpus stays whole.
 
-    Computed by ``beir``. It leaves queries without results out of its mean, drops documents whose
-    id equals the query's, and fails on a single query; here a query without results counts as 0,
-    nothing is dropped, and one query is enough.
+    The same task, count and seed give the same queries. None, or more than there are, keeps all.
+    """
+    if count is None or count >= len(task.queries):
+        return task
+    chosen = set(random.Random(seed).sample(sorted(task.queries), count))
+    return RetrievalTask(
+        {q: text for q, text in task.queries.items() if q in chosen},
+        task.corpus,
+        {q: relevant for q, relevant in task.qrels.items() if q in chosen},
+    )
+
+
+def score_queries(
+    task: RetrievalTask, ranking: Ranking, k: int = TOP_K
+) -> dict[str, dict[str, float]]:
+    """Return ``ndcg_at_k`` and ``recall_at_k`` of every query of the task.
+
+    Computed by ``pytrec_eval``, as ``beir`` does, without what ``beir`` does besides: it leaves
+    queries without results out of its mean, drops documents whose id equals the query's, and
+    rounds. Here a query without results has 0, and nothing is dropped.
 
     Raises:
         ValueError: the task has no query.
     """
-    from beir.retrieval.evaluation import EvaluateRetrieval
+    import pytrec_eval
 
     if not task.qrels:
         raise ValueError("the task has no query to average over")
     qrels = {q: dict(relevant) for q, relevant in task.qrels.items()}
     # A document id that is in no qrels keeps an empty result list, and so its query, in the mean.
     results = {q: dict(ranking.get(q) or {"": 0.0}) for q in qrels}
-    ndcg, _, recall, _ = EvaluateRetrieval.evaluate(qrels, results, [k], ignore_identical_ids=False)
-    return {f"ndcg_at_{k}": ndcg[f"NDCG@{k}"], f"recall_at_{k}": recall[f"Recall@{k}"]}
+    evaluator = pytrec_eval.RelevanceEvaluator(qrels, {f"ndcg_cut.{k}", f"recall.{k}"})
+    scores = evaluator.evaluate(results)
+    return {
+        q: {f"ndcg_at_{k}": scores[q][f"ndcg_cut_{k}"], f"recall_at_{k}": scores[q][f"recall_{k}"]}
+        for q in qrels
+    }
+
+
+def score_ranking(task: RetrievalTask, ranking: Ranking, k: int = TOP_K) -> dict[str, float]:
+    """Return ``ndcg_at_k`` and ``recall_at_k``, averaged over *all* queries of the task.
+
+    Raises:
+        ValueError: the task has no query.
+    """
+    return average(score_queries(task, ranking, k))
+
+
+def average(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of every metric over the queries."""
+    metrics = next(iter(scores.values()))
+    # fsum: the mean must not depend on the order of the queries.
+    return {
+        name: math.fsum(values[name] for values in scores.values()) / len(scores)
+        for name in metrics
+    }
 
 
 def search(
@@ -59,21 +101,39 @@ def search(
     query_max_len: int | None = None,
     passage_max_len: int | None = None,
     batch_size: int = 32,
+    devices: Sequence[str] | None = None,
     k: int = TOP_K,
 ) -> Ranking:
-    """Return the ``k`` nearest documents of every query by cosine similarity."""
+    """Return the ``k`` nearest documents of every query by cosine similarity.
+
+    Args:
+        model: the retriever.
+        task: queries and corpus.
+        query_max_len: tokens of a query that are encoded; the model's own limit by default.
+        passage_max_len: tokens of a document that are encoded.
+        batch_size: texts encoded at once.
+        devices: encode the documents with one process for each of these devices, such as
+            ``["cuda:0", "cuda:1"]`` or ``["cpu", "cpu"]``; None for this process alone.
+        k: documents per query.
+    """
     from sentence_transformers.util import semantic_search
 
     documents, queries = list(task.corpus), list(task.queries)
-    limit = model.max_seq_length
+    limit, home = model.max_seq_length, model.device
     options: dict[str, Any] = {"batch_size": batch_size, "convert_to_tensor": True}
     options |= {"show_progress_bar": False, "normalize_embeddings": True}
     try:
         model.max_seq_length = passage_max_len or limit
         corpus_embeddings = model.encode_document(
-            [task.corpus[d] for d in documents], **options
-        ).float()
+            [task.corpus[d] for d in documents],
+            device=list(devices) if devices else None,
+            **options,
+        )
+        # Several processes leave the model, and its embeddings, on the CPU.
+        model.to(home)
+        corpus_embeddings = corpus_embeddings.to(home).float()
         model.max_seq_length = query_max_len or limit
+        # Few and short: the processes, whose copies have the documents' limit, are not worth it.
         query_embeddings = model.encode_query([task.queries[q] for q in queries], **options).float()
     finally:
         model.max_seq_length = limit
@@ -112,6 +172,10 @@ class RetrievalEvaluator(SentenceEvaluator):
         query_max_len: tokens of a query that are encoded.
         passage_max_len: tokens of a document that are encoded.
         batch_size: texts encoded at once.
+        devices: as in :func:`search`.
+
+    Attributes:
+        query_scores: what :func:`score_queries` gave at the last call, empty before the first.
     """
 
     def __init__(
@@ -120,11 +184,13 @@ class RetrievalEvaluator(SentenceEvaluator):
         query_max_len: int | None = None,
         passage_max_len: int | None = None,
         batch_size: int = 32,
+        devices: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.task = task
         self.query_max_len, self.passage_max_len = query_max_len, passage_max_len
-        self.batch_size = batch_size
+        self.batch_size, self.devices = batch_size, devices
+        self.query_scores: dict[str, dict[str, float]] = {}
         self.primary_metric = f"ndcg_at_{TOP_K}"
 
     def __call__(
@@ -134,7 +200,8 @@ class RetrievalEvaluator(SentenceEvaluator):
         epoch: int = -1,
         steps: int = -1,
     ) -> dict[str, float]:
-        return score_ranking(self.task, self.rank(model))
+        self.query_scores = score_queries(self.task, self.rank(model))
+        return average(self.query_scores)
 
     def rank(self, model: SentenceTransformer) -> Ranking:
         """Return the ranking that the scores are computed from."""
@@ -144,4 +211,5 @@ class RetrievalEvaluator(SentenceEvaluator):
             query_max_len=self.query_max_len,
             passage_max_len=self.passage_max_len,
             batch_size=self.batch_size,
+            devices=self.devices,
         )

@@ -1,0 +1,310 @@
+"""Keys and values of documents that the reader has read alone, kept over steps, epochs and runs.
+
+A document read alone gives the same keys and values whatever the query, the pool or the step. So
+they are kept under a digest of all that decides them: the reader's configuration and weights, the
+type of its numbers, the header's tokens and the document's own. How many tokens of memory or disk
+that takes is bounded, and what was not used for the longest time goes first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+import zlib
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MEMORY = "memory"
+_FORMAT = "dream-kernels document 1"
+_SUFFIX = ".safetensors"
+# What a writer that died leaves behind is cleared away after an hour.
+_STALE_SECONDS = 3600.0
+# Where a model came from and how it computes; neither decides what it computes. The type of its
+# numbers is taken from the weights.
+_NOT_OF_THE_MODEL = (
+    "_name_or_path",
+    "transformers_version",
+    "_attn_implementation",
+    "dtype",
+    "torch_dtype",
+)
+
+logger = logging.getLogger(__name__)
+
+
+class DocumentStore(ABC):
+    """A bounded map from header and document, as tokens, to keys and values.
+
+    Args:
+        identity: names the model that reads, its weights included; see :func:`model_identity`.
+        max_bytes: what is kept at most.
+
+    Attributes:
+        hits: documents that were found.
+        misses: documents that were not.
+
+    Raises:
+        ValueError: ``max_bytes`` is not positive.
+    """
+
+    def __init__(self, identity: str, max_bytes: int) -> None:
+        if max_bytes <= 0:
+            raise ValueError(f"max_bytes must be positive, got {max_bytes}")
+        self.max_bytes = max_bytes
+        self.hits = self.misses = 0
+        self._identity = identity
+        self._sizes: OrderedDict[str, int] = OrderedDict()  # the one used last stands last
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def bytes(self) -> int:
+        """What is kept now."""
+        return self._bytes
+
+    def get(self, header: Sequence[int], document: Sequence[int]) -> Tensor | None:
+        """Return ``[layers, 2, Hkv, L, D]`` on the CPU, or None.
+
+        Args:
+            header: tokens that stand before the document.
+            document: its ``L`` tokens; none for the header's own keys and values.
+        """
+        name = self._name(header, document)
+        states = self._load(name, len(document) or len(header))
+        if states is not None:
+            self._touch(name)
+        if document:
+            self.hits += states is not None
+            self.misses += states is None
+        return states
+
+    def put(self, header: Sequence[int], document: Sequence[int], states: Tensor) -> None:
+        """Keep keys and values; what would not fit even alone is not kept.
+
+        Args:
+            header: tokens that stand before the document.
+            document: its ``L`` tokens, or none.
+            states: ``[layers, 2, Hkv, L, D]``, not a view of anything larger.
+        """
+        name = self._name(header, document)
+        if states.nbytes > self.max_bytes:
+            return
+        self._forget(name)
+        self._sizes[name] = size = self._save(name, states)
+        self._bytes += size
+        while self._bytes > self.max_bytes:
+            oldest = next(iter(self._sizes))
+            self._forget(oldest)
+            self._delete(oldest)
+
+    def _name(self, header: Sequence[int], document: Sequence[int]) -> str:
+        key = json.dumps([self._identity, list(header), list(document)])
+        return hashlib.blake2b(key.encode(), digest_size=20).hexdigest()
+
+    def _forget(self, name: str) -> None:
+        self._bytes -= self._sizes.pop(name, 0)
+
+    def _touch(self, name: str) -> None:
+        self._sizes.move_to_end(name)
+
+    @abstractmethod
+    def _load(self, name: str, tokens: int) -> Tensor | None:
+        """Return what is kept under a name, or None."""
+
+    @abstractmethod
+    def _save(self, name: str, states: Tensor) -> int:
+        """Keep ``states`` under a name and return what that takes, in bytes."""
+
+    @abstractmethod
+    def _delete(self, name: str) -> None:
+        """Let go of what is kept under a name."""
+
+
+class MemoryStore(DocumentStore):
+    """Keeps documents in main memory, for one run."""
+
+    def __init__(self, identity: str, max_bytes: int) -> None:
+        super().__init__(identity, max_bytes)
+        self._states: dict[str, Tensor] = {}
+
+    def _load(self, name: str, tokens: int) -> Tensor | None:
+        return self._states.get(name)
+
+    def _save(self, name: str, states: Tensor) -> int:
+        self._states[name] = states.cpu()
+        return states.nbytes
+
+    def _delete(self, name: str) -> None:
+        del self._states[name]
+
+
+class DiskStore(DocumentStore):
+    """Keeps documents in a folder, one safetensors file each, for this run and later ones.
+
+    Several runs and several readers may share a folder; each run keeps to its own bound. A file
+    that is damaged, or is not what its name says, is refused with a warning and deleted, and the
+    document is read again.
+
+    Args:
+        folder: is made where it does not exist.
+        identity: as in :class:`DocumentStore`.
+        max_bytes: as in :class:`DocumentStore`; files that are there count.
+
+    Raises:
+        ValueError: ``folder`` is a file.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], identity: str, max_bytes: int) -> None:
+        super().__init__(identity, max_bytes)
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"document_store must be a folder, got the file {folder}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = []
+        for path in self.folder.iterdir():
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another run let go of it
+                continue
+            if path.suffix == _SUFFIX:
+                found.append((status.st_mtime_ns, path.stem, status.st_size))
+            elif path.suffix == ".tmp" and status.st_mtime < time.time() - _STALE_SECONDS:
+                path.unlink(missing_ok=True)
+        for _, name, size in sorted(found):
+            self._sizes[name] = size
+            self._bytes += size
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}{_SUFFIX}"
+
+    def _load(self, name: str, tokens: int) -> Tensor | None:
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                states = file.get_tensor("states")
+        except FileNotFoundError:
+            self._forget(name)
+            return None
+        except (SafetensorError, OSError) as error:
+            return self._refuse(name, str(error))
+        if metadata.get("format") != _FORMAT or metadata.get("name") != name:
+            return self._refuse(name, "it was not written for this document and reader")
+        if states.dim() != 5 or states.shape[3] != tokens:
+            return self._refuse(name, f"it holds {list(states.shape)} for {tokens} tokens")
+        if metadata.get("crc32") != _crc32(states):
+            return self._refuse(name, "its check sum is wrong")
+        # Another run may have written it.
+        if name not in self._sizes:
+            self._sizes[name] = size = path.stat().st_size
+            self._bytes += size
+        return states
+
+    def _refuse(self, name: str, reason: str) -> None:
+        logger.warning("%s: refused and read again: %s", self._path(name), reason)
+        self._forget(name)
+        self._delete(name)
+
+    def _touch(self, name: str) -> None:
+        super()._touch(name)
+        try:
+            os.utime(self._path(name))
+        except FileNotFoundError:  # another run let go of it after it was read
+            self._forget(name)
+
+    def _save(self, name: str, states: Tensor) -> int:
+        from safetensors.torch import save_file
+
+        states = states.cpu().contiguous()
+        metadata = {"format": _FORMAT, "name": name, "crc32": _crc32(states)}
+        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
+        save_file({"states": states}, temporary, metadata)
+        size = temporary.stat().st_size
+        os.replace(temporary, self._path(name))
+        return size
+
+    def _delete(self, name: str) -> None:
+        self._path(name).unlink(missing_ok=True)
+
+
+def check_document_store(
+    choice: str | os.PathLike[str] | None, max_gb: float, context: str
+) -> None:
+    """Check what a config says of the store.
+
+    Raises:
+        ValueError: ``max_gb`` is not positive, or documents are not read alone.
+    """
+    if not max_gb > 0:
+        raise ValueError(f"document_store_gb must be positive, got {max_gb}")
+    if choice is not None and context != "independent":
+        raise ValueError(
+            "document_store must be null unless context is 'independent': documents read jointly "
+            f"depend on those before them; got {os.fspath(choice)!r} with context {context!r}"
+        )
+
+
+def open_document_store(
+    choice: str | os.PathLike[str] | None, model: PreTrainedModel, max_gb: float
+) -> DocumentStore | None:
+    """Open the store that a config names.
+
+    Args:
+        choice: ``"memory"``, a folder, or None for no store.
+        model: the reader's model.
+        max_gb: what is kept at most, in 10⁹ bytes.
+
+    Raises:
+        ValueError: the folder is a file.
+    """
+    if choice is None:
+        return None
+    max_bytes = max(1, int(max_gb * 1e9))
+    if choice == MEMORY:
+        # Nobody else sees it, so the model needs no name.
+        return MemoryStore("", max_bytes)
+    return DiskStore(choice, model_identity(model), max_bytes)
+
+
+@torch.no_grad()
+def model_identity(model: PreTrainedModel) -> str:
+    """Return a digest of the decoder's configuration and of all its weights and their types.
+
+    Reads every weight once: about a second for each gigabyte.
+    """
+    config = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if not key.startswith(_NOT_OF_THE_MODEL)
+    }
+    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode())
+    state: dict[str, Any] = model.base_model.state_dict()
+    for name in sorted(state):
+        tensor = state[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _crc32(states: Tensor) -> str:
+    return f"{zlib.crc32(_bytes_of(states)):08x}"

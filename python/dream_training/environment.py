@@ -1,0 +1,39 @@
+"""With what a run was made: versions, device, threads."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+import dream_kernels
+
+PACKAGES = (
+    "torch", "triton", "transformers", "sentence-transformers", "peft", "datasets", "beir", "mteb",
+    "bm25s", "numpy", "scipy",
+)  # fmt: skip
+
+
+def describe_environment(device: torch.device | str) -> dict[str, Any]:
+    """Return versions, device, threads and date, for a JSON file beside the figures."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.processor() or platform.machine()} {device.type}"
+        name += f" ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else ""
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {
+            "dream-kernels": dream_kernels.__version__,
+            **{package: installed[package] for package in PACKAGES if package in installed},
+        },
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,139 @@
+"""``dream evaluate``: retrievers on tasks, as a table and as a file with every query's score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dream_training.environment import describe_environment
+from dream_training.evaluation.results import Evaluation, write_evaluations
+from dream_training.evaluation.tasks import (
+    EvaluationOptions,
+    check_tasks,
+    evaluate_bm25,
+    evaluate_task,
+    expand_tasks,
+    is_beir_folder,
+    is_mteb_task,
+)
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+def run_evaluate(
+    arguments: Sequence[str],
+    *,
+    tasks: str,
+    output: Path | None,
+    options: EvaluationOptions,
+    bm25: bool,
+    console: Console | None = None,
+) -> list[Evaluation]:
+    """Run the command; the arguments are its own.
+
+    Args:
+        arguments: models, and BEIR folders among them.
+        tasks: more tasks, separated by commas.
+        output: JSON file to write.
+        options: how to evaluate.
+        bm25: evaluate BM25 on folders and sets of BEIR as well.
+        console: where to print.
+
+    Raises:
+        FileNotFoundError: a folder is missing, or data could not be fetched.
+        ValueError: no model or no task is named, or a task is unknown.
+    """
+    console = console or Console()
+    folders = [name for name in arguments if is_beir_folder(name)]
+    models = [name for name in arguments if name not in folders]
+    names = expand_tasks([*folders, *(name for name in tasks.split(",") if name.strip())])
+    if not models:
+        raise ValueError("name at least one model; only BEIR folders were given")
+    if not names:
+        given = ", ".join(models)
+        raise ValueError(f"name a task: --tasks, or a BEIR folder with a corpus.jsonl; got {given}")
+    check_tasks(names)
+    if options.query_max_len and any(map(is_mteb_task, names)):
+        raise ValueError(
+            "query-max-len cannot be set for tasks of mteb, which cut queries and documents to one "
+            "length: passage-max-len"
+        )
+    evaluations: list[Evaluation] = []
+    for name in models:
+        model = _load(name)
+        for task in names:
+            with console.status(f"{name} on {task} ..."):
+                evaluations.append(evaluate_task(model, name, task, options))
+            if output is not None:  # what took hours is kept when the next task fails
+                write_evaluations(output, evaluations, describe_environment(model.device))
+    if bm25:
+        evaluations += [evaluate_bm25(task, options) for task in names if not is_mteb_task(task)]
+    print_table(console, evaluations)
+    if output is not None:
+        write_evaluations(output, evaluations, describe_environment(model.device))
+        console.print(f"With every query's score: {output}", highlight=False, soft_wrap=True)
+    return evaluations
+
+
+def _load(name: str) -> SentenceTransformer:
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        return SentenceTransformer(name)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"model {name!r} could not be loaded: {reason}") from error
+
+
+def print_table(console: Console, evaluations: Sequence[Evaluation]) -> None:
+    """Print one line for each model on each task, and each model's mean over its tasks."""
+    table = Table()
+    for column in ("task", "model"):
+        table.add_column(column, overflow="fold")
+    for column in ("nDCG@10", "recall@10", "queries", "documents"):
+        table.add_column(column, justify="right")
+    tasks = list(dict.fromkeys(e.task for e in evaluations))
+    for task in tasks:
+        for e in evaluations:
+            if e.task == task:
+                table.add_row(
+                    task, e.model, f"{e.ndcg_at_10:.4f}", f"{e.recall_at_10:.4f}",
+                    f"{len(e.query_ndcg_at_10):,}", f"{e.documents:,}",
+                )  # fmt: skip
+        table.add_section()
+    for model in dict.fromkeys(e.model for e in evaluations):
+        own = [e for e in evaluations if e.model == model]
+        if len(tasks) > 1 and len(own) == len(tasks):
+            ndcg = sum(e.ndcg_at_10 for e in own) / len(own)
+            recall = sum(e.recall_at_10 for e in own) / len(own)
+            table.add_row(f"mean of {len(own)}", model, f"{ndcg:.4f}", f"{recall:.4f}", "", "")
+    console.print(table, highlight=False)
+
+
+def choose_devices(processes: int | None, devices: str) -> list[str] | None:
+    """Return one device for each process: those named, or what there is.
+
+    Raises:
+        ValueError: both were given, or fewer GPUs are there than processes.
+    """
+    named = [device.strip() for device in devices.split(",") if device.strip()]
+    if named and processes:
+        raise ValueError("give --processes or --devices, not both")
+    if named:
+        return [str(torch.device(device)) for device in named]
+    if processes is None or processes == 1:
+        return None
+    if not torch.cuda.is_available():
+        return ["cpu"] * processes
+    if processes > torch.cuda.device_count():
+        raise ValueError(
+            f"processes must be at most {torch.cuda.device_count()}, one for each GPU, got "
+            f"{processes}"
+        )
+    return [f"cuda:{i}" for i in range(processes)]

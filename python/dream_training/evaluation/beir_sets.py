@@ -1,0 +1,69 @@
+"""BEIR's published sets, fetched by ``beir`` once and kept as BEIR folders."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+_URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{name}.zip"
+NAMES = (
+    "msmarco", "trec-covid", "nfcorpus", "nq", "hotpotqa", "fiqa", "arguana", "webis-touche2020",
+    "cqadupstack", "quora", "dbpedia-entity", "scidocs", "fever", "climate-fever", "scifact",
+)  # fmt: skip
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless BEIR publishes a set of that name."""
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(NAMES)}"
+        raise ValueError(f"beir:{name}: BEIR has no such set{hint}")
+
+
+def fetch(name: str, cache_dir: Path | None = None) -> Path:
+    """Return the folder of a set, fetched by ``beir`` if it is not there yet.
+
+    ``beir`` takes an error page for an archive, and what an interrupted download or extraction
+    left behind for the whole. So it works in a temporary folder here, and the set gets its name
+    when it is complete.
+
+    Args:
+        name: as in BEIR's table, such as ``scifact``.
+        cache_dir: where sets are kept; ``$DREAM_CACHE/beir`` or ``~/.cache/dream-kernels/beir`` by
+            default.
+
+    Raises:
+        FileNotFoundError: the set could not be fetched.
+        ValueError: BEIR has no such set.
+    """
+    from beir import util
+
+    check_name(name)
+    cache = cache_dir or _default_cache()
+    folder = cache / name
+    if (folder / "corpus.jsonl").is_file():
+        return folder
+    url = _URL.format(name=name)
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=cache, prefix=f".{name}."))
+    try:
+        fetched = Path(util.download_and_unzip(url, str(temporary)))
+        if not (fetched / "corpus.jsonl").is_file():
+            raise ValueError("the archive holds no corpus.jsonl")
+        fetched.rename(folder)
+    except Exception as error:  # requests, zipfile and the file system each have their own
+        raise FileNotFoundError(
+            f"task 'beir:{name}': {url} could not be fetched: {type(error).__name__}: {error}; "
+            f"a copy may be put at {folder}"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _default_cache() -> Path:
+    root = os.environ.get("DREAM_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "dream-kernels") / "beir"

@@ -1,0 +1,108 @@
+"""What an evaluation found, query by query, as a file that two runs can be compared by."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dream_training.evaluation.retrieval import TOP_K, RetrievalTask, average
+from dream_training.json_file import read_json, write_json
+
+FILE_NAME = "evaluation.json"
+_NDCG, _RECALL = f"ndcg_at_{TOP_K}", f"recall_at_{TOP_K}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One retriever on one task.
+
+    Attributes:
+        model: folder or hub name of the retriever, or another name such as ``BM25``.
+        task: name of the task, or the BEIR folder.
+        ndcg_at_10: mean over the queries, or over the means of a task's parts.
+        recall_at_10: the same.
+        documents: size of the corpus.
+        query_ndcg_at_10: nDCG@10 by query id.
+        settings: what else decides the figures: split, lengths, revision of the data, ...
+    """
+
+    model: str
+    task: str
+    ndcg_at_10: float
+    recall_at_10: float
+    documents: int
+    query_ndcg_at_10: Mapping[str, float]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_scores(
+        cls,
+        model: str,
+        task: str,
+        data: RetrievalTask,
+        scores: Mapping[str, Mapping[str, float]],
+        settings: Mapping[str, Any],
+    ) -> Evaluation:
+        """Make one from the scores of every query."""
+        means = average(scores)
+        return cls(
+            model=model,
+            task=task,
+            ndcg_at_10=means[_NDCG],
+            recall_at_10=means[_RECALL],
+            documents=len(data.corpus),
+            query_ndcg_at_10={q: values[_NDCG] for q, values in scores.items()},
+            settings=settings,
+        )
+
+
+def write_evaluations(
+    path: str | os.PathLike[str],
+    evaluations: Sequence[Evaluation],
+    environment: Mapping[str, Any],
+) -> Path:
+    """Write evaluations and the environment they were made in as JSON."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [asdict(evaluation) for evaluation in evaluations]
+    write_json(path, {"evaluations": rows, "environment": environment})
+    return path
+
+
+def read_evaluations(path: str | os.PathLike[str]) -> list[Evaluation]:
+    """Read what :func:`write_evaluations` wrote.
+
+    Args:
+        path: the file, or the folder of a run that holds ``evaluation.json``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the content is something else; the message names the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    rows = read_json(path).get("evaluations")
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: must hold a list named 'evaluations'")
+    return [_parse(row, f"{path}: evaluations[{i}]") for i, row in enumerate(rows)]
+
+
+def _parse(row: Any, where: str) -> Evaluation:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: must be an object, got {type(row).__name__}")
+    try:
+        evaluation = Evaluation(**row)
+    except TypeError as error:
+        raise ValueError(f"{where}: {str(error).removeprefix('Evaluation.__init__() ')}") from None
+    queries = evaluation.query_ndcg_at_10
+    if not isinstance(queries, dict) or not queries:
+        raise ValueError(f"{where}: query_ndcg_at_10 must hold at least one query")
+    for query, value in queries.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{where}: nDCG@10 of query {query!r} must be a number, got {value!r}")
+    return evaluation

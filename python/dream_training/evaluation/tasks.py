@@ -1,0 +1,175 @@
+"""Tasks by name: BEIR folders, BEIR's published sets, mteb's tasks, and presets of those."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dream_training.data.beir_folder import read_beir_folder
+from dream_training.evaluation.results import Evaluation
+from dream_training.evaluation.retrieval import (
+    RetrievalEvaluator,
+    RetrievalTask,
+    score_queries,
+    search_bm25,
+)
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+BEIR_PREFIX = "beir:"
+# Names in results that stand for no trained model.
+BM25, UNTRAINED = "BM25", "untrained"
+
+# beir9: the paper reports nine sets of BEIR and which ones is not known to us. These nine are
+# public, and papers that report a part of BEIR mostly report these; the choice is ours.
+# rteb14: the open tasks of mteb's "RTEB(eng, beta)" without SWEbenchCodeRetrieval are just
+# fourteen, so probably the paper's.
+PRESETS: dict[str, tuple[str, ...]] = {
+    "beir9": (
+        "ArguAna", "FiQA2018", "HotpotQA", "NFCorpus", "NQ", "QuoraRetrieval", "SCIDOCS",
+        "SciFact", "TRECCOVID",
+    ),
+    "rteb14": (
+        "AILACasedocs", "AILAStatutes", "LegalSummarization", "FinanceBenchRetrieval",
+        "HC3FinanceRetrieval", "FinQARetrieval", "AppsRetrieval", "DS1000Retrieval",
+        "HumanEvalRetrieval", "MBPPRetrieval", "WikiSQLRetrieval", "FreshStackRetrieval",
+        "ChatDoctorRetrieval", "CUREv1",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How tasks are evaluated.
+
+    Attributes:
+        split: ``qrels/<split>.tsv`` of BEIR folders and sets; mteb's tasks name their own.
+        batch_size: texts encoded at once.
+        query_max_len: tokens of a query; the model's own limit by default. mteb's tasks have one
+            limit for queries and documents, ``passage_max_len``.
+        passage_max_len: tokens of a document.
+        devices: one process for each of these devices; None for this process alone.
+        cache_dir: where sets of BEIR are kept.
+    """
+
+    split: str = "test"
+    batch_size: int = 32
+    query_max_len: int | None = None
+    passage_max_len: int | None = None
+    devices: Sequence[str] | None = None
+    cache_dir: Path | None = None
+
+
+def is_beir_folder(name: str) -> bool:
+    """Whether ``name`` is a folder that holds a corpus."""
+    return (Path(name) / "corpus.jsonl").is_file()
+
+
+def expand_tasks(names: Iterable[str]) -> list[str]:
+    """Replace presets by their tasks, and drop repetitions.
+
+    Raises:
+        ValueError: a name is empty.
+    """
+    tasks: dict[str, None] = {}
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"a task must be a name, got {name!r}")
+        tasks.update(dict.fromkeys(PRESETS.get(name.strip(), (name.strip(),))))
+    return list(tasks)
+
+
+def is_mteb_task(task: str) -> bool:
+    """Whether a name that is neither folder nor ``beir:`` set goes to mteb.
+
+    Raises:
+        FileNotFoundError: ``task`` looks like a path, and there is no BEIR folder.
+    """
+    if is_beir_folder(task) or task.startswith(BEIR_PREFIX):
+        return False
+    if "/" in task or task.startswith(".") or Path(task).exists():
+        raise FileNotFoundError(f"task {task!r}: there is no BEIR folder with a corpus.jsonl")
+    return True
+
+
+def check_tasks(tasks: Iterable[str]) -> None:
+    """Find wrong names now, not after hours of training; fetches nothing.
+
+    Raises:
+        FileNotFoundError: a task looks like a path, and there is no BEIR folder.
+        ModuleNotFoundError: mteb is needed and not installed.
+        ValueError: neither mteb nor ``beir`` has such a task.
+    """
+    from dream_training.evaluation.beir_sets import check_name
+    from dream_training.evaluation.mteb_tasks import get_task
+
+    for task in expand_tasks(tasks):
+        if is_mteb_task(task):
+            get_task(task)
+        elif task.startswith(BEIR_PREFIX):
+            check_name(task.removeprefix(BEIR_PREFIX))
+
+
+def load_task(task: str, options: EvaluationOptions) -> RetrievalTask:
+    """Read a BEIR folder, or a set of BEIR after fetching it if need be.
+
+    Raises:
+        FileNotFoundError: a file is missing, or the set could not be fetched.
+        ValueError: a line of a file cannot be read; see :func:`read_beir_folder`.
+    """
+    folder = Path(task)
+    if task.startswith(BEIR_PREFIX):
+        from dream_training.evaluation.beir_sets import fetch
+
+        folder = fetch(task.removeprefix(BEIR_PREFIX), options.cache_dir)
+    corpus, queries, qrels = read_beir_folder(folder, options.split)
+    return RetrievalTask(queries, corpus, qrels)
+
+
+def evaluate_task(
+    model: SentenceTransformer, name: str, task: str, options: EvaluationOptions
+) -> Evaluation:
+    """Evaluate a retriever on one task.
+
+    Args:
+        model: the retriever.
+        name: how the retriever is called in the result.
+        task: a BEIR folder, ``beir:`` and the name of one of BEIR's sets, or the name of a
+            retrieval task of mteb.
+        options: how.
+
+    Raises:
+        FileNotFoundError: a folder is missing, or data could not be fetched.
+        ModuleNotFoundError: mteb is needed and not installed.
+        ValueError: there is no such task, or its data cannot be read.
+    """
+    if is_mteb_task(task):
+        from dream_training.evaluation.mteb_tasks import evaluate_mteb_task, get_task
+
+        return evaluate_mteb_task(model, name, get_task(task), options)
+    data = load_task(task, options)
+    evaluator = RetrievalEvaluator(
+        data,
+        options.query_max_len,
+        options.passage_max_len,
+        options.batch_size,
+        options.devices,
+    )
+    evaluator(model)
+    settings = {
+        "split": options.split,
+        "query_max_len": options.query_max_len or model.max_seq_length,
+        "passage_max_len": options.passage_max_len or model.max_seq_length,
+        "prompts": dict(model.prompts or {}),
+    }
+    return Evaluation.from_scores(name, task, data, evaluator.query_scores, settings)
+
+
+def evaluate_bm25(task: str, options: EvaluationOptions) -> Evaluation:
+    """Evaluate BM25 on a BEIR folder or set; raises as :func:`load_task`."""
+    data = load_task(task, options)
+    scores = score_queries(data, search_bm25(data))
+    return Evaluation.from_scores(BM25, task, data, scores, {"split": options.split})

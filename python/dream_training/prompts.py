@@ -1,0 +1,262 @@
+"""The text around documents, query and target: plain, the reader's chat template, or one's own.
+
+A template is rendered with texts that are known, and what it puts around them is cut out. So it
+becomes a :class:`ReaderPrompt`, whose pieces are tokenised one by one: the spans of the documents
+are exact whatever the tokenizer merges, and a document read alone stands as it would beside others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLAIN, CHAT = "plain", "chat"
+
+# Templates that print today's date would make another prompt of every day.
+_DATE = "26 Jul 2024"
+
+Render = Callable[[Sequence[str], str, str], str]
+
+
+@dataclass(frozen=True)
+class ReaderPrompt:
+    """The text around documents, query and target.
+
+    The pieces are tokenised one by one and joined as tokens, so that the spans of the documents
+    are exact whatever the tokenizer merges.
+
+    Attributes:
+        header: stands before the documents.
+        document: one document; must contain ``{document}``.
+        query: what follows the documents; must contain ``{query}``.
+        target: the text to predict; must contain ``{target}``.
+        bos: put the tokenizer's beginning-of-sequence token, if it has one, before a header that
+            does not begin with it.
+    """
+
+    header: str = "Documents:\n\n"
+    document: str = "{document}\n\n"
+    query: str = "Question: {query}\nAnswer:"
+    target: str = " {target}"
+    bos: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("document", "query", "target"):
+            if getattr(self, name).count(f"{{{name}}}") != 1:
+                raise ValueError(
+                    f"prompt.{name} must contain {{{name}}} once, got {getattr(self, name)!r}"
+                )
+
+
+def load_reader_prompt(
+    choice: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase
+) -> ReaderPrompt:
+    """Make the prompt that a config names.
+
+    Args:
+        choice: ``"plain"``, ``"chat"`` for the tokenizer's chat template, or the path of a Jinja
+            template, see :func:`template_prompt`.
+        tokenizer: the reader's.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the template cannot be cut into pieces; the message says why.
+    """
+    if choice == PLAIN:
+        return ReaderPrompt()
+    if choice == CHAT:
+        return chat_prompt(tokenizer)
+    path = Path(choice)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"reader_prompt must be {PLAIN!r}, {CHAT!r} or a Jinja file, and there is no file "
+            f"{os.fspath(choice)!r}"
+        )
+    return template_prompt(path.read_text(encoding="utf-8"), tokenizer, str(path))
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase) -> ReaderPrompt:
+    """Cut the tokenizer's chat template; documents and query are asked, the target answers.
+
+    The template alone says which special tokens there are. What ends the answer is not predicted.
+
+    Raises:
+        ValueError: there is no chat template, or it changes the texts it is given.
+    """
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "reader_prompt 'chat' needs a tokenizer with a chat template, and "
+            f"{tokenizer.name_or_path or type(tokenizer).__name__!r} has none"
+        )
+    plain = ReaderPrompt()
+
+    def render(documents: Sequence[str], query: str, target: str) -> str:
+        texts = "".join(plain.document.replace("{document}", text) for text in documents)
+        messages = [
+            {"role": "user", "content": f"{plain.header}{texts}Question: {query}"},
+            {"role": "assistant", "content": target},
+        ]
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, date_string=_DATE)
+        except TemplateError as error:
+            raise ValueError(f"the reader's chat template fails: {error}") from error
+        assert isinstance(text, str)
+        return text
+
+    return cut_prompt(render, "the reader's chat template", bos=False)
+
+
+def template_prompt(
+    template: str, tokenizer: PreTrainedTokenizerBase, name: str = "reader_prompt"
+) -> ReaderPrompt:
+    """Cut a Jinja template with ``documents`` (a list of texts), ``query`` and ``target``.
+
+    The documents come in their order, then the query, then the target; around every document
+    stands the same text. ``bos_token`` and ``eos_token`` are there too; a template that prints no
+    beginning-of-sequence token gets it all the same. What follows the target is left out. As in
+    chat templates, a line's block tags leave neither indentation nor line end, and the template
+    runs in Jinja's sandbox.
+
+    Args:
+        template: its text.
+        tokenizer: the reader's.
+        name: what errors call the template.
+
+    Raises:
+        ValueError: it is not Jinja, or cannot be cut into pieces; the message says why.
+    """
+    from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    try:
+        compiled = environment.from_string(template)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"{name}:{error.lineno}: not a Jinja template: {error}") from error
+    tokens = {key: getattr(tokenizer, key, None) or "" for key in ("bos_token", "eos_token")}
+
+    def render(documents: Sequence[str], query: str, target: str) -> str:
+        try:
+            return compiled.render(documents=list(documents), query=query, target=target, **tokens)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"{name} fails: {error}") from error
+
+    return cut_prompt(render, name)
+
+
+def cut_prompt(render: Render, name: str, bos: bool = True) -> ReaderPrompt:
+    """Find what a template puts around its texts, and that it does so whatever they are.
+
+    Args:
+        render: makes the whole text of documents, a query and a target.
+        name: what errors call the template.
+        bos: as in :class:`ReaderPrompt`.
+
+    Raises:
+        ValueError: a text is left out, repeated or changed, the order is another one, or the text
+            around depends on what the texts are or how many there are.
+    """
+    cuts = [_cut(render(*probe), *probe, name) for probe in _probes()]
+    first = cuts[0]
+    for cut in cuts[1:]:
+        for where in ("before", "after", "behind_query"):
+            own, other = getattr(first, where), getattr(cut, where)
+            if own != other:
+                raise ValueError(
+                    f"{name} must not depend on the texts or their number; {_NAMES[where]} stands "
+                    f"once {own!r} and once {other!r}"
+                )
+    between = sorted({text for cut in cuts for text in cut.between})
+    if len(between) > 1:
+        raise ValueError(
+            f"{name} must put the same text around every document; between two of them stands "
+            f"once {between[0]!r} and once {between[1]!r}"
+        )
+    behind, ahead = _share(first.before, between[0], first.after, name)
+    answer = first.behind_query.rstrip(" ")
+    return ReaderPrompt(
+        header=first.before[: len(first.before) - len(ahead)],
+        document=f"{ahead}{{document}}{behind}",
+        query=f"{first.after[len(behind) :]}{{query}}{answer}",
+        # A space belongs to the word after it, as tokenizers have it.
+        target=f"{first.behind_query[len(answer) :]}{{target}}",
+        bos=bos,
+    )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What stands around the texts of a rendered template."""
+
+    before: str
+    between: tuple[str, ...]
+    after: str
+    behind_query: str
+
+
+_NAMES = {
+    "before": "before the first document",
+    "after": "between the last document and the query",
+    "behind_query": "between query and target",
+}
+
+
+def _probes() -> Iterator[tuple[list[str], str, str]]:
+    """Texts of other lengths, numbers and kinds, none of which is part of another."""
+    kinds = (
+        "{} number {}",
+        # what a template might escape, shorten, split at or change the case of
+        'A longer {}, "<b>quoted</b>" & {{braced}}\n\n' + "with Many words; " * 60 + "number {}",
+    )
+    for kind in kinds:
+        for count in (2, 1, 3):
+            documents = [kind.format("document", i) for i in range(count)]
+            yield documents, kind.format("query", 0), kind.format("target", 0)
+
+
+def _cut(text: str, documents: Sequence[str], query: str, target: str, name: str) -> _Cut:
+    pieces, end, previous = [], 0, "the beginning"
+    named = [(f"documents[{i}]", document) for i, document in enumerate(documents)]
+    for label, own in [*named, ("query", query), ("target", target)]:
+        found = text.count(own)
+        if found != 1:
+            raise ValueError(
+                f"{name} must print the text of {label} once and as it is; it is "
+                f"{'left out or changed' if found == 0 else f'printed {found} times'}"
+            )
+        begin = text.index(own)
+        if begin < end:
+            raise ValueError(
+                f"{name} must have the documents in their order, then the query, then the target, "
+                f"and it has {label} before {previous}"
+            )
+        pieces.append(text[end:begin])
+        end, previous = begin + len(own), label
+    return _Cut(pieces[0], tuple(pieces[1:-2]), pieces[-2], pieces[-1])
+
+
+def _share(before: str, between: str, after: str, name: str) -> tuple[str, str]:
+    """Share what stands between two documents: the end of the first, the beginning of the second.
+
+    The first part must also begin what follows the last document, and the second part end what
+    stands before the first one.
+    """
+    for size in range(len(between), -1, -1):
+        behind, ahead = between[:size], between[size:]
+        if after.startswith(behind) and before.endswith(ahead):
+            return behind, ahead
+    raise ValueError(
+        f"{name} must put the same text around every document, the first and the last too; "
+        f"{between!r} stands between two of them, {before!r} before the first and {after!r} behind "
+        "the last: separate documents by what ends each of them, not by what stands between them"
+    )
