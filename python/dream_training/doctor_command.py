@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from dream_training.config import load_config
 from dream_training.doctor import diagnose, has_fault
@@ -36,8 +37,8 @@ def run_doctor(config: Path, overrides: Sequence[str]) -> bool:
 
 
 def _print(console: Console, check: Check) -> None:
-    options = {"highlight": False, "soft_wrap": True}
-    console.print(f"{check.status:<8}", style=_STYLES[check.status], end="", **options)
-    console.print(f"{check.name:<{_WIDTH}}  {check.figure}", markup=False, **options)
+    line = Text(f"{check.status:<8}", style=_STYLES[check.status])
+    line.append(f"{check.name:<{_WIDTH}}  {check.figure}", style="default not bold")
+    console.print(line, soft_wrap=True)
     if check.advice:
-        console.print(f"{'':<8}{'':<{_WIDTH}}  -> {check.advice}", markup=False, **options)
+        console.print(Text(f"{'':<8}{'':<{_WIDTH}}  -> {check.advice}"), soft_wrap=True)

@@ -44,7 +44,7 @@ def spans(reader: Reader, documents: Sequence[str]) -> Check:
     before, after = reader.prompt.document.split("{document}")
     wrong = []
     for place, (own, document) in enumerate(zip(tokens, documents)):
-        text = _squeeze(reader.tokenizer.decode(own, clean_up_tokenization_spaces=False))
+        text = _squeeze(str(reader.tokenizer.decode(own, clean_up_tokenization_spaces=False)))
         text = text.removeprefix(_squeeze(before)).removesuffix(_squeeze(after))
         # A cut may fall into a character of several tokens.
         if not text.rstrip("\ufffd") or not _squeeze(document).startswith(text.rstrip("\ufffd")):

@@ -152,6 +152,8 @@ class RunRecord(TrainerCallback):
     def _measure(self, name: str) -> None:
         assert self.examples is not None
         reader = getattr(self.loss, "reader", None)
+        if isinstance(reader, Reader) and not reader.injection.heads:
+            reader = None  # the objective's scores act nowhere in it
         temperature = getattr(self.loss, "temperature", self.config.temperature)
         self.examples.measure(
             name, self.model, reader if isinstance(reader, Reader) else None, float(temperature)

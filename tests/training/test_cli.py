@@ -35,7 +35,7 @@ def data(tmp_path: Path) -> Path:
 def test_help_lists_the_commands() -> None:
     result = dream("--help")
     assert result.returncode == 0
-    for command in ("demo", "heads", "train", "evaluate", "bench"):
+    for command in ("demo", "doctor", "heads", "train", "evaluate", "bench"):
         assert f"\n  {command} " in result.stdout
 
 
