@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dream_training.retriever import save_retriever
+
+if TYPE_CHECKING:
+    from dream_training.temperature import Temperature
 
 
 @dataclass
@@ -34,6 +37,8 @@ def describe(metrics: dict[str, float]) -> str:
         parts.append(f"weight on positive {metrics['weight_on_positive']:.2f}")
     if "entropy" in metrics:
         parts.append(f"entropy {metrics['entropy']:.2f}/{metrics['max_entropy']:.2f}")
+    if "temperature" in metrics:
+        parts.append(f"temperature {metrics['temperature']:.4f}")
     if "store_hits" in metrics:
         found, asked = metrics["store_hits"], metrics["store_hits"] + metrics["store_misses"]
         parts.append(f"store {found:.0f}/{asked:.0f}")
@@ -103,6 +108,22 @@ class ProgressCallback(TrainerCallback):
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+class TemperatureCallback(TrainerCallback):
+    """Tells a scheduled temperature how much of the run is done.
+
+    Args:
+        temperature: of the objective that is trained, ``loss.temperature``.
+    """
+
+    def __init__(self, temperature: Temperature) -> None:
+        self.temperature = temperature
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.temperature.progress = state.global_step / max(1, state.max_steps - 1)
 
 
 class KeepBestCallback(TrainerCallback):

@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 
 from dream_training.pools import check_pool
+from dream_training.prompts import check_reader_prompt
+from dream_training.schedules import check_temperature
 
 HEAD_CRITERIA = ("qr_mass", "qr_ndcg", "loss_gradient", "random")
 OBJECTIVES = ("dream", "infonce", "replug", "emdr", "revela")
@@ -68,6 +70,9 @@ class TrainConfig:
         objective: ``dream``, ``replug``, ``emdr``, ``revela``, or ``infonce``, which needs known
             positives.
         temperature: divides the cosine similarities.
+        temperature_end: where a schedule leads, from ``temperature`` at the first step.
+        temperature_schedule: ``constant``, ``linear``, ``cosine`` or ``exponential``.
+        learnable_temperature: learn the temperature, from ``temperature`` on.
         teacher: of ``replug``, ``mean_log_probability`` or ``probability`` of the target.
         teacher_temperature: of ``replug``, divides the teacher's scores.
         teacher_direction: of ``replug``, ``teacher_student`` for KL(teacher || retriever), or
@@ -125,6 +130,9 @@ class TrainConfig:
     report_queries: int = 8
     objective: str = "dream"
     temperature: float = 0.05
+    temperature_end: float | None = None
+    temperature_schedule: str = "constant"
+    learnable_temperature: bool = False
     teacher: str = "mean_log_probability"
     teacher_temperature: float = 0.1
     teacher_direction: str = "teacher_student"
@@ -166,9 +174,17 @@ class TrainConfig:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.streaming and self.objective == "infonce":
             raise ValueError("objective 'infonce' needs all lines at once: set streaming: false")
-        for name in ("temperature", "teacher_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        check_temperature(
+            self.temperature,
+            self.temperature_end,
+            self.temperature_schedule,
+            self.learnable_temperature,
+        )
+        if not self.teacher_temperature > 0:
+            raise ValueError(
+                f"teacher_temperature must be positive, got {self.teacher_temperature}"
+            )
+        check_reader_prompt(self.reader_prompt)
         check_pool(self.pool, self.documents_per_query)
         if self.document_store is not None:
             from dream_training.document_store import check_document_store

@@ -203,13 +203,18 @@ class DiskStore(DocumentStore):
             self._forget(name)
             return None
         except (SafetensorError, OSError) as error:
-            return self._refuse(name, str(error))
+            self._refuse(name, str(error))
+            return None
+        reason = None
         if metadata.get("format") != _FORMAT or metadata.get("name") != name:
-            return self._refuse(name, "it was not written for this document and reader")
-        if states.dim() != 5 or states.shape[3] != tokens:
-            return self._refuse(name, f"it holds {list(states.shape)} for {tokens} tokens")
-        if metadata.get("crc32") != _crc32(states):
-            return self._refuse(name, "its check sum is wrong")
+            reason = "it was not written for this document and reader"
+        elif states.dim() != 5 or states.shape[3] != tokens:
+            reason = f"it holds {list(states.shape)} for {tokens} tokens"
+        elif metadata.get("crc32") != _crc32(states):
+            reason = "its check sum is wrong"
+        if reason is not None:
+            self._refuse(name, reason)
+            return None
         # Another run may have written it.
         if name not in self._sizes:
             self._sizes[name] = size = path.stat().st_size

@@ -15,7 +15,9 @@ from rich.table import Table
 
 from dream_kernels import HeadFile, read_heads
 from dream_training.architectures import save_tiny
+from dream_training.document_store import MEMORY
 from dream_training.plan import H100_PEAK, STEP_SHARE, Plan, make_plan, measured_rate, shape_of
+from dream_training.prompts import CHAT, PLAIN
 
 if TYPE_CHECKING:
     from dream_training.callbacks import History
@@ -90,6 +92,9 @@ def _two_steps(config: TrainConfig, rows: Any, folder: Path) -> History:
         retriever=str(retriever),
         retriever_layers=None if config.retriever_layers is None else 2,
         top_k=None,
+        # the tiny reader has no chat template, and its documents are of no use to later runs
+        reader_prompt=PLAIN if config.reader_prompt == CHAT else config.reader_prompt,
+        document_store=None if config.document_store is None else MEMORY,
         # small batches show as much
         batch_size=min(config.batch_size, 8),
         max_steps=_STEPS,

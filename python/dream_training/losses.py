@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from dream_training.embedding import check_mini_batch_size, embed
-from dream_training.objectives.base import features_of, weight_metrics
+from dream_training.objectives.base import features_of, store_counts, weight_metrics
 from dream_training.pools import pool_scores
 from dream_training.reader import Reader
+from dream_training.temperature import Temperature, as_temperature
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -39,7 +40,9 @@ class DreamLoss(nn.Module):
     Args:
         model: the retriever.
         reader: the frozen language model.
-        temperature: divides the cosine similarities.
+        temperature: divides the cosine similarities: a number, or a
+            :class:`~dream_training.temperature.Temperature` that changes over the run or is
+            learned.
         mini_batch_size: texts that the retriever embeds at once, see
             :func:`~dream_training.embedding.embed`; it bounds memory, for one more forward pass,
             and changes no result. None keeps the activations of the whole batch.
@@ -48,8 +51,8 @@ class DreamLoss(nn.Module):
         metrics: of the last batch, as floats: ``loss`` (nats per target token),
             ``weight_on_positive`` (mean softmax weight of the known relevant documents; absent
             when none is known), ``entropy`` (of the weights, nats), ``max_entropy`` (of uniform
-            weights), ``tokens`` (read and encoded), and with a document store ``store_hits`` and
-            ``store_misses``.
+            weights), ``tokens`` (read and encoded), ``temperature`` where it changes, and with a
+            document store ``store_hits`` and ``store_misses``.
 
     Raises:
         ValueError: ``temperature`` is not positive, or ``mini_batch_size`` below 1.
@@ -59,16 +62,14 @@ class DreamLoss(nn.Module):
         self,
         model: SentenceTransformer,
         reader: Reader,
-        temperature: float = 0.05,
+        temperature: float | Temperature = 0.05,
         mini_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
         check_mini_batch_size(mini_batch_size)
         self.model = model
         self.reader = reader
-        self.temperature = temperature
+        self.temperature = as_temperature(temperature)
         self.mini_batch_size = mini_batch_size
         self.metrics: dict[str, float] = {}
 
@@ -78,14 +79,14 @@ class DreamLoss(nn.Module):
         query, pool = features_of(sentence_features, type(self).__name__)
         # Read before encoding: the prefix needs no graph, so its peak memory comes first.
         pools = query.get("pools")
-        found = self._found()
+        before = store_counts(self)
         prefix = self.reader.read(pool["texts"], pools)
         queries = embed(self.model, query, self.mini_batch_size).float()
         documents = embed(self.model, pool, self.mini_batch_size).float()
         similarity = nn.functional.normalize(queries, dim=-1) @ nn.functional.normalize(
             documents, dim=-1
         ).transpose(0, 1)
-        scores, present = pool_scores(similarity / self.temperature, pools)
+        scores, present = pool_scores(similarity / self.temperature(), pools)
         # The reader knows from the spans which documents are absent; what scores them is moot.
         given = scores if present is None else scores.masked_fill(~present, 0.0)
         reading = self.reader(prefix, query["texts"], query["targets"], given)
@@ -94,19 +95,15 @@ class DreamLoss(nn.Module):
         with torch.no_grad():
             weights = weight_metrics(scores, query["positives"])
         self.metrics = {"loss": reading.loss.item(), **weights, "tokens": tokens}
-        names = ("store_hits", "store_misses")
-        self.metrics |= {n: now - then for n, now, then in zip(names, self._found(), found)}
+        if self.temperature.changes:
+            self.metrics["temperature"] = self.temperature.value
+        self.metrics |= {name: n - before[name] for name, n in store_counts(self).items()}
         return reading.loss
-
-    def _found(self) -> tuple[int, ...]:
-        """Hits and misses of the reader's document store so far."""
-        store = self.reader.store
-        return () if store is None else (store.hits, store.misses)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of the loss."""
         return {
-            "temperature": self.temperature,
+            **self.temperature.describe(),
             "context": self.reader.context,
             "heads": {layer: list(h) for layer, h in self.reader.injection.heads.items()},
         }

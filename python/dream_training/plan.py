@@ -71,11 +71,12 @@ def make_plan(config: TrainConfig, documents_per_row: int = 1) -> Plan:
 
     A token costs ``2 P`` operations forward, ``P`` being the weights that multiply it; backward
     ``2 P`` for the gradient of the activations, and no more: weights are frozen in the reader,
-    and adapters are small in the retriever. The retriever counts as plain, without checkpointing.
+    and adapters are small in the retriever. With mini-batches the retriever runs forward twice and
+    keeps the activations of one of them.
 
     Args:
         config: the run.
-        documents_per_row: candidates that a line of the data brings into the pool.
+        documents_per_row: candidates that a line of the data has.
 
     Raises:
         OSError: a model's configuration cannot be found.
@@ -86,6 +87,10 @@ def make_plan(config: TrainConfig, documents_per_row: int = 1) -> Plan:
     head = reader.vocab_size * reader.hidden_size
     backbone = parameter_count(retriever, config.retriever_layers)
     layers = min(config.retriever_layers or 10**6, retriever.num_hidden_layers)
+    if config.pool == "in_batch":
+        documents_per_row = 1
+    elif config.documents_per_query is not None:
+        documents_per_row = min(documents_per_row, config.documents_per_query)
     documents = config.batch_size * documents_per_row
     read = documents * config.passage_max_len
     targets = config.batch_size * config.target_max_len
@@ -93,6 +98,10 @@ def make_plan(config: TrainConfig, documents_per_row: int = 1) -> Plan:
     encoded = documents * config.passage_max_len + config.batch_size * config.query_max_len
     operations = 2.0 * own["decoder"] * (read + 2 * suffix) + 4.0 * head * targets
     operations += 4.0 * backbone["decoder"] * encoded
+    kept = encoded
+    if config.mini_batch_size is not None:
+        operations += 2.0 * backbone["decoder"] * encoded
+        kept = min(encoded, config.mini_batch_size * config.passage_max_len)
     if config.lora_r:
         trained = _adapter_weights(retriever, layers, config.lora_r)
     else:
@@ -114,7 +123,7 @@ def make_plan(config: TrainConfig, documents_per_row: int = 1) -> Plan:
         operations=operations,
         weight_bytes=size * (total_reader + total_retriever) + _OPTIMIZER_BYTES * trained,
         prefix_bytes=2 * size * reader.num_hidden_layers * width * read,
-        activation_bytes=size * layers * encoded * _kept_values(retriever),
+        activation_bytes=size * layers * kept * _kept_values(retriever),
         steps=config.max_steps,
     )
 

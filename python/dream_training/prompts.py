@@ -72,13 +72,18 @@ def load_reader_prompt(
         return ReaderPrompt()
     if choice == CHAT:
         return chat_prompt(tokenizer)
+    check_reader_prompt(choice)
     path = Path(choice)
-    if not path.is_file():
+    return template_prompt(path.read_text(encoding="utf-8"), tokenizer, str(path))
+
+
+def check_reader_prompt(choice: str | os.PathLike[str]) -> None:
+    """Raise ``FileNotFoundError`` if it names neither a prompt nor a file."""
+    if choice not in (PLAIN, CHAT) and not Path(choice).is_file():
         raise FileNotFoundError(
             f"reader_prompt must be {PLAIN!r}, {CHAT!r} or a Jinja file, and there is no file "
             f"{os.fspath(choice)!r}"
         )
-    return template_prompt(path.read_text(encoding="utf-8"), tokenizer, str(path))
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase) -> ReaderPrompt:

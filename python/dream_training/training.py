@@ -12,7 +12,12 @@ import torch
 from rich.console import Console
 
 from dream_kernels import HeadFile, read_heads, write_heads
-from dream_training.callbacks import History, KeepBestCallback, ProgressCallback
+from dream_training.callbacks import (
+    History,
+    KeepBestCallback,
+    ProgressCallback,
+    TemperatureCallback,
+)
 from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import read_training_data, stream_training_data
@@ -25,6 +30,7 @@ from dream_training.objectives.build import Objective, build_objective
 from dream_training.plots import plot_curve, plot_heads
 from dream_training.retriever import save_retriever
 from dream_training.run_record import RunRecord
+from dream_training.temperature import Temperature
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -166,6 +172,9 @@ def train(
     trainer = _trainer(config, model, objective, evaluator, evaluate_first)
     for callback in (progress, keeper, record, *callbacks):
         trainer.add_callback(callback)
+    temperature = getattr(objective.loss, "temperature", None)
+    if isinstance(temperature, Temperature):
+        trainer.add_callback(TemperatureCallback(temperature))
     start = time.perf_counter()
     interrupted = False
     try:

@@ -55,6 +55,8 @@ def test_file_and_overrides(tmp_path) -> None:
         ),
         (REQUIRED, ["train_positives=all"], "train_positives must be one of .*'all'"),
         (REQUIRED, ["streaming=true", "objective=infonce"], "needs all lines at once"),
+        (REQUIRED, ["injected_rows=some"], "injected_rows must be one of .*'some'"),
+        (REQUIRED, ["context=both"], "context must be one of .*'both'"),
         (REQUIRED, ["top_k=best"], "top_k must be int or null"),
         ("- a\n", [], "must hold keys and values, got list"),
         ("a: [\n", [], "not valid YAML"),

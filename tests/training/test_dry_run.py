@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,25 @@ def test_the_plan_of_a_small_run_by_hand(run) -> None:
     # 2 key heads of 8, keys and values, three layers
     assert plan.prefix_bytes == 2 * 2 * 3 * 16 * plan.read_tokens
     assert plan.seconds(1e9) == pytest.approx(7 * expected / 1e9)
+
+
+def test_the_plan_knows_pools_and_mini_batches(run) -> None:
+    config = run(batch_size=4, query_max_len=8, passage_max_len=16, target_max_len=4)
+    plan = make_plan(config, documents_per_row=6)
+    assert plan.documents == 24
+    assert make_plan(replace(config, pool="in_batch"), 6).documents == 4
+    assert make_plan(replace(config, documents_per_query=3), 6).documents == 12
+    assert make_plan(replace(config, documents_per_query=9), 6).documents == 24
+    cached = make_plan(replace(config, mini_batch_size=2), 6)
+    assert cached.activation_bytes * plan.encoded_tokens == plan.activation_bytes * 2 * 16
+    assert cached.operations > plan.operations and cached.memory_bytes < plan.memory_bytes
+    whole = make_plan(replace(config, mini_batch_size=1000), 6)
+    assert whole.activation_bytes == plan.activation_bytes
+
+
+def test_a_dry_run_leaves_no_documents_behind(run, tmp_path: Path) -> None:
+    dry_run(run(document_store=str(tmp_path / "store"), reader_prompt="chat"), quiet())
+    assert not (tmp_path / "store").exists()
 
 
 def test_adapters_are_counted_as_they_are_made(run) -> None:

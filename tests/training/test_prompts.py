@@ -209,6 +209,8 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(
 def test_other_mistakes_are_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"'plain', 'chat' or a Jinja file, .* 'chatt'"):
         load_reader_prompt("chatt", make_tokenizer())
+    with pytest.raises(FileNotFoundError, match=r"no file 'gone\.jinja'"):
+        TrainConfig(reader="r", train_data="d", reader_prompt="gone.jinja")
     with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
         load_reader_prompt("chat", make_tokenizer())
     with pytest.raises(ValueError, match="chat template fails: no"):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dream_training.embedding import check_mini_batch_size, embed
 from dream_training.pools import pool_scores
+from dream_training.temperature import Temperature, as_temperature
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -23,14 +24,17 @@ class PoolObjective(nn.Module):
 
     Args:
         model: the retriever.
-        temperature: divides the cosine similarities.
+        temperature: divides the cosine similarities, a number or a
+            :class:`~dream_training.temperature.Temperature`.
         mini_batch_size: texts that the retriever embeds at once, see
             :func:`~dream_training.embedding.embed`; None for the whole batch.
 
     Attributes:
         metrics: of the last batch, as floats: ``loss``, ``weight_on_positive`` (mean softmax
             weight of the known relevant documents; absent when none is known), ``entropy`` (of
-            the weights, nats), ``max_entropy`` (of uniform weights), ``tokens`` (encoded).
+            the weights, nats), ``max_entropy`` (of uniform weights), ``tokens`` (encoded), and
+            ``temperature`` where it changes, and with a document store ``store_hits`` and
+            ``store_misses``.
 
     Raises:
         ValueError: ``temperature`` is not positive, or ``mini_batch_size`` below 1.
@@ -41,25 +45,29 @@ class PoolObjective(nn.Module):
     def __init__(
         self,
         model: SentenceTransformer,
-        temperature: float,
+        temperature: float | Temperature,
         mini_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         check_mini_batch_size(mini_batch_size)
         self.mini_batch_size = mini_batch_size
         self.model = model
-        self.temperature = check_positive("temperature", temperature)
+        self.temperature = as_temperature(temperature)
         self.metrics: dict[str, float] = {}
 
     def forward(
         self, sentence_features: list[dict[str, Any]], labels: Tensor | None = None
     ) -> Tensor:
         query, pool = features_of(sentence_features, type(self).__name__)
+        before = store_counts(self)
         # Read before encoding: it needs no graph, so its peak memory comes first.
         evidence = self.read(query, pool)
         scores = self.scores(query, pool)
         loss = self.loss(scores, evidence, query, pool)
         self._record(loss, scores, query, pool)
+        if self.temperature.changes:
+            self.metrics["temperature"] = self.temperature.value
+        self.metrics |= {name: n - before[name] for name, n in store_counts(self).items()}
         return loss
 
     def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Any:
@@ -75,7 +83,7 @@ class PoolObjective(nn.Module):
     def scores(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
         """Cosine similarities over the temperature, ``[B, C]`` float32."""
         similarity = self.embed(query) @ self.embed(pool).T
-        return pool_scores(similarity / self.temperature, query.get("pools"))[0]
+        return pool_scores(similarity / self.temperature(), query.get("pools"))[0]
 
     def embed(self, features: dict[str, Any]) -> Tensor:
         """Embeddings of length 1, ``[N, D]`` float32."""
@@ -94,7 +102,7 @@ class PoolObjective(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of the loss."""
-        return {"objective": self.name, "temperature": self.temperature}
+        return {"objective": self.name, **self.temperature.describe()}
 
 
 def weight_metrics(scores: Tensor, positives: Sequence[int]) -> dict[str, float]:
@@ -112,6 +120,12 @@ def weight_metrics(scores: Tensor, positives: Sequence[int]) -> dict[str, float]
         rows, places = zip(*known)
         metrics["weight_on_positive"] = weights[list(rows), list(places)].mean().item()
     return metrics
+
+
+def store_counts(loss: nn.Module) -> dict[str, int]:
+    """Documents that the store of an objective's reader had, and had not, so far."""
+    store = getattr(getattr(loss, "reader", None), "store", None)
+    return {} if store is None else {"store_hits": store.hits, "store_misses": store.misses}
 
 
 def features_of(

@@ -12,6 +12,7 @@ from dream_training.losses import DreamLoss
 from dream_training.objectives.distillation import EmdrLoss, ReplugLoss
 from dream_training.objectives.infonce import PoolInfoNCELoss
 from dream_training.objectives.revela import TEXT_PROMPT, RevelaLoss
+from dream_training.temperature import Temperature
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -65,32 +66,39 @@ def build_objective(
         documents_per_query=config.documents_per_query,
         seed=config.seed,
     )
+    temperature = Temperature(
+        config.temperature,
+        config.temperature_end,
+        config.temperature_schedule,
+        config.learnable_temperature,
+    )
     own: Any
     if name == "infonce":
-        if config.pool == "both" and config.documents_per_query is None:
+        all_candidates = config.pool == "both" and config.documents_per_query is None
+        if all_candidates and not temperature.changes:
             return _library_infonce(config, model, data)
-        own = PoolInfoNCELoss(model, config.temperature, mini_batch_size=size)
+        own = PoolInfoNCELoss(model, temperature, mini_batch_size=size)
         data = labelled(data)
     elif name == "dream":
         reader = load_reader(config, choose_heads())
-        own = DreamLoss(model, reader, config.temperature, mini_batch_size=size)
+        own = DreamLoss(model, reader, temperature, mini_batch_size=size)
     elif name == "replug":
         own = ReplugLoss(
             model,
             load_reader(config, {}),
-            config.temperature,
+            temperature,
             teacher=config.teacher,
             teacher_temperature=config.teacher_temperature,
             direction=config.teacher_direction,
             mini_batch_size=size,
         )
     elif name == "emdr":
-        own = EmdrLoss(model, load_reader(config, {}), config.temperature, mini_batch_size=size)
+        own = EmdrLoss(model, load_reader(config, {}), temperature, mini_batch_size=size)
     else:
         reader = load_reader(
             config, all_heads(config), prompt=TEXT_PROMPT, target_max_len=config.passage_max_len
         )
-        own = RevelaLoss(model, reader, config.temperature, mini_batch_size=size)
+        own = RevelaLoss(model, reader, temperature, mini_batch_size=size)
     return Objective(own, data, collator)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from dream_training.reader import Reader
+    from dream_training.temperature import Temperature
 
 
 class _TaughtByLikelihood(PoolObjective):
@@ -24,7 +25,7 @@ class _TaughtByLikelihood(PoolObjective):
         self,
         model: SentenceTransformer,
         reader: Reader,
-        temperature: float,
+        temperature: float | Temperature,
         mini_batch_size: int | None,
     ) -> None:
         super().__init__(model, temperature, mini_batch_size)
@@ -71,7 +72,7 @@ class ReplugLoss(_TaughtByLikelihood):
         self,
         model: SentenceTransformer,
         reader: Reader,
-        temperature: float = 0.05,
+        temperature: float | Temperature = 0.05,
         *,
         teacher: str = "mean_log_probability",
         teacher_temperature: float = 0.1,
@@ -137,7 +138,7 @@ class EmdrLoss(_TaughtByLikelihood):
         self,
         model: SentenceTransformer,
         reader: Reader,
-        temperature: float = 0.05,
+        temperature: float | Temperature = 0.05,
         *,
         mini_batch_size: int | None = None,
     ) -> None:

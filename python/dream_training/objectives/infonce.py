@@ -11,6 +11,8 @@ from dream_training.objectives.base import PoolObjective
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from dream_training.temperature import Temperature
+
 
 class PoolInfoNCELoss(PoolObjective):
     r"""InfoNCE over the same pool of documents that the other objectives see.
@@ -26,7 +28,7 @@ class PoolInfoNCELoss(PoolObjective):
 
     Args:
         model: the retriever.
-        temperature: divides the cosine similarities.
+        temperature: divides the cosine similarities, a number or a ``Temperature``.
         mini_batch_size: texts that the retriever embeds at once; None for the whole batch.
 
     Raises:
@@ -38,7 +40,7 @@ class PoolInfoNCELoss(PoolObjective):
     def __init__(
         self,
         model: SentenceTransformer,
-        temperature: float = 0.05,
+        temperature: float | Temperature = 0.05,
         *,
         mini_batch_size: int | None = None,
     ) -> None:

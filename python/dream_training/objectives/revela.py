@@ -10,12 +10,13 @@ from torch import Tensor
 
 from dream_kernels import Prefix
 from dream_training.objectives.base import PoolObjective, weight_metrics
-from dream_training.reader import ReaderPrompt
+from dream_training.prompts import ReaderPrompt
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from dream_training.reader import Reader
+    from dream_training.temperature import Temperature
 
 # What stands before a text in the reader's prompt, as between two documents.
 _BEFORE_TEXT = "\n\n"
@@ -56,7 +57,7 @@ class RevelaLoss(PoolObjective):
         self,
         model: SentenceTransformer,
         reader: Reader,
-        temperature: float = 1e-4,
+        temperature: float | Temperature = 1e-4,
         *,
         mini_batch_size: int | None = None,
     ) -> None:
@@ -70,7 +71,7 @@ class RevelaLoss(PoolObjective):
 
     def scores(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
         embeddings = self.embed(pool)
-        return embeddings @ embeddings.T / self.temperature
+        return embeddings @ embeddings.T / self.temperature()
 
     def loss(
         self, scores: Tensor, evidence: Prefix, query: dict[str, Any], pool: dict[str, Any]
