@@ -155,6 +155,7 @@ class RunRecord(TrainerCallback):
         if isinstance(reader, Reader) and not reader.injection.heads:
             reader = None  # the objective's scores act nowhere in it
         temperature = getattr(self.loss, "temperature", self.config.temperature)
+        temperature = getattr(temperature, "value", temperature)
         self.examples.measure(
             name, self.model, reader if isinstance(reader, Reader) else None, float(temperature)
         )
