@@ -81,7 +81,14 @@ def diagnose(
             checks.append(check)
             report(check)
 
-    data = read_training_data(config.train_data) if data is None else data
+    if data is None:
+        # The doctor looks at all lines, also where training streams them.
+        data = read_training_data(
+            config.train_data,
+            split=config.train_split,
+            target_from=config.target_from,
+            positives=config.train_positives,
+        )
     if len(data) < config.batch_size:
         raise ValueError(
             f"train_data must hold at least one batch of {config.batch_size} lines, got {len(data)}"

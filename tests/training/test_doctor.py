@@ -61,6 +61,16 @@ def test_a_sound_run_passes(run, reader_that_reads) -> None:
     assert not has_fault(checks)
 
 
+def test_data_is_read_as_the_config_says(run, tmp_path: Path, reader_that_reads) -> None:
+    data = tmp_path / "flag.jsonl"
+    lines = [{"query": row["query"], "pos": row["documents"]} for row in make_rows(8)]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    config = run(train_data=str(data), target_from="positive", streaming=True)
+    assert by_name(diagnose(config))["targets"].status == OK
+    with pytest.raises(ValueError, match="has no target; say with target_from"):
+        diagnose(run(train_data=str(data)))
+
+
 def test_a_random_reader_teaches_nothing(run) -> None:
     found = by_name(diagnose(run()))
     assert found["target loss"].status == FAULT
