@@ -224,7 +224,7 @@ def test_every_epoch_after_the_first_reads_from_the_store(tiny_model, tmp_path) 
         config = TrainConfig(
             reader=str(tiny_model), retriever=str(tiny_model), retriever_layers=1, lora_r=2,
             train_data=str(data), top_k=4, batch_size=4, max_steps=6, device="cpu", log_steps=1,
-            document_store=store, output_dir=str(tmp_path / "out"),
+            document_store=store, report_queries=0, output_dir=str(tmp_path / "out"),
         )  # fmt: skip
         console = Console(file=io.StringIO(), width=200)
         steps = train(config, console=console).history.steps
