@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from dream_training import DreamCollator, Reader
-from dream_training.retriever import build_retriever
-from dream_training.smollm2 import smollm2_path
+from dream_training.models.retriever import build_retriever
+from dream_training.models.smollm2 import smollm2_path
 
 QUERY_TOKENS, TARGET_TOKENS = 32, 32
 _LORA_RANK = 32

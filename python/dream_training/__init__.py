@@ -6,36 +6,47 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dream_training.collator import DreamCollator
     from dream_training.config import TrainConfig, load_config
-    from dream_training.heads import HeadExample, select_heads
-    from dream_training.losses import DreamLoss
-    from dream_training.prompts import ReaderPrompt
-    from dream_training.reader import Reader
-    from dream_training.retriever import build_retriever, save_retriever
-    from dream_training.training import train
+    from dream_training.heads.selection import HeadExample, select_heads
+    from dream_training.models.retriever import build_retriever, save_retriever
+    from dream_training.objectives.collator import DreamCollator
+    from dream_training.objectives.distillation import EmdrLoss, ReplugLoss
+    from dream_training.objectives.dream import DreamLoss
+    from dream_training.objectives.infonce import PoolInfoNCELoss
+    from dream_training.objectives.revela import RevelaLoss
+    from dream_training.reading.prompts import ReaderPrompt
+    from dream_training.reading.reader import Reader
+    from dream_training.training.driver import train
 
 # Imported when first used, so that `dream --help` need not wait for torch.
 _HOMES = {
-    "DreamCollator": "collator",
-    "DreamLoss": "losses",
-    "HeadExample": "heads",
-    "Reader": "reader",
-    "ReaderPrompt": "prompts",
+    "DreamCollator": "objectives.collator",
+    "DreamLoss": "objectives.dream",
+    "EmdrLoss": "objectives.distillation",
+    "HeadExample": "heads.selection",
+    "PoolInfoNCELoss": "objectives.infonce",
+    "Reader": "reading.reader",
+    "ReaderPrompt": "reading.prompts",
+    "ReplugLoss": "objectives.distillation",
+    "RevelaLoss": "objectives.revela",
     "TrainConfig": "config",
-    "build_retriever": "retriever",
+    "build_retriever": "models.retriever",
     "load_config": "config",
-    "save_retriever": "retriever",
-    "select_heads": "heads",
-    "train": "training",
+    "save_retriever": "models.retriever",
+    "select_heads": "heads.selection",
+    "train": "training.driver",
 }
 
 __all__ = [
     "DreamCollator",
     "DreamLoss",
+    "EmdrLoss",
     "HeadExample",
+    "PoolInfoNCELoss",
     "Reader",
     "ReaderPrompt",
+    "ReplugLoss",
+    "RevelaLoss",
     "TrainConfig",
     "build_retriever",
     "load_config",

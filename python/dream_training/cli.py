@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from dream_training.data_cli import app as data_app
+from dream_training.commands.data_app import app as data_app
 
 app = typer.Typer(
     help="Train dense retrievers from a frozen language model's own next-token loss.",
@@ -63,11 +63,11 @@ def train(
     if dry_run:
         from rich.console import Console
 
-        from dream_training.dry_run import dry_run as rehearse
+        from dream_training.training.dry_run import dry_run as rehearse
 
         rehearse(settings, Console())
         return
-    from dream_training.training import train as run
+    from dream_training.training.driver import train as run
 
     result = run(settings)
     typer.echo(f'\nThe retriever: SentenceTransformer("{result.path}")')
@@ -91,7 +91,7 @@ def compare(
     by default every objective), "seeds", "evaluate" (more BEIR folders) and "keep_models".
     What has its result already is not trained again.
     """
-    from dream_training.compare_command import run_compare
+    from dream_training.commands.compare import run_compare
 
     try:
         run_compare(config, overrides or [], run or [])
@@ -106,7 +106,7 @@ def doctor(
     overrides: Overrides = None,
 ) -> None:
     """Say in about a minute whether a run can learn; exit code 1 if something is at fault."""
-    from dream_training.doctor_command import run_doctor
+    from dream_training.commands.doctor import run_doctor
 
     if not run_doctor(config, overrides or []):
         raise typer.Exit(1)
@@ -161,7 +161,7 @@ def heads(
     With --compare, what is there already in the folder is not measured again: a long
     comparison may be stopped, and gone on with by the same command.
     """
-    from dream_training.head_command import HeadOptions, run_head_comparison, run_heads
+    from dream_training.commands.heads import HeadOptions, run_head_comparison, run_heads
 
     options = HeadOptions(
         reader=reader,
@@ -237,8 +237,8 @@ def mine(
     seed: Annotated[int, typer.Option(help="of the random choice")] = 0,
 ) -> None:
     """Add candidates to training lines: documents that BM25 or a retriever ranks high."""
+    from dream_training.commands.mine import run_mine
     from dream_training.data.mining import MiningOptions
-    from dream_training.mine_command import run_mine
 
     run_mine(
         data=data,
@@ -309,7 +309,7 @@ def evaluate(
     bm25: Annotated[bool, typer.Option(help="evaluate BM25 on BEIR folders as well")] = True,
 ) -> None:
     """Print nDCG@10 and recall@10 of retrievers on BEIR folders and mteb tasks."""
-    from dream_training.evaluate_command import choose_devices, run_evaluate
+    from dream_training.commands.evaluate import choose_devices, run_evaluate
     from dream_training.evaluation.tasks import EvaluationOptions
 
     run_evaluate(
@@ -345,7 +345,7 @@ def compare_runs(
     seed: Annotated[int, typer.Option(help="of the resampling")] = 0,
 ) -> None:
     """Test whether two evaluations differ by more than luck with the queries."""
-    from dream_training.compare_runs_command import run_compare
+    from dream_training.commands.compare_runs import run_compare
 
     run_compare(first, second, first_model=first_model, second_model=second_model, seed=seed)
 

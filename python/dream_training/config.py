@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from dream_training.pools import check_pool
-from dream_training.prompts import check_reader_prompt
-from dream_training.schedules import check_temperature
+from dream_training.objectives.pools import check_pool
+from dream_training.objectives.schedules import check_temperature
+from dream_training.reading.prompts import check_reader_prompt
 
 HEAD_CRITERIA = ("qr_mass", "qr_ndcg", "loss_gradient", "random")
 OBJECTIVES = ("dream", "infonce", "replug", "emdr", "revela")
@@ -187,7 +187,7 @@ class TrainConfig:
         check_reader_prompt(self.reader_prompt)
         check_pool(self.pool, self.documents_per_query)
         if self.document_store is not None:
-            from dream_training.document_store import check_document_store
+            from dream_training.reading.document_store import check_document_store
 
             check_document_store(self.document_store, self.document_store_gb, self.context)
         for name in ("batch_size", "query_max_len", "passage_max_len", "target_max_len"):

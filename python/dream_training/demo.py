@@ -12,7 +12,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dream_training.callbacks import History
 from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import write_beir_folder
 from dream_training.data.docstrings import (
@@ -32,9 +31,10 @@ from dream_training.evaluation import (
     search_bm25,
 )
 from dream_training.json_file import write_json
-from dream_training.loading import make_retriever, resolve_model
+from dream_training.models.loading import make_retriever, resolve_model
 from dream_training.plots import plot_curve
-from dream_training.training import train
+from dream_training.training.callbacks import History
+from dream_training.training.driver import train
 
 RETRIEVER_LAYERS = 10
 HEADS = 64

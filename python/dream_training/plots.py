@@ -14,10 +14,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from dream_kernels import HeadFile
-from dream_training.callbacks import History
+from dream_training.training.callbacks import History
 
 if TYPE_CHECKING:
-    from dream_training.comparison import Row
+    from dream_training.training.comparison import Row
 
 # Title and unit of the map by the criterion that a head file names.
 _HEAD_SCORES = {

@@ -14,13 +14,13 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from dream_training.comparison import (
+from dream_training.plots import plot_comparison
+from dream_training.training.comparison import (
     Row,
     comparison_table,
     load_comparison,
     run_comparison,
 )
-from dream_training.plots import plot_comparison
 
 
 def write_config(run, path: Path, section: dict | None, **changes) -> Path:
@@ -68,7 +68,7 @@ def test_what_has_its_result_is_not_trained_again(run, tmp_path: Path, monkeypat
         trained.append(config.output_dir)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dream_training.comparison._measure", measured)
+    monkeypatch.setattr("dream_training.training.comparison._measure", measured)
     with pytest.raises(KeyboardInterrupt):
         run_comparison(comparison, quiet())
     assert trained == [str(tmp_path / "out" / "b" / "seed3")]

@@ -13,15 +13,15 @@ from tiny import make_decoder, make_rows, make_tokenizer
 from typer.testing import CliRunner
 
 from dream_kernels import HeadFile, write_heads
-from dream_training import doctor_reader
 from dream_training.cli import app
-from dream_training.contrast import Contrast, measure_contrast, single_document_losses
-from dream_training.doctor import diagnose, has_fault
-from dream_training.doctor_check import FAULT, OK, WARNING, Check
-from dream_training.doctor_retriever import of_similarity, part_of
-from dream_training.heads import HeadExample
-from dream_training.loading import make_retriever
-from dream_training.reader import Reader
+from dream_training.doctor import reader as reader_checks
+from dream_training.doctor.check import FAULT, OK, WARNING, Check
+from dream_training.doctor.diagnosis import diagnose, has_fault
+from dream_training.doctor.retriever import of_similarity, part_of
+from dream_training.heads.contrast import Contrast, measure_contrast, single_document_losses
+from dream_training.heads.selection import HeadExample
+from dream_training.models.loading import make_retriever
+from dream_training.reading.reader import Reader
 
 QUERIES = 8
 
@@ -39,7 +39,7 @@ def contrast(right: float, uniform: float, wrong: float, noise: float = 0.1) -> 
 @pytest.fixture
 def reader_that_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random reader cannot tell documents apart: the losses of one that can take its place."""
-    monkeypatch.setattr(doctor_reader, "measure_contrast", lambda *_: contrast(1.0, 2.0, 3.0))
+    monkeypatch.setattr(reader_checks, "measure_contrast", lambda *_: contrast(1.0, 2.0, 3.0))
 
 
 def test_a_sound_run_passes(run, reader_that_reads) -> None:
@@ -89,7 +89,7 @@ def test_a_random_reader_teaches_nothing(run) -> None:
     ids=("sound", "no better than uniform", "all equal", "upside down", "noise"),
 )
 def test_the_losses_must_tell_documents_apart(losses: Contrast, status: str) -> None:
-    check = doctor_reader.of_contrast(losses)
+    check = reader_checks.of_contrast(losses)
     assert check.status == status and bool(check.advice) == (status != OK)
     assert f"{losses.means()['wrong']:.3f} on a wrong one" in check.figure
 
@@ -159,10 +159,10 @@ def test_heads_that_look_elsewhere_are_a_fault() -> None:
     examples = [
         HeadExample(r["query"], r["target"], tuple(r["documents"]), 0) for r in make_rows(4)
     ]
-    blind = doctor_reader.heads(Reader(model, make_tokenizer(), {0: [0, 1]}), examples)
+    blind = reader_checks.heads(Reader(model, make_tokenizer(), {0: [0, 1]}), examples)
     assert blind.status == FAULT and "give the documents 0.0%" in blind.figure
     assert "document_mass" in blind.advice
-    seeing = doctor_reader.heads(Reader(make_decoder(), make_tokenizer(), {0: [2, 3]}), examples)
+    seeing = reader_checks.heads(Reader(make_decoder(), make_tokenizer(), {0: [2, 3]}), examples)
     assert seeing.status == OK
 
 
@@ -177,10 +177,10 @@ def test_heads_that_do_not_exist_are_a_fault(run, tmp_path: Path) -> None:
 def test_spans_beside_the_documents_are_a_fault(context: str, monkeypatch) -> None:
     reader = Reader(make_decoder(), make_tokenizer(), {}, context=context, passage_max_len=9)
     documents = ["Ünïcödé stands here", "The second one", "x"]
-    assert doctor_reader.spans(reader, documents).status == OK
+    assert reader_checks.spans(reader, documents).status == OK
     original = reader._document_ids
     monkeypatch.setattr(reader, "_document_ids", lambda t, i: original(t, i)[1:])
-    check = doctor_reader.spans(reader, documents)
+    check = reader_checks.spans(reader, documents)
     assert check.status == FAULT and "do not decode" in check.figure
 
 

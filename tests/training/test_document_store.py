@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny import make_decoder, make_rows, make_tokenizer
 
 from dream_training.config import TrainConfig
-from dream_training.document_store import DiskStore, MemoryStore, model_identity
-from dream_training.reader import Reader
-from dream_training.training import train
+from dream_training.reading.document_store import DiskStore, MemoryStore, model_identity
+from dream_training.reading.reader import Reader
+from dream_training.training.driver import train
 
 HEADS = {0: [1], 1: [0, 3], 2: [2]}
 DOCUMENTS = ["First document.", "Ünïcödé, the second\none", "x", "a fourth, longer than the others"]
@@ -193,7 +193,7 @@ def test_a_killed_writer_leaves_no_file_that_counts(tmp_path, monkeypatch) -> No
     def replace(*args) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dream_training.document_store.os.replace", replace)
+    monkeypatch.setattr("dream_training.reading.document_store.os.replace", replace)
     with pytest.raises(KeyboardInterrupt):
         store.put([1], DOCUMENT, STATES)
     monkeypatch.undo()

@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from dream_training.architectures import KNOWN, model_config, parameter_count, save_tiny
 from dream_training.config import load_config
-from dream_training.dry_run import dry_run
-from dream_training.plan import make_plan, measured_rate
+from dream_training.models.architectures import KNOWN, model_config, parameter_count, save_tiny
+from dream_training.training.dry_run import dry_run
+from dream_training.training.plan import make_plan, measured_rate
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -92,7 +92,7 @@ def test_a_dry_run_leaves_no_documents_behind(run, tmp_path: Path) -> None:
 
 
 def test_adapters_are_counted_as_they_are_made(run) -> None:
-    from dream_training.loading import make_retriever
+    from dream_training.models.loading import make_retriever
 
     config = run()
     model = make_retriever(config)

@@ -10,11 +10,11 @@ import torch
 from tiny import make_decoder, make_rows, make_tokenizer
 from torch import nn
 
-from dream_training.collator import DreamCollator
-from dream_training.embedding import embed
-from dream_training.losses import DreamLoss
-from dream_training.reader import Reader
-from dream_training.retriever import build_retriever
+from dream_training.models.retriever import build_retriever
+from dream_training.objectives.collator import DreamCollator
+from dream_training.objectives.dream import DreamLoss
+from dream_training.objectives.embedding import embed
+from dream_training.reading.reader import Reader
 
 TEXTS = ["one", "a second text that is longer", "3", "the fourth, again rather long", "five"]
 
@@ -125,7 +125,9 @@ def test_the_objective_has_the_direct_gradient(model, dropout: bool, monkeypatch
         return loss, torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
     loss, gradient = run(2)
-    monkeypatch.setattr("dream_training.embedding.checkpoint", lambda run, *args, **_: run(*args))
+    monkeypatch.setattr(
+        "dream_training.objectives.embedding.checkpoint", lambda run, *args, **_: run(*args)
+    )
     expected_loss, expected = run(2 if dropout else None)
     assert expected.abs().max() > 1e-5
     # scores and losses are float32 whatever the retriever computes in

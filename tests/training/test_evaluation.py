@@ -17,7 +17,7 @@ from dream_training.evaluation import (
     search,
     search_bm25,
 )
-from dream_training.retriever import build_retriever
+from dream_training.models.retriever import build_retriever
 
 CORPUS = {"a": "red apples and pears", "b": "blue rivers", "c": "green stones", "q1": "grey clouds"}
 TASK = RetrievalTask(

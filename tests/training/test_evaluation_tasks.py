@@ -19,7 +19,7 @@ from dream_training.evaluation.beir_sets import fetch
 from dream_training.evaluation.mteb_tasks import evaluate_mteb_task, get_task
 from dream_training.evaluation.results import read_evaluations, write_evaluations
 from dream_training.evaluation.tasks import EvaluationOptions, check_tasks, evaluate_bm25
-from dream_training.retriever import build_retriever
+from dream_training.models.retriever import build_retriever
 
 CORPUS = {"a": "red apples", "b": "blue rivers", "c": "green stones", "q1": "grey clouds"}
 QUERIES = {"q1": "apples", "q2": "rivers or stones", "q3": "clouds"}

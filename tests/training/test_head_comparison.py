@@ -15,13 +15,13 @@ from tiny import make_decoder, make_rows, make_tokenizer
 from typer.testing import CliRunner
 
 from dream_kernels import HeadFile, read_heads
-from dream_training import head_comparison
 from dream_training.cli import app
-from dream_training.contrast import measure_contrast
-from dream_training.head_comparison import ComparedChoice, choose, measure, overlap
-from dream_training.heads import HeadExample
+from dream_training.heads import comparison
+from dream_training.heads.comparison import ComparedChoice, choose, measure, overlap
+from dream_training.heads.contrast import measure_contrast
+from dream_training.heads.selection import HeadExample
 from dream_training.plots import plot_head_choices
-from dream_training.reader import Reader
+from dream_training.reading.reader import Reader
 
 EXAMPLES = [HeadExample(r["query"], r["target"], tuple(r["documents"]), 0) for r in make_rows(6)]
 OPTIONS = {"pool_size": 3, "reader_name": "tiny", "data_name": "rows"}
@@ -50,13 +50,13 @@ def test_what_was_chosen_with_the_same_options_is_not_chosen_again(
     assert [c.name for c in first] == ["qr_mass", "loss_gradient", "random-0", "random-1"]
     assert all(read_heads(c.path) == c.heads for c in first)
     made = []
-    original = head_comparison.select_heads
+    original = comparison.select_heads
 
     def select(*args, **options):
         made.append(options["criterion"])
         return original(*args, **options)
 
-    monkeypatch.setattr(head_comparison, "select_heads", select)
+    monkeypatch.setattr(comparison, "select_heads", select)
     again = make_choices(reader, tmp_path)
     assert made == [] and [c.heads for c in again] == [c.heads for c in first]
     make_choices(reader, tmp_path, pool_size=2)

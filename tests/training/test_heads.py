@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny import make_decoder, make_tokenizer
 
-from dream_training.head_gradient import gradient_scores
-from dream_training.head_mass import filtered_sums, qr_ndcg
-from dream_training.heads import HeadExample, head_examples, select_heads
-from dream_training.reader import Reader
+from dream_training.heads.gradient import gradient_scores
+from dream_training.heads.mass import filtered_sums, qr_ndcg
+from dream_training.heads.selection import HeadExample, head_examples, select_heads
+from dream_training.reading.reader import Reader
 
 EXAMPLES = [
     HeadExample(query, target, (document,), 0)
@@ -97,7 +97,7 @@ def test_the_token_filter_drops_tokens_far_below_their_documents_mean(calibrated
 
 
 def test_queries_in_several_passes_give_the_same_scores(monkeypatch) -> None:
-    import dream_training.head_mass as module
+    import dream_training.heads.mass as module
 
     whole = _select(token_filter=True)
     monkeypatch.setattr(module, "_MASS_ELEMENTS", 1)

@@ -17,10 +17,10 @@ from dream_kernels.dispatch import select
 from dream_kernels.injection import attention
 from dream_kernels.reference import attend
 from dream_kernels.validation import build_problem
-from dream_training.collator import DreamCollator
-from dream_training.losses import DreamLoss
-from dream_training.reader import Reader
-from dream_training.retriever import build_retriever
+from dream_training.models.retriever import build_retriever
+from dream_training.objectives.collator import DreamCollator
+from dream_training.objectives.dream import DreamLoss
+from dream_training.reading.reader import Reader
 
 HEADS = {0: [1], 1: [0, 3], 2: [2]}
 

@@ -147,7 +147,7 @@ def test_the_command_mines_by_bm25(beir: Path, tmp_path: Path) -> None:
 def test_the_command_mines_by_a_model_from_a_corpus_of_its_own(
     tiny_model: Path, beir: Path, tmp_path: Path
 ) -> None:
-    from dream_training.retriever import build_retriever, save_retriever
+    from dream_training.models.retriever import build_retriever, save_retriever
 
     checkpoint = tmp_path / "best"
     save_retriever(build_retriever(tiny_model, max_len=32, device="cpu"), checkpoint)

@@ -10,12 +10,13 @@ from test_losses import features
 from tiny import make_decoder, make_rows, make_tokenizer
 from torch import Tensor
 
-from dream_training.collator import DreamCollator
-from dream_training.likelihood import TargetLikelihood, target_likelihood
-from dream_training.objectives import EmdrLoss, PoolInfoNCELoss, ReplugLoss, RevelaLoss
-from dream_training.objectives.revela import TEXT_PROMPT, without_own
-from dream_training.reader import Reader
-from dream_training.retriever import build_retriever
+from dream_training.models.retriever import build_retriever
+from dream_training.objectives.collator import DreamCollator
+from dream_training.objectives.distillation import EmdrLoss, ReplugLoss
+from dream_training.objectives.infonce import PoolInfoNCELoss
+from dream_training.objectives.revela import TEXT_PROMPT, RevelaLoss, without_own
+from dream_training.reading.likelihood import TargetLikelihood, target_likelihood
+from dream_training.reading.reader import Reader
 
 ALL_HEADS = {layer: [0, 1, 2, 3] for layer in range(3)}
 

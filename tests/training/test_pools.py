@@ -11,13 +11,13 @@ import torch
 from rich.console import Console
 from tiny import make_decoder, make_rows, make_tokenizer
 
-from dream_training.collator import DreamCollator
 from dream_training.config import TrainConfig
-from dream_training.losses import DreamLoss
-from dream_training.pools import build_pools, choose_candidates, pool_scores
-from dream_training.reader import Reader
-from dream_training.retriever import build_retriever
-from dream_training.training import train
+from dream_training.models.retriever import build_retriever
+from dream_training.objectives.collator import DreamCollator
+from dream_training.objectives.dream import DreamLoss
+from dream_training.objectives.pools import build_pools, choose_candidates, pool_scores
+from dream_training.reading.reader import Reader
+from dream_training.training.driver import train
 
 CANDIDATES = [(["a", "b", "c"], 1), (["c", "d"], -1), (["e", "a", "e"], 2)]
 QUERIES = ["q1", "q2", "q3"]

@@ -12,14 +12,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dream_training.config import TrainConfig
-from dream_training.prompts import (
+from dream_training.reading.prompts import (
     ReaderPrompt,
     chat_prompt,
     load_reader_prompt,
     template_prompt,
 )
-from dream_training.reader import Reader
-from dream_training.training import train
+from dream_training.reading.reader import Reader
+from dream_training.training.driver import train
 
 HEADS = {0: [1], 1: [0, 3], 2: [2]}
 DOCUMENTS = ["First document.", "Ünïcödé, the second\none", "x"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import make_decoder, make_tokenizer
 
-from dream_training.reader import Reader, ReaderPrompt
+from dream_training.reading.reader import Reader, ReaderPrompt
 
 HEADS = {0: [1], 1: [0, 3], 2: [2]}
 DOCUMENTS = ["First document.", "Ünïcödé, the second\none", "x"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from dream_training.retriever import build_retriever, save_retriever
+from dream_training.models.retriever import build_retriever, save_retriever
 
 TEXTS = ["a text", "another, longer text of more words", "x"]
 

@@ -17,10 +17,10 @@ from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import write_beir_folder
 from dream_training.data.docstrings import RetrievalSplit
 from dream_training.evaluation import read_evaluations
-from dream_training.examples import TrainingExamples, geometry
-from dream_training.reader import Reader
-from dream_training.retriever import build_retriever
-from dream_training.training import train
+from dream_training.models.retriever import build_retriever
+from dream_training.reading.reader import Reader
+from dream_training.training.driver import train
+from dream_training.training.examples import TrainingExamples, geometry
 
 
 @pytest.fixture

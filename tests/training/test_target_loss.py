@@ -8,9 +8,9 @@ import transformers
 from tiny import make_decoder, make_tokenizer
 from torch import nn
 
-import dream_training.target_loss as module
-from dream_training.reader import Reader
-from dream_training.target_loss import plain_head, target_losses
+import dream_training.reading.target_loss as module
+from dream_training.reading.reader import Reader
+from dream_training.reading.target_loss import plain_head, target_losses
 
 
 @pytest.mark.parametrize("rows_of_a_chunk", (1, 3, 7, 100))

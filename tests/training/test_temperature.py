@@ -14,13 +14,13 @@ from test_losses import features
 from tiny import make_decoder, make_rows, make_tokenizer
 
 from dream_training.config import OBJECTIVES, TrainConfig
-from dream_training.losses import DreamLoss
-from dream_training.objectives import PoolInfoNCELoss
-from dream_training.reader import Reader
-from dream_training.retriever import build_retriever
-from dream_training.schedules import LEARNABLE_RANGE
-from dream_training.temperature import Temperature
-from dream_training.training import train
+from dream_training.models.retriever import build_retriever
+from dream_training.objectives.dream import DreamLoss
+from dream_training.objectives.infonce import PoolInfoNCELoss
+from dream_training.objectives.schedules import LEARNABLE_RANGE
+from dream_training.objectives.temperature import Temperature
+from dream_training.reading.reader import Reader
+from dream_training.training.driver import train
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from dream_training.config import OBJECTIVES, TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import to_training_data
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask
-from dream_training.losses import DreamLoss
-from dream_training.training import train
+from dream_training.objectives.dream import DreamLoss
+from dream_training.training.driver import train
 
 
 def quiet() -> Console:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dream_training.embedding import check_mini_batch_size, embed
-from dream_training.pools import pool_scores
-from dream_training.temperature import Temperature, as_temperature
+from dream_training.objectives.embedding import check_mini_batch_size, embed
+from dream_training.objectives.pools import pool_scores
+from dream_training.objectives.temperature import Temperature, as_temperature
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 class PoolObjective(nn.Module):
     """A sentence-transformers loss over the pool of documents that a batch brings along.
 
-    The batch comes from :class:`~dream_training.collator.DreamCollator`. A subclass says what is
-    read without a graph (:meth:`read`) and what the scores make of it (:meth:`loss`).
+    The batch comes from :class:`~dream_training.objectives.collator.DreamCollator`. A subclass says
+    what is read without a graph (:meth:`read`) and what the scores make of it (:meth:`loss`).
 
     Args:
         model: the retriever.
         temperature: divides the cosine similarities, a number or a
-            :class:`~dream_training.temperature.Temperature`.
+            :class:`~dream_training.objectives.temperature.Temperature`.
         mini_batch_size: texts that the retriever embeds at once, see
-            :func:`~dream_training.embedding.embed`; None for the whole batch.
+            :func:`~dream_training.objectives.embedding.embed`; None for the whole batch.
 
     Attributes:
         metrics: of the last batch, as floats: ``loss``, ``weight_on_positive`` (mean softmax

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dream_training.collator import DreamCollator
-from dream_training.loading import all_heads, load_reader
-from dream_training.losses import DreamLoss
+from dream_training.models.loading import all_heads, load_reader
+from dream_training.objectives.collator import DreamCollator
 from dream_training.objectives.distillation import EmdrLoss, ReplugLoss
+from dream_training.objectives.dream import DreamLoss
 from dream_training.objectives.infonce import PoolInfoNCELoss
 from dream_training.objectives.revela import TEXT_PROMPT, RevelaLoss
-from dream_training.temperature import Temperature
+from dream_training.objectives.temperature import Temperature
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from dream_training.config import DIRECTIONS, TEACHERS
-from dream_training.likelihood import TargetLikelihood, target_likelihood
 from dream_training.objectives.base import PoolObjective, check_choice, check_positive
+from dream_training.reading.likelihood import TargetLikelihood, target_likelihood
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from dream_training.reader import Reader
-    from dream_training.temperature import Temperature
+    from dream_training.objectives.temperature import Temperature
+    from dream_training.reading.reader import Reader
 
 
 class _TaughtByLikelihood(PoolObjective):

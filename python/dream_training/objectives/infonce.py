@@ -11,7 +11,7 @@ from dream_training.objectives.base import PoolObjective
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from dream_training.temperature import Temperature
+    from dream_training.objectives.temperature import Temperature
 
 
 class PoolInfoNCELoss(PoolObjective):

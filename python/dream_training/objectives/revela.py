@@ -10,13 +10,13 @@ from torch import Tensor
 
 from dream_kernels import Prefix
 from dream_training.objectives.base import PoolObjective, weight_metrics
-from dream_training.prompts import ReaderPrompt
+from dream_training.reading.prompts import ReaderPrompt
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from dream_training.reader import Reader
-    from dream_training.temperature import Temperature
+    from dream_training.objectives.temperature import Temperature
+    from dream_training.reading.reader import Reader
 
 # What stands before a text in the reader's prompt, as between two documents.
 _BEFORE_TEXT = "\n\n"

@@ -1,0 +1,1 @@
+"""What each ``dream`` command does once its options are read."""

@@ -1,0 +1,207 @@
+"""``dream data``: training data prepared, described, and given targets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dream_training.data.generated_targets import GenerationCounts, write_targets
+from dream_training.data.jsonl import iterate_training_rows, write_training_rows
+from dream_training.data.raw_text import TextLengths, count_tokens
+from dream_training.data.statistics import Lengths, describe, token_lengths
+
+
+def run_prepare(
+    *,
+    source: str,
+    output: Path,
+    split: str,
+    target_from: str | None,
+    limit: int | None,
+    tokenizer: str | None,
+    passage_len: int,
+    query_len: int,
+    target_len: int,
+) -> None:
+    """Run ``dream data prepare``; the arguments are its options."""
+    lengths = TextLengths(
+        passage_len,
+        query_len,
+        target_len,
+        None if tokenizer is None else count_tokens(_load_tokenizer(tokenizer)),
+    )
+    rows = iterate_training_rows(
+        source, split=split, target_from=target_from, text_lengths=lengths, streaming=True
+    )
+    written = write_training_rows(output, islice(rows, limit))
+    Console(soft_wrap=True).print(f"{written} lines: {output}", highlight=False)
+
+
+def run_stats(
+    *,
+    source: str,
+    split: str,
+    target_from: str | None,
+    limit: int | None,
+    reader: str | None,
+    retriever: str | None,
+    query_max_len: int,
+    passage_max_len: int,
+    target_max_len: int,
+    as_json: bool,
+) -> None:
+    """Run ``dream data stats``; the arguments are its options."""
+    limits = {"query": query_max_len, "document": passage_max_len}
+    lengths = []
+    if reader is not None:
+        count = token_lengths(_load_tokenizer(reader))
+        own = {**limits, "target": target_max_len}
+        lengths.append(Lengths("tokens of the reader", count, own))
+    if retriever is not None:
+        tokenizer = _load_tokenizer(retriever)
+        # A language model's tokenizer gets an end-of-sequence token as a retriever's.
+        count = token_lengths(tokenizer, max(tokenizer.num_special_tokens_to_add(), 1))
+        # It never sees a target.
+        fields = ("query", "document")
+        lengths.append(Lengths("tokens of the retriever", count, limits, fields))
+    bad_lines: list[str] = []
+    rows = iterate_training_rows(
+        source,
+        split=split,
+        target_from=target_from,
+        need_target=False,
+        streaming=True,
+        on_bad_line=bad_lines.append,
+    )
+    result = describe(islice(rows, limit), lengths, bad_lines)
+    if as_json:
+        print(json.dumps({"source": source, **result}, indent=1))
+        return
+    console = Console(soft_wrap=True)
+    for table in _tables(source, result):
+        console.print(table)
+    for line in _suspicions(result):
+        console.print(line, highlight=False, markup=False)
+
+
+def run_targets(
+    *,
+    source: str,
+    output: Path,
+    reader: str,
+    split: str,
+    limit: int | None,
+    instruction: Path | None,
+    passage_max_len: int,
+    max_new_tokens: int,
+    batch_size: int,
+    overwrite: bool,
+    dtype: str,
+    device: str | None,
+) -> None:
+    """Run ``dream data targets``; the arguments are its options."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dream_training.models.loading import resolve_model
+
+    console = Console(soft_wrap=True)
+    rows = list(islice(iterate_training_rows(source, split=split, need_target=False), limit))
+    path = resolve_model(reader, dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+    ).eval()
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    counts = GenerationCounts()
+    options: dict[str, Any] = {}
+    if instruction is not None:
+        options["instruction"] = instruction.read_text(encoding="utf-8")
+    with console.status("writing targets ...") as status:
+        written = write_targets(
+            rows,
+            model,
+            AutoTokenizer.from_pretrained(path),
+            counts,
+            passage_max_len=passage_max_len,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            overwrite=overwrite,
+            progress=lambda c: status.update(f"writing targets ... {sum(vars(c).values())} lines"),
+            **options,
+        )
+        total = write_training_rows(output, written)
+    console.print(
+        f"{total} lines: {output}\n{counts.written} targets were written by {reader}, "
+        f"{counts.kept} were there, {counts.empty} lines were left out because it wrote nothing",
+        highlight=False,
+    )
+
+
+def _load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    from dream_training.models.loading import resolve_model
+
+    return AutoTokenizer.from_pretrained(resolve_model(name))
+
+
+def _tables(source: str, result: dict[str, Any]) -> Iterator[Table]:
+    lines = result["lines"]
+    table = Table(title=source, show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, value in (
+        ("lines", f"{lines:,}"),
+        ("with a target", _part(result["with_target"], lines)),
+        ("with answers", _part(result["with_answers"], lines)),
+        ("with a known positive", _part(result["with_positive"], lines)),
+        ("with several positives", _part(result["with_several_positives"], lines)),
+        ("repeated queries", f"{result['repeated_queries']:,}"),
+        ("repeated query and target", f"{result['repeated_lines']:,}"),
+        ("distinct documents", f"{result['documents']:,}"),
+        ("documents in several lines", f"{result['shared_documents']:,}"),
+        ("equal candidates in one line", f"{result['repeated_candidates']:,}"),
+        ("target stands in the positive", _percent(result["target_in_positive"])),
+        ("target stands in another candidate", _percent(result["target_in_other"])),
+        ("target stands in a candidate, none known", _percent(result["target_in_candidate"])),
+        ("a candidate begins with the query", _percent(result["query_begins_candidate"])),
+    ):
+        table.add_row(name, value)
+    yield table
+
+    table = Table("", "min", "median", "90 %", "max", "mean", "limit", "cut", title="lengths")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("candidates of a line", *_numbers(result["candidates"]), "", "")
+    for unit, fields in result["lengths"].items():
+        table.add_section()
+        for name, values in fields.items():
+            limit = str(values["limit"]) if "limit" in values else ""
+            cut = _percent(values["cut"]) if "limit" in values else ""
+            table.add_row(f"{name}, {unit}", *_numbers(values), limit, cut)
+    yield table
+
+
+def _suspicions(result: dict[str, Any]) -> Iterator[str]:
+    """Lines of text: places are often too long for the cells of a table."""
+    for kind, found in result["suspicious"].items():
+        yield f"{found['count']:,} {'line' if found['count'] == 1 else 'lines'}: {kind}"
+        yield from (f"    {place}" for place in found["first"])
+
+
+def _numbers(values: dict[str, float]) -> Iterable[str]:
+    return (f"{values[name]:,.10g}" for name in ("min", "median", "p90", "max", "mean"))
+
+
+def _part(count: int, lines: int) -> str:
+    return f"{count:,} ({count / lines:.1%})"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

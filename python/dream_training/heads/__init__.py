@@ -1,0 +1,1 @@
+"""Which heads of the reader receive the scores."""

@@ -1,0 +1,75 @@
+"""Loading the models that a config names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dream_training.config import TrainConfig
+from dream_training.models.retriever import build_retriever
+from dream_training.models.smollm2 import smollm2_path
+from dream_training.reading.reader import Reader
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+PACKAGED_MODEL = "smollm2"
+
+
+def resolve_model(name: str, dtype: str = "auto") -> str:
+    """Return the path behind the name of a model: ``smollm2`` stands for the packaged one."""
+    if name != PACKAGED_MODEL:
+        return name
+    return str(smollm2_path(dtype))
+
+
+def load_reader(config: TrainConfig, heads: Any, **options: Any) -> Reader:
+    """Load the frozen reader that a config names; ``options`` of :class:`Reader` win."""
+    settings: dict[str, Any] = {
+        "context": config.context,
+        "mode": config.mode,
+        "document_mass": config.document_mass,
+        "query_max_len": config.query_max_len,
+        "passage_max_len": config.passage_max_len,
+        "target_max_len": config.target_max_len,
+        "injected_rows": config.injected_rows,
+        "prompt": config.reader_prompt,
+        "document_store": config.document_store,
+        "document_store_gb": config.document_store_gb,
+    }
+    return Reader.from_pretrained(
+        resolve_model(config.reader, config.dtype),
+        heads,
+        dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+        device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        trust_remote_code=config.trust_remote_code,
+        **{**settings, **options},
+    )
+
+
+def all_heads(config: TrainConfig) -> dict[int, list[int]]:
+    """Every head of every layer of the reader that a config names."""
+    from transformers import AutoConfig
+
+    path = resolve_model(config.reader, config.dtype)
+    settings = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    settings = settings.get_text_config()
+    heads = list(range(settings.num_attention_heads))
+    return dict.fromkeys(range(settings.num_hidden_layers), heads)
+
+
+def make_retriever(config: TrainConfig) -> SentenceTransformer:
+    """Build the untrained retriever of a config."""
+    torch.manual_seed(config.seed)
+    return build_retriever(
+        resolve_model(config.retriever, config.dtype),
+        layers=config.retriever_layers,
+        lora_r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        max_len=config.passage_max_len,
+        dtype=config.dtype,
+        device=config.device,
+        prompts={"query": config.query_prompt, "document": config.document_prompt},
+        trust_remote_code=config.trust_remote_code,
+    )

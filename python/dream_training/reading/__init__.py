@@ -1,0 +1,1 @@
+"""The frozen language model that predicts targets from scored documents."""

@@ -1,0 +1,433 @@
+"""The reader: a frozen language model that predicts targets from scored documents."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dream_kernels import (
+    HeadFile,
+    Prefix,
+    inject_attention,
+    read_independently,
+    read_jointly,
+)
+from dream_training.config import CONTEXTS, INJECTED_ROWS
+from dream_training.reading.document_store import check_document_store, open_document_store
+from dream_training.reading.prompts import PLAIN, ReaderPrompt, load_reader_prompt
+from dream_training.reading.target_loss import plain_head, target_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Tokens of queries and targets that run at once, by default: enough for full speed.
+_ROWS_PER_PASS = {"cpu": 256, "accelerator": 8192}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What :meth:`Reader.forward` returns.
+
+    Attributes:
+        loss: scalar, mean next-token loss over the target tokens of the batch, in nats.
+        query_losses: ``[B]``, the mean over each query's own target tokens, detached.
+        target_tokens: number of target tokens in the batch.
+    """
+
+    loss: Tensor
+    query_losses: Tensor
+    target_tokens: int
+
+
+class Reader(nn.Module):
+    """A frozen decoder in which document scores act on some attention heads.
+
+    Args:
+        model: a transformers decoder; it is frozen and set to eval mode.
+        tokenizer: its tokenizer.
+        heads: the heads that receive the scores: ``{layer: [head, ...]}``, a head file or its path.
+        context: ``"independent"``: each document is read alone, at the same positions; or
+            ``"joint"``: the documents are read as one sequence.
+        mode: as in :func:`dream_kernels.document_attention`.
+        document_mass: as in :func:`dream_kernels.document_attention`.
+        injected_rows: the rows that the scores act on: ``"all"`` after the documents; or
+            ``"target"``, those that predict a target's tokens, the query being read plainly.
+        query_max_len: tokens of a query that are read; longer ones are cut.
+        passage_max_len: tokens of a document that are read.
+        target_max_len: tokens of a target that are predicted.
+        prompt: the text around documents, query and target: a :class:`ReaderPrompt`, ``"plain"``,
+            ``"chat"``, or the path of a Jinja template, see
+            :func:`~dream_training.reading.prompts.load_reader_prompt`.
+        impl: as in :func:`dream_kernels.document_attention`.
+        rows_per_pass: tokens of queries and targets that run at once, at least one query; None
+            for what keeps the device busy. It bounds memory and changes no result.
+        document_store: where documents that were read stay, so that they are not read again:
+            ``"memory"``, a folder, or None for nowhere. Independent reading only.
+        document_store_gb: what the store keeps at most, in 10⁹ bytes; the documents used least
+            recently go first.
+
+    Attributes:
+        store: the :class:`~dream_training.reading.document_store.DocumentStore`, or None.
+
+    Raises:
+        ValueError: an argument is out of range, or the model cannot be injected.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        heads: Mapping[int, Sequence[int]] | HeadFile | str | os.PathLike[str],
+        *,
+        context: str = "independent",
+        mode: str = "reweight",
+        document_mass: float | None = None,
+        injected_rows: str = "all",
+        query_max_len: int = 32,
+        passage_max_len: int = 128,
+        target_max_len: int = 32,
+        prompt: ReaderPrompt | str | os.PathLike[str] = PLAIN,
+        impl: str = "auto",
+        rows_per_pass: int | None = None,
+        document_store: str | os.PathLike[str] | None = None,
+        document_store_gb: float = 2.0,
+    ) -> None:
+        super().__init__()
+        if context not in CONTEXTS:
+            raise ValueError(f"context must be one of {CONTEXTS}, got {context!r}")
+        if injected_rows not in INJECTED_ROWS:
+            raise ValueError(f"injected_rows must be one of {INJECTED_ROWS}, got {injected_rows!r}")
+        check_document_store(document_store, document_store_gb, context)
+        for name, value in (
+            ("query_max_len", query_max_len),
+            ("passage_max_len", passage_max_len),
+            ("target_max_len", target_max_len),
+            ("rows_per_pass", rows_per_pass),
+        ):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.context = context
+        self.injected_rows = injected_rows
+        self.query_max_len = query_max_len
+        self.passage_max_len = passage_max_len
+        self.target_max_len = target_max_len
+        self.rows_per_pass = rows_per_pass
+        if not isinstance(prompt, ReaderPrompt):
+            prompt = load_reader_prompt(prompt, tokenizer)
+        self.prompt = prompt
+        self.injection = inject_attention(
+            self.model, heads, mode=mode, document_mass=document_mass, impl=impl
+        )
+        self.store = open_document_store(document_store, self.model, document_store_gb)
+        self._head = plain_head(self.model)
+        self._header = self._header_ids()
+        self._around_document = self._around(self.prompt.document, "{document}")
+        self._around_query = self._around(self.prompt.query, "{query}")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        heads: Mapping[int, Sequence[int]] | HeadFile | str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> Reader:
+        """Load model and tokenizer from a folder or the hub; ``options`` as in the constructor."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        remote = {"trust_remote_code": trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(path, **remote)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **remote)
+        return cls(model if device is None else model.to(device), tokenizer, heads, **options)
+
+    def train(self, mode: bool = True) -> Reader:
+        """Do nothing: the reader stays frozen and in eval mode inside a training loop."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def read(
+        self, documents: Sequence[str], pools: Sequence[Sequence[int]] | None = None
+    ) -> Prefix:
+        """Read the documents once, without gradient.
+
+        Args:
+            documents: texts, at least one, none blank.
+            pools: for each query the indices of its documents; None for one pool of all
+                documents that every query shares.
+
+        Raises:
+            ValueError: there is no document, or a blank one.
+        """
+        tokens = [self._document_ids(text, i) for i, text in enumerate(documents)]
+        if not tokens:
+            raise ValueError("documents must hold at least one text, got none")
+        if self.context == "independent":
+            return read_independently(
+                self.model, tokens, pools, header=self._header, store=self.store
+            )
+        rows = [range(len(tokens))] if pools is None else pools
+        sequences, spans = [], torch.zeros(len(rows), max(map(len, rows)), 2, dtype=torch.long)
+        for b, pool in enumerate(rows):
+            sequence = list(self._header)
+            for c, i in enumerate(pool):
+                spans[b, c, 0] = len(sequence)
+                sequence += tokens[i]
+                spans[b, c, 1] = len(sequence)
+            sequences.append(sequence)
+        ids, mask = _pad(sequences, "right", self.device)
+        return read_jointly(self.model, ids, spans.to(self.device), mask)
+
+    def forward(
+        self, prefix: Prefix, queries: Sequence[str], targets: Sequence[str], scores: Tensor
+    ) -> Reading:
+        """Predict every target from its query and the scored documents.
+
+        Args:
+            prefix: the documents, from :meth:`read`; one pool, or one for each query.
+            queries: ``B`` texts.
+            targets: ``B`` texts, none blank.
+            scores: ``[B, C]`` logits over the documents, any device; gradients flow into them. Or
+                ``[B, Hq, C]`` or ``[B, layers, Hq, C]``, where heads differ.
+
+        Raises:
+            ValueError: a target is blank, or does not fit into the reader's context.
+        """
+        query_ids = [self.query_tokens(query) for query in queries]
+        target_ids = [self.target_tokens(target, i) for i, target in enumerate(targets)]
+        self.check_context(prefix, query_ids, target_ids)
+        passes = self.passes(query_ids, target_ids)
+        losses, query_losses = _ReaderLoss.apply(
+            scores, lambda own: self._run_passes(prefix, query_ids, target_ids, own, passes)
+        )
+        return Reading(losses, query_losses, sum(map(len, target_ids)))
+
+    def passes(self, query_ids: list[list[int]], target_ids: list[list[int]]) -> list[list[int]]:
+        """Which queries run at once: neighbours in the batch, up to ``rows_per_pass`` tokens."""
+        limit = self.rows_per_pass
+        if limit is None:
+            limit = _ROWS_PER_PASS["cpu" if self.device.type == "cpu" else "accelerator"]
+        lengths = [len(q) + len(t) for q, t in zip(query_ids, target_ids)]
+        passes: list[list[int]] = [[]]
+        longest = 0
+        for b, length in enumerate(lengths):
+            longest = max(longest, length)
+            if passes[-1] and longest * (len(passes[-1]) + 1) > limit:
+                passes.append([])
+                longest = length
+            passes[-1].append(b)
+        return passes
+
+    def _run_passes(
+        self,
+        prefix: Prefix,
+        query_ids: list[list[int]],
+        target_ids: list[list[int]],
+        scores: Tensor,
+        passes: list[list[int]],
+    ) -> tuple[Tensor, Tensor]:
+        """Return loss and losses by query, with the gradient of the loss left in ``scores``."""
+        count = sum(map(len, target_ids))
+        total = torch.zeros((), device=self.device)
+        by_query = []
+        for rows in passes:
+            losses = self.token_losses(
+                prefix.of_rows(torch.tensor(rows, device=self.device)),
+                [query_ids[b] for b in rows],
+                [target_ids[b] for b in rows],
+                scores[rows[0] : rows[-1] + 1],
+            )
+            own = losses.sum() / count
+            if own.requires_grad:
+                own.backward()
+            total += own.detach()
+            counts = torch.tensor([len(target_ids[b]) for b in rows], device=self.device)
+            query = torch.repeat_interleave(counts, output_size=len(losses))
+            sums = torch.zeros(len(rows), device=self.device)
+            by_query.append(sums.index_add_(0, query, losses.detach()) / counts)
+        return total, torch.cat(by_query)
+
+    def token_losses(
+        self,
+        prefix: Prefix,
+        query_ids: list[list[int]],
+        target_ids: list[list[int]],
+        scores: Tensor | None,
+    ) -> Tensor:
+        """Return the loss of every target token, query after query; plain reading if no scores."""
+        first_row = None
+        if self.injected_rows == "all":
+            # Targets end at the right edge.
+            ids, mask = _pad([q + t for q, t in zip(query_ids, target_ids)], "left", self.device)
+            begins = [ids.shape[1] - len(target) for target in target_ids]
+        else:
+            # Targets begin in one column, so that the rows before it are those of the queries.
+            left, right = (
+                _pad(query_ids, "left", self.device),
+                _pad(target_ids, "right", self.device),
+            )
+            ids, mask = (torch.cat(parts, dim=1) for parts in zip(left, right))
+            begins = [left[0].shape[1]] * len(ids)
+            first_row = begins[0] - 1
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "document_prefix": prefix,
+            "document_scores": scores,
+            "document_first_row": first_row,
+            "use_cache": False,
+        }
+        # The row before a token predicts it. Positions without a target get no logits: over a
+        # whole vocabulary those would cost more than all the rest.
+        flat = [
+            b * ids.shape[1] + place
+            for b, (begin, target) in enumerate(zip(begins, target_ids))
+            for place in range(begin, begin + len(target))
+        ]
+        of_token = torch.tensor(flat, device=ids.device)
+        targets = ids.flatten()[of_token]
+        if self._head is not None:
+            states = self.injection.decode(**inputs).flatten(0, 1)[of_token - 1]
+            return target_losses(self._head, states, targets)
+        logits = self.model(**inputs).logits.flatten(0, 1)[of_token - 1]
+        return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+    def query_rows(self, queries: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokenise queries alone, for head selection.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` ``[B, M]``, padded on the left, and
+            ``row_weights`` ``[B, M]`` that average over the tokens of the query text.
+        """
+        pieces = [self._query_ids(query) for query in queries]
+        ids, mask = _pad([tokens for tokens, _ in pieces], "left", self.device)
+        weights = torch.zeros(ids.shape, device=self.device)
+        for b, (tokens, (start, end)) in enumerate(pieces):
+            offset = ids.shape[1] - len(tokens)
+            weights[b, offset + start : offset + end] = 1.0 / (end - start)
+        return ids, mask, weights
+
+    def suffix_rows(
+        self, queries: Sequence[str], targets: Sequence[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokenise queries with their targets, as :meth:`forward` reads them.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` ``[B, M]``, padded on the left, and
+            ``row_weights`` ``[B, M]`` that average over all tokens of a row.
+        """
+        ids, mask = _pad(
+            [
+                self.query_tokens(query) + self.target_tokens(target, i)
+                for i, (query, target) in enumerate(zip(queries, targets))
+            ],
+            "left",
+            self.device,
+        )
+        return ids, mask, mask / mask.sum(1, keepdim=True)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _header_ids(self) -> list[int]:
+        """Tokens of the header, which begins with one beginning-of-sequence token at most."""
+        header = self._ids(self.prompt.header)
+        begin = getattr(self.tokenizer, "bos_token_id", None)
+        if begin is None or not self.prompt.bos or header[:1] == [begin]:
+            return header
+        return [begin, *header]
+
+    def _around(self, template: str, placeholder: str) -> tuple[list[int], list[int]]:
+        before, after = template.split(placeholder)
+        return self._ids(before), self._ids(after)
+
+    def _document_ids(self, text: str, index: int) -> list[int]:
+        if not text.strip():
+            raise ValueError(f"documents must not be blank, got {text!r} at {index}")
+        before, after = self._around_document
+        return before + self._ids(text)[: self.passage_max_len] + after
+
+    def query_tokens(self, query: str) -> list[int]:
+        """Token ids of a query in its prompt, cut to ``query_max_len``."""
+        return self._query_ids(query)[0]
+
+    def _query_ids(self, query: str) -> tuple[list[int], tuple[int, int]]:
+        """Tokens of the query in its prompt, and where the query's own tokens stand."""
+        before, after = self._around_query
+        own = self._ids(query)[: self.query_max_len]
+        if not own:
+            raise ValueError("queries must not be empty")
+        return before + own + after, (len(before), len(before) + len(own))
+
+    def target_tokens(self, target: str, index: int) -> list[int]:
+        """Token ids of target ``index`` in its prompt, cut to ``target_max_len``."""
+        if not target.strip():
+            raise ValueError(f"targets must not be empty, got {target!r} at {index}")
+        text = self.prompt.target.replace("{target}", target.strip())
+        return self._ids(text)[: self.target_max_len]
+
+    def check_context(
+        self, prefix: Prefix, query_ids: list[list[int]], target_ids: list[list[int]]
+    ) -> None:
+        """Raise ``ValueError`` if a target does not fit behind its documents and query."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is None:
+            return
+        start = int(prefix.next_position.max())
+        for i, (query, target) in enumerate(zip(query_ids, target_ids)):
+            needed = start + len(query) + len(target)
+            if needed > limit:
+                raise ValueError(
+                    f"target {i} does not fit into the reader's context of {limit} tokens: "
+                    f"documents {start}, query {len(query)}, target {len(target)}"
+                )
+
+
+class _ReaderLoss(torch.autograd.Function):
+    """Runs forward and backward of the reader at once, so that no two passes are in memory.
+
+    The reader is frozen and the prefix has no gradient: the scores are all that the loss depends
+    on, and its gradient in them is a small matrix.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, run: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        differentiable = ctx.needs_input_grad[0]
+        with torch.set_grad_enabled(differentiable):
+            own = scores.detach().requires_grad_(differentiable)
+            loss, query_losses = run(own)
+        if differentiable:
+            ctx.save_for_backward(own.grad)
+        ctx.mark_non_differentiable(query_losses)
+        return loss, query_losses
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0].to(gradient), None
+
+
+def _pad(sequences: Sequence[list[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ids and mask ``[B, L]`` of sequences of different lengths."""
+    length = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), length, dtype=torch.long)
+    mask = torch.zeros(len(sequences), length, dtype=torch.long)
+    for b, sequence in enumerate(sequences):
+        place = slice(0, len(sequence)) if side == "right" else slice(length - len(sequence), None)
+        ids[b, place] = torch.tensor(sequence)
+        mask[b, place] = 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,172 @@
+"""What happens around the training steps: progress, history, and keeping the best model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dream_training.models.retriever import save_retriever
+
+if TYPE_CHECKING:
+    from dream_training.objectives.temperature import Temperature
+
+
+@dataclass
+class History:
+    """What was measured during a run.
+
+    Attributes:
+        steps: one dict per step: ``step``, ``loss``, ``seconds`` and the loss's own metrics.
+        evaluations: one dict per evaluation: ``step``, ``ndcg_at_10``, ``recall_at_10``.
+    """
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """One line of a step's metrics for people."""
+    parts = [f"loss {metrics['loss']:.3f}"]
+    if "weight_on_positive" in metrics:
+        parts.append(f"weight on positive {metrics['weight_on_positive']:.2f}")
+    if "entropy" in metrics:
+        parts.append(f"entropy {metrics['entropy']:.2f}/{metrics['max_entropy']:.2f}")
+    if "temperature" in metrics:
+        parts.append(f"temperature {metrics['temperature']:.4f}")
+    if "store_hits" in metrics:
+        found, asked = metrics["store_hits"], metrics["store_hits"] + metrics["store_misses"]
+        parts.append(f"store {found:.0f}/{asked:.0f}")
+    if metrics.get("tokens") and metrics.get("seconds"):
+        parts.append(f"{metrics['tokens'] / metrics['seconds']:,.0f} tokens/s")
+    return "  ".join(parts)
+
+
+class ProgressCallback(TrainerCallback):
+    """Records every step, and shows it: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, loss: Any, history: History, console: Console, log_steps: int) -> None:
+        self.loss, self.history, self.console, self.log_steps = loss, history, console, log_steps
+        self.progress: Progress | None = None
+        self._task: Any = None
+        self._begin = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.console.is_terminal:
+            return
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+        )
+        self._task = self.progress.add_task("", total=state.max_steps)
+        self.progress.start()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._begin = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        metrics = dict(getattr(self.loss, "metrics", {}))
+        metrics |= {"step": state.global_step, "seconds": time.perf_counter() - self._begin}
+        self.history.steps.append(metrics)
+        line = describe(metrics) if "loss" in metrics else ""
+        if self.progress is not None:
+            self.progress.update(self._task, completed=state.global_step, description=line)
+        elif state.global_step % self.log_steps == 0:
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  {line}", soft_wrap=True
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Objectives without metrics of their own still report their loss to the trainer.
+        if logs and "loss" in logs and self.history.steps:
+            self.history.steps[-1].setdefault("loss", float(logs["loss"]))
+
+    def close(self) -> None:
+        """Stop the bar; safe to call twice."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+class TemperatureCallback(TrainerCallback):
+    """Tells a scheduled temperature how much of the run is done.
+
+    Args:
+        temperature: of the objective that is trained, ``loss.temperature``.
+    """
+
+    def __init__(self, temperature: Temperature) -> None:
+        self.temperature = temperature
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.temperature.progress = state.global_step / max(1, state.max_steps - 1)
+
+
+class KeepBestCallback(TrainerCallback):
+    """After every evaluation, saves the model as ``last``, and the best so far as ``best``.
+
+    Attributes:
+        best_path: the folder of the best model, None while nothing beats the untrained one.
+    """
+
+    def __init__(self, model: Any, history: History, output_dir: Path, console: Console) -> None:
+        self.model, self.history, self.console = model, history, console
+        self.output_dir = output_dir
+        self.best = max((e["ndcg_at_10"] for e in history.evaluations), default=float("-inf"))
+        self.best_path: Path | None = None
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        values = {
+            name.removeprefix("eval_"): float(value)
+            for name, value in (metrics or {}).items()
+            if name.startswith(("eval_ndcg", "eval_recall"))
+        }
+        if "ndcg_at_10" not in values:
+            return
+        evaluation = {"step": float(state.global_step), **values}
+        if evaluation in self.history.evaluations:
+            return
+        self.history.evaluations.append(evaluation)
+        better = values["ndcg_at_10"] > self.best
+        self.console.print(
+            f"step {state.global_step}  nDCG@10 {values['ndcg_at_10']:.4f}  "
+            f"recall@10 {values['recall_at_10']:.4f}{'  (best so far)' if better else ''}"
+        )
+        if state.global_step == 0:
+            self.best = values["ndcg_at_10"]
+            return
+        save_retriever(self.model, self.output_dir / "last")
+        if better:
+            self.best = values["ndcg_at_10"]
+            self.best_path = save_retriever(self.model, self.output_dir / "best")

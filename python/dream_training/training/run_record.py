@@ -1,0 +1,161 @@
+"""What a run leaves for ``dream report`` and ``dream compare-runs`` beside models and history."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dream_training.config import TrainConfig
+from dream_training.environment import describe_environment
+from dream_training.evaluation import Evaluation, RetrievalEvaluator, expand_tasks
+from dream_training.evaluation.results import FILE_NAME, write_evaluations
+from dream_training.evaluation.tasks import UNTRAINED, EvaluationOptions, evaluate_task
+from dream_training.json_file import write_json
+from dream_training.reading.reader import Reader
+from dream_training.training.callbacks import History
+from dream_training.training.examples import TrainingExamples
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+EXAMPLES, ENVIRONMENT = "examples.json", "environment.json"
+
+
+class RunRecord(TrainerCallback):
+    """Measures a run before, during and after training, and writes what it found.
+
+    ``environment.json`` at once; ``examples.json`` (see :class:`TrainingExamples`) and
+    ``evaluation.json`` by :meth:`finish`. The latter holds the scores of every query, of the
+    untrained and of the best model as the evaluations during training found them, and of the best
+    model on ``final_tasks``.
+
+    Args:
+        config: the run.
+        model: the retriever, untrained.
+        data: training data.
+        loss: the objective.
+        evaluator: what evaluates during training.
+        history: of the run; if it has an evaluation already, the evaluator's scores belong to it.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: SentenceTransformer,
+        data: Iterable[Any],
+        loss: Any,
+        evaluator: RetrievalEvaluator | None,
+        history: History,
+    ) -> None:
+        self.config, self.model, self.loss = config, model, loss
+        self.evaluator, self.history = evaluator, history
+        self.output_dir = Path(config.output_dir)
+        self._scores: dict[int, dict[str, dict[str, float]]] = {}
+        self._taken: Any = None
+        if history.evaluations:
+            self._take(0)
+        for name in (EXAMPLES, FILE_NAME):  # of an earlier run with other settings
+            (self.output_dir / name).unlink(missing_ok=True)
+        write_json(self.output_dir / ENVIRONMENT, describe_environment(model.device))
+        self.examples: TrainingExamples | None = None
+        if config.report_queries:
+            self.examples = TrainingExamples(
+                data,
+                config.report_queries,
+                config.query_max_len,
+                config.passage_max_len,
+                config.seed,
+            )
+            self._measure("before")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._take(state.global_step)
+
+    def finish(self, path: Path, console: Console, interrupted: bool) -> None:
+        """Write examples and evaluations.
+
+        Args:
+            path: the model that the run ends with.
+            console: where to print.
+            interrupted: leaves the final tasks out.
+
+        Raises:
+            FileNotFoundError: data of a final task could not be fetched.
+        """
+        if self.examples is not None:
+            self._measure("after")
+            write_json(self.output_dir / EXAMPLES, self.examples.content())
+        found = self._evaluations(path)
+        environment = describe_environment(self.model.device)
+        if found:
+            write_evaluations(self.output_dir / FILE_NAME, found, environment)
+        if interrupted or not self.config.final_tasks:
+            return
+        from sentence_transformers import SentenceTransformer
+
+        best = SentenceTransformer(str(path), device=str(self.model.device))
+        options = EvaluationOptions(
+            split=self.config.eval_split,
+            query_max_len=self.config.query_max_len,
+            passage_max_len=self.config.passage_max_len,
+        )
+        for task in expand_tasks(self.config.final_tasks):
+            evaluation = evaluate_task(best, str(path), task, options)
+            console.print(
+                f"{task}: nDCG@10 {evaluation.ndcg_at_10:.4f}  "
+                f"recall@10 {evaluation.recall_at_10:.4f}",
+                highlight=False,
+                soft_wrap=True,
+            )
+            # In full, it stands for what a part of the queries said during training.
+            found = [e for e in found if (e.task, e.model) != (task, str(path))]
+            found.append(evaluation)
+            write_evaluations(self.output_dir / FILE_NAME, found, environment)
+
+    def _take(self, step: int) -> None:
+        """Keep the scores of every query if the evaluator has new ones."""
+        scores = getattr(self.evaluator, "query_scores", None)
+        if scores and scores is not self._taken:
+            self._scores[step] = self._taken = scores
+
+    def _evaluations(self, path: Path) -> list[Evaluation]:
+        if self.evaluator is None:
+            return []
+        evaluations = {int(e["step"]): e["ndcg_at_10"] for e in self.history.evaluations}
+        trained = {step: ndcg for step, ndcg in evaluations.items() if step > 0}
+        best = max(trained, key=lambda step: trained[step], default=-1)
+        if path.name != "best":  # nothing was better than the untrained one: the last model counts
+            best = len(self.history.steps) if len(self.history.steps) in trained else -1
+        found = []
+        for step, name in ((0, UNTRAINED), (best, str(path))):
+            if step in self._scores:
+                settings = {
+                    "split": self.config.eval_split,
+                    "step": step,
+                    "query_max_len": self.config.query_max_len,
+                    "passage_max_len": self.config.passage_max_len,
+                }
+                task = self.config.eval_data or "evaluation during training"
+                found.append(
+                    Evaluation.from_scores(
+                        name, task, self.evaluator.task, self._scores[step], settings
+                    )
+                )
+        return found
+
+    def _measure(self, name: str) -> None:
+        assert self.examples is not None
+        reader = getattr(self.loss, "reader", None)
+        if isinstance(reader, Reader) and not reader.injection.heads:
+            reader = None  # the objective's scores act nowhere in it
+        temperature = getattr(self.loss, "temperature", self.config.temperature)
+        temperature = getattr(temperature, "value", temperature)
+        self.examples.measure(
+            name, self.model, reader if isinstance(reader, Reader) else None, float(temperature)
+        )
