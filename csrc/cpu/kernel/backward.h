@@ -171,12 +171,15 @@ class Backward {
   void add_means(const Piece& piece, const Matrices& m) {
     for (int64_t v = 0; v < lanes_; v += kWidth) {
       const int64_t at = piece.slot * lanes_ + v;
-      Vec sum = load(w_.correction + at), mean = load(w_.products_mean + at);
+      // Summed by themselves and then added, as in gemm.h.
+      Vec sum{}, mean{};
       for (int key = piece.begin; key < piece.end; ++key) {
         const Vec p = load(m.probabilities + key * lanes_ + v);
         sum += p;
         if (wants_products_) mean += p * load(m.products + key * lanes_ + v);
       }
+      sum += load(w_.correction + at);
+      mean += load(w_.products_mean + at);
       const Vec inverse = piece.closes ? inverse_or_zero(sum) : sum;
       store(w_.correction + at, inverse);
       store(w_.products_mean + at, piece.closes ? mean * inverse : mean);

@@ -26,14 +26,14 @@ bool update_softmax(const Piece& piece, int64_t lanes, float* logits, Softmax* s
     for (int i = piece.begin; i < piece.end; ++i) peak = max(load(logits + i * lanes + v), peak);
     const Vec reference = finite_or_zero(peak);
     const Vec factor = exp(old_peak - reference);
-    Vec total = load(softmax->total + v) * factor;
+    Vec total{};
     for (int i = piece.begin; i < piece.end; ++i) {
       const Vec p = exp(load(logits + i * lanes + v) - reference);
       total += p;
       store(logits + i * lanes + v, p);
     }
     store(softmax->peak + v, peak);
-    store(softmax->total + v, total);
+    store(softmax->total + v, load(softmax->total + v) * factor + total);
     store(shrink + v, factor);
     for (int lane = 0; lane < kWidth; ++lane) any |= !(shrink[v + lane] == 1.0f);
   }

@@ -1,5 +1,6 @@
 // The one matrix product of the kernel: C[i, l] = sum over k of A(i, k) * B[k, l], either added to
-// what C held or times a factor.
+// what C held or times a factor. A product is summed by itself and then added: one running sum over
+// all keys of a long prefix would round as often as there are keys.
 //
 // B and C have their vectors along l; A is read one element at a time and spread over a vector, so
 // keys, values and probabilities are used as they lie, without a transposed copy. An element is a
@@ -19,9 +20,7 @@ DREAM_INLINE void tile(int64_t inner, const Element* a, int64_t a_stride, const 
                        int64_t b_stride, float* c, int64_t c_stride, bool accumulate, float factor) {
   Vec sum[kTileRows][kVectors];
   for (int i = 0; i < kTileRows; ++i) {
-    for (int v = 0; v < kVectors; ++v) {
-      sum[i][v] = accumulate ? load(c + i * c_stride + v * kWidth) : Vec{};
-    }
+    for (int v = 0; v < kVectors; ++v) sum[i][v] = Vec{};
   }
   for (int64_t k = 0; k < inner; ++k) {
     decltype(load(b)) row[kVectors];
@@ -32,7 +31,10 @@ DREAM_INLINE void tile(int64_t inner, const Element* a, int64_t a_stride, const 
     }
   }
   for (int i = 0; i < kTileRows; ++i) {
-    for (int v = 0; v < kVectors; ++v) store(c + i * c_stride + v * kWidth, sum[i][v] * factor);
+    for (int v = 0; v < kVectors; ++v) {
+      float* out = c + i * c_stride + v * kWidth;
+      store(out, accumulate ? load(out) + sum[i][v] : sum[i][v] * factor);
+    }
   }
 }
 
