@@ -350,6 +350,23 @@ def compare_runs(
     run_compare(first, second, first_model=first_model, second_model=second_model, seed=seed)
 
 
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="folders of runs (output_dir)", exists=True, file_okay=False),
+    ],
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="HTML file; report.html, in the folder of a lone run, by default"),
+    ] = None,
+) -> None:
+    """Write one HTML page of one or several runs: curves, tables, heads, examples."""
+    from dream_training.commands.report import run_report
+
+    run_report(runs, output)
+
+
 @app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     add_help_option=False,

@@ -1,0 +1,6 @@
+"""``dream report``: one HTML page of one or several runs."""
+
+from dream_training.report.page import write_report
+from dream_training.report.run_folder import Run, read_run
+
+__all__ = ["Run", "read_run", "write_report"]
