@@ -6,10 +6,12 @@ before a GPU is at hand; its figures mean nothing and are marked as a quick look
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from .environment import describe_environment
 from .floors import Peaks, floor_table
 from .kernel import Settings, run_kernel
 from .records import SCHEMA
-from .targets import findings
+from .targets import findings, unmeasured
 
 Record = dict[str, Any]
 
@@ -34,8 +36,13 @@ PEERS = (
 PEERS_GRADIENTS = ("query", "scores")
 _TEST_SECONDS = 1800
 _SANITIZERS = ("memcheck", "racecheck")
+# Where the CUDA toolkit puts them, often without telling the shell.
+_CUDA_TOOLS = "/usr/local/cuda/bin"
 # A sanitizer makes a kernel a hundred times slower: one small forward and backward of each kind.
 _SANITIZED = f"{__package__}.sanitized"
+_COLD = f"{__package__}.cold"
+# Each process compiles kernels of its own most of the time.
+_TEST_PROCESSES = 8
 
 
 def require_gpu() -> None:
@@ -89,12 +96,14 @@ def run_acceptance(
 
 def summary(records: list[Record]) -> list[list[str]]:
     """The short table at the end: checks, then every target with its bound."""
+    met = {"ok": "yes", "refused": "not run"}
     rows = [
-        [r["peer"], "passes", r["status"], "yes" if r["status"] == "ok" else "no"]
+        [r["peer"], "passes", r["said"][:72], met.get(r["status"], "**no**")]
         for r in records
         if r["suite"] == "gpu tests"
     ]
-    return rows + [finding.row() for finding in findings(records)]
+    rows += [finding.row() for finding in findings(records)]
+    return rows + [[claim, "", "not measured", "**no**"] for claim in unmeasured(records)]
 
 
 def measured_floors(records: list[Record]) -> str:
@@ -112,49 +121,63 @@ def measured_floors(records: list[Record]) -> str:
 def _run_checks(settings: Settings, rehearse: bool, say: Callable[[str], None]) -> list[Record]:
     environment = describe_environment(settings.device)
     records = []
-    for name, command, extra in _checks(rehearse):
-        say(f"{name}: {' '.join(command)}")
-        status, reason, seconds = _run(command, extra)
-        say(f"{name}: {status}{'' if reason is None else f', {reason}'} ({seconds:.0f} s)")
-        records.append(
-            {
-                "schema": SCHEMA,
-                "suite": "gpu tests",
-                "quick": settings.quick,
-                "environment": environment,
-                "peer": name,
-                "status": status,
-                "reason": reason,
-                "command": command,
-                "seconds": seconds,
-            }
-        )
+    with tempfile.TemporaryDirectory() as cache:
+        for name, command, extra in _checks(rehearse, cache):
+            say(f"{name}: {' '.join(command)}")
+            status, said, seconds = _run(command, extra)
+            say(f"{name}: {status}, {said} ({seconds:.0f} s)")
+            records.append(
+                {
+                    "schema": SCHEMA,
+                    "suite": "gpu tests",
+                    "quick": settings.quick,
+                    "environment": environment,
+                    "peer": name,
+                    "status": status,
+                    "reason": None if status == "ok" else said,
+                    "command": command,
+                    "seconds": seconds,
+                    "said": said,
+                }
+            )
     return records
 
 
-def _checks(rehearse: bool) -> list[tuple[str, list[str], Mapping[str, str]]]:
-    """Name, command and environment of every check."""
+def _checks(rehearse: bool, cache: str) -> list[tuple[str, list[str], Mapping[str, str]]]:
+    """Name, command and environment of every check; ``cache`` is an empty folder."""
     tests = Path(__file__).resolve().parents[1] / "tests" / "kernels"
     pytest = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", str(tests)]
     if rehearse:
         # The real command collects; the tests themselves run in `make test`.
         pytest += ["--collect-only"]
+    elif importlib.util.find_spec("xdist") is not None:
+        pytest += ["-n", str(min(_TEST_PROCESSES, os.cpu_count() or 1))]
     # The interpreter takes its time, so a rehearsal runs two cases.
-    arguments = ["cpu", "2"] if rehearse else ["cuda"]
-    checks: list[tuple[str, list[str], Mapping[str, str]]] = [("tests", pytest, {})]
+    device = "cpu" if rehearse else "cuda"
+    arguments = [device, "2"] if rehearse else [device]
+    interpreter = {"TRITON_INTERPRET": "1"} if rehearse else {}
+    # Tuning would compile every kernel of these two or three times.
+    fixed = {"DREAM_KERNELS_TUNE": "0", **interpreter}
     small = [sys.executable, "-m", _SANITIZED, *arguments]
-    checks.append(("small shapes", small, {"TRITON_INTERPRET": "1"} if rehearse else {}))
+    checks: list[tuple[str, list[str], Mapping[str, str]]] = [
+        ("tests", pytest, {} if rehearse else fixed),
+        ("small shapes", small, fixed),
+    ]
     for tool in _SANITIZERS:
         # PyTorch's caching allocator hides reads beyond a tensor from the sanitizer.
-        extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **fixed}
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *small]
         checks.append((f"compute-sanitizer {tool}", command, extra))
-    return checks
+    cold = [sys.executable, "-m", _COLD, device]
+    kept = {"TRITON_CACHE_DIR": cache, **interpreter}
+    return [*checks, ("cold first call", cold, kept), ("first call, compiled before", cold, kept)]
 
 
-def _run(command: list[str], extra: Mapping[str, str]) -> tuple[str, str | None, float]:
-    """Status, reason and seconds of one check."""
-    if shutil.which(command[0]) is None:
+def _run(command: list[str], extra: Mapping[str, str]) -> tuple[str, str, float]:
+    """Status, last word or reason, and seconds of one check."""
+    path = os.pathsep.join((os.environ.get("PATH", ""), _CUDA_TOOLS))
+    program = shutil.which(command[0], path=path)
+    if program is None:
         return "refused", f"{command[0]} is not installed", 0.0
     environment = {
         **os.environ,
@@ -164,14 +187,15 @@ def _run(command: list[str], extra: Mapping[str, str]) -> tuple[str, str | None,
     start = time.monotonic()
     try:
         process = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_TEST_SECONDS,
-            check=False,
+            [program, *command[1:]], env=environment, capture_output=True, text=True,
+            timeout=_TEST_SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return "failed", f"took more than {_TEST_SECONDS} s", time.monotonic() - start
     seconds = time.monotonic() - start
+    said = process.stdout if process.returncode == 0 else process.stdout + process.stderr
+    lines = [x for x in said.splitlines() if x.strip()]
+    last = lines[-1].strip()[:200] if lines else "it said nothing"
     if process.returncode == 0:
-        return "ok", None, seconds
-    lines = [x for x in (process.stdout + process.stderr).splitlines() if x.strip()]
-    last = lines[-1][:200] if lines else "it said nothing"
+        return "ok", last, seconds
     return "failed", f"exit status {process.returncode}: {last}", seconds

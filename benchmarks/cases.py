@@ -251,13 +251,13 @@ def cpu_cases() -> list[Case]:
 
 
 def gpu_cases() -> list[Case]:
-    """Heads of the paper's readers over pools of 4,096 and 16,384 tokens."""
+    """Heads of the paper's readers over pools of 4,096 and 16,384 tokens, and a full sequence."""
     models = (
         ("Qwen2.5-0.5B", 14, 2, 64),
         ("Llama-3.2-1B", 32, 8, 64),
         ("Llama-3.2-3B", 24, 8, 128),
     )
-    return [
+    pools = [
         Case(
             f"{model}, {documents} documents, {'shared' if shared else 'own'} pool",
             batch=16, query_heads=query_heads, key_heads=key_heads, head_dim=head_dim,
@@ -269,6 +269,16 @@ def gpu_cases() -> list[Case]:
         for shared in (True, False)
         for gradients in (("query", "scores"), ("scores",), GRADIENTS)
     ]  # fmt: skip
+    return pools + list(full_sequences())
+
+
+def full_sequences() -> tuple[Case, Case]:
+    """A sequence with scores in all heads, and in none: what remains is plain attention."""
+    scored = full_sequence(
+        "full sequence, 16 documents, all heads scored", 4096, batch=1, query_heads=14,
+        key_heads=2, dtype="bfloat16",
+    )  # fmt: skip
+    return scored, replace(scored, name="full sequence, 16 documents, no head scored", scored=0.0)
 
 
 def quick_cases() -> list[Case]:

@@ -96,7 +96,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "scaling": {**_KERNEL, "axis": str, "value": NUMBER},
     "acceptance": _KERNEL,
     "compare": {**_KERNEL, "revision": str},
-    "gpu tests": {**_COMMON, "command": Rows(str), "seconds": NUMBER},
+    "gpu tests": {**_COMMON, "command": Rows(str), "seconds": NUMBER, "said": str},
     "step": {
         **_COMMON,
         "model": str,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .cases import GRADIENTS, Case, cpu_cases, from_record, gpu_cases
+from .cases import GRADIENTS, Case, cpu_cases, from_record, full_sequences, gpu_cases
 from .scaling import fitted_exponent, series
 from .work import allowed_extra_bytes
 
@@ -75,7 +75,7 @@ def _quotient(above: float | None, below: float | None) -> float | None:
 
 def findings(records: Sequence[Record]) -> list[Finding]:
     """All targets about which the records of one device say something."""
-    kernel = [r for r in records if r["suite"] in ("kernel", "acceptance")]
+    kernel = _of_kernels(records)
     scaling = [r for r in records if r["suite"] == "scaling" and r["status"] == "ok"]
     steps = [r for r in records if r["suite"] == "step" and r["status"] == "ok"]
     found = [*_cpu(kernel), *_scaling(scaling), *_steps(steps), *_gpu(kernel)]
@@ -84,6 +84,15 @@ def findings(records: Sequence[Record]) -> list[Finding]:
         for claim, bound, at_most, measured, unit in found
         if measured is not None
     ]
+
+
+def unmeasured(records: Sequence[Record]) -> list[str]:
+    """Targets of the GPU shapes in the records that these say nothing about."""
+    return [claim for claim, *_, measured, _ in _gpu(_of_kernels(records)) if measured is None]
+
+
+def _of_kernels(records: Sequence[Record]) -> list[Record]:
+    return [r for r in records if r["suite"] in ("kernel", "acceptance")]
 
 
 _Row = tuple[str, float, bool, float | None, str]
@@ -150,9 +159,11 @@ def _steps(records: list[Record]) -> Iterable[_Row]:
 
 def _gpu(records: list[Record]) -> Iterable[_Row]:
     records = [r for r in records if r["environment"]["device_type"] == "cuda"]
+    whole = full_sequences()
+    known = {c.name for c in gpu_cases()} - {c.name for c in whole}
     for record in {r["case"]["name"]: r["case"] for r in records}.values():
         case = from_record(record)
-        if case.name not in {c.name for c in gpu_cases()}:
+        if case.name not in known:
             continue
         two = _Kernel(records, case, ("query", "scores"))
         full, only = _Kernel(records, case, GRADIENTS), _Kernel(records, case, ("scores",))
@@ -164,8 +175,14 @@ def _gpu(records: list[Record]) -> Iterable[_Row]:
         yield f"{case.name}: FlexAttention over ours", 3, False, two.ratio("flex_attention"), ""
         yield f"{case.name}: eager over ours", 10, False, two.ratio("eager"), ""
         eager = two.rows.get("eager")
+        memory = None
         if ours is not None and eager is not None:
             memory = _quotient(ours["peak_bytes"], eager["peak_bytes"])
-            yield f"{case.name}: our peak memory over eager's", 0.05, True, memory, ""
+        yield f"{case.name}: our peak memory over eager's", 0.05, True, memory, ""
         backward = _quotient(_median(only.ours(), "backward"), _median(full.ours(), "backward"))
         yield f"{case.name}: only-scores backward over the full one", 0.4, True, backward, ""
+    scored, plain = (_Kernel(records, case, GRADIENTS).ours() for case in whole)
+    if scored is not None or plain is not None:
+        for what, figure in (("forward", "forward"), ("forward and backward", "total")):
+            ratio = _quotient(_median(scored, figure), _median(plain, figure))
+            yield f"full sequence: {what} over plain attention of ours", 1.15, True, ratio, ""

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -37,7 +37,7 @@ from dream_kernels.triton.rows import rows_kernel
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # NVIDIA: compute capability, and the shared memory that a block may have, in KB.
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TARGETS = {
     **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in SHARED_KB},
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -90,7 +90,6 @@ def variants(
     """
     base: dict[str, Any] = {"D": head_dim, "BD": padded_head(head_dim)}
     shape = {**base, "CAUSAL": not rare, "HAS_MASK": rare, "NEGATE": rare, "IP": "ieee"}
-    memory = {**shape, "HAS_PREFIX": not rare}
     reweight: dict[str, Any] = {"PER_HEAD": rare, "BIAS": False, "FIXED": rare}
     bias = {**reweight, "BIAS": True, "FIXED": False}
 
@@ -98,32 +97,35 @@ def variants(
         return candidates(kernel, head_dim, dtype, rows=1 << 20, family=family)[0]
 
     for mode, flags in (("reweight", reweight), ("bias", bias)):
-        for form, folds, splits in (("", 0, 0), ("-fold", 1, 0), ("-split", 0, 1)):
-            # Heads of 80 and 96 are compiled as wide as those of 128, bias is the lighter mode.
-            if form and (head_dim in (80, 96) or (mode == "bias" and not rare)):
-                continue
+        for form in ("", "-fold", "-split"):
+            folds = form == "-fold"  # which needs a prefix
+            memory = {"HAS_PREFIX": folds or not rare, "FOLD": folds, "SPLIT": form == "-split"}
             yield Variant(
-                f"forward-{mode}{form}", forward_kernel, config("parts" if form else "forward"),
-                {**memory, **flags, "HAS_PREFIX": bool(folds) or not rare,
-                 "FOLD": bool(folds), "SPLIT": bool(splits)},
+                f"forward-{mode}{form}", forward_kernel, config(f"forward{form}"),
+                {**shape, **memory, **flags},
             )  # fmt: skip
-        for name, documents, query in (("documents", 1, 0), ("query", mode == "bias", 1)):
-            yield Variant(
-                f"{name}-{mode}", rows_kernel, config(name),
-                {**memory, **flags, "DOCUMENTS": bool(documents), "DQ": bool(query),
-                 "HAS_PREFIX": True, "FOLD": rare, "SPLIT": rare},
-            )  # fmt: skip
+            for name, documents, query in (
+                ("documents", True, False), ("query", mode == "bias", True),
+            ):  # fmt: skip
+                yield Variant(
+                    f"{name}-{mode}{form}", rows_kernel, config(f"{name}{form}"),
+                    {**shape, **memory, **flags, "DOCUMENTS": documents, "DQ": query},
+                )  # fmt: skip
         yield Variant(
             f"keys-{mode}", keys_kernel, config("keys"),
             {**shape, "PER_HEAD": rare, "BIAS": mode == "bias", "SHARED": rare, "DK": True,
              "DV": True},
         )  # fmt: skip
-    yield Variant("mass", mass_kernel, config("mass"), memory)
-    yield Variant("combine", combine_kernel, Config(16, 64, 8, 1), {**base, **reweight})
-    yield Variant(
-        "coefficients", coefficients_kernel, Config(32, 64, 8, 1),
-        {**base, **reweight, "BC": 32, "DOCUMENTS": True, "SCORES": True, "LOGITS": True},
-    )  # fmt: skip
+        yield Variant(
+            f"combine-{mode}", combine_kernel, Config(16, 64, 8, 1), {**base, **flags}
+        )  # fmt: skip
+        by_document = mode == "reweight"
+        yield Variant(
+            f"coefficients-{mode}", coefficients_kernel, Config(32, 64, 8, 1),
+            {**base, **flags, "BC": 32, "DOCUMENTS": by_document, "SCORES": by_document,
+             "LOGITS": True},
+        )  # fmt: skip
+    yield Variant("mass", mass_kernel, config("mass"), {**shape, "HAS_PREFIX": not rare})
     if head_dim == HEAD_DIMS[0]:  # the others do not hang on it
         yield Variant("join", join_kernel, Config(16, 64, 1, 1), {"REST": rare})
         yield Variant(
@@ -155,7 +157,9 @@ def compile_variant(variant: Variant, target: GPUTarget, dtype: torch.dtype) -> 
         else:
             kind = _POINTERS.get(name, "i32")
             signature[name] = _DTYPES[dtype] if kind == "data" else kind
-            if signature[name][0] == "*" or name.startswith("s_"):
+            if signature[name][0] == "*" or (
+                name.startswith("s_") and not parameter.do_not_specialize
+            ):
                 aligned.append(i)
     source = ASTSource(kernel, *_source_arguments(signature, constants, aligned))
     options = {"num_warps": config.warps, "num_stages": config.stages}
@@ -214,27 +218,23 @@ def _tool(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def table(
-    targets: tuple[str, ...],
-    head_dims: tuple[int, ...],
-    names: tuple[str, ...] = (),
+def compiled_rows(
+    targets: Iterable[str],
+    head_dims: Iterable[int],
+    names: Container[str] = (),
     dtype: torch.dtype = torch.bfloat16,
     rare: bool = False,
-) -> dict[str, dict[str, Any]]:
-    """Resources by ``"target/head size/kernel"``, for all kernels or those named."""
-    rows: dict[str, dict[str, Any]] = {}
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``"target/head size/kernel"`` and resources, for all kernels or those in ``names``."""
     for target, head_dim in itertools.product(targets, head_dims):
         for variant in variants(head_dim, family_of(target), dtype, rare):
             if names and variant.name not in names:
                 continue
             compiled = compile_variant(variant, TARGETS[target], dtype)
             config = variant.config
-            rows[f"{target}/{head_dim}/{variant.name}"] = {
-                "tile": f"{config.rows}x{config.keys}, {config.warps} warps, "
-                f"{config.stages} stages",
-                **asdict(measure(compiled)),
-            }
-    return rows
+            tile = f"{config.rows}x{config.keys}, {config.warps} warps, {config.stages} stages"
+            resources = asdict(measure(compiled))
+            yield f"{target}/{head_dim}/{variant.name}", {"tile": tile, **resources}
 
 
 def write_table(path: Path, rows: dict[str, dict[str, Any]]) -> None:
@@ -268,21 +268,22 @@ def main(arguments: list[str] | None = None) -> int:
         "compiled now, stays",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    rows = table(
-        tuple(options.target or ("sm_80", "sm_90", "sm_100")),
-        tuple(options.head_dim or HEAD_DIMS),
-        tuple(options.kernel),
+    found = compiled_rows(
+        options.target or ("sm_80", "sm_90", "sm_100"),
+        options.head_dim or HEAD_DIMS,
+        options.kernel,
         getattr(torch, options.dtype),
         options.rare,
     )
-    for key, row in rows.items():
+    for key, row in found:
         cores = ", ".join(f"{count} {kind}" for kind, count in row["tensor_cores"].items()) or "-"
         print(
             f"{key:<34} {row['tile']:<28} {row['registers']:>4} registers {row['spills']:>5} spills"
-            f" {row['shared'] / 1024:>7.1f} KB  {cores}"
+            f" {row['shared'] / 1024:>7.1f} KB  {cores}",
+            flush=True,
         )
-    if options.write is not None:
-        write_table(options.write, rows)
+        if options.write is not None:
+            write_table(options.write, {key: row})
     return 0
 
 

@@ -68,15 +68,28 @@ _KEYS = {
     (128, 4): (Config(16, 32, 4, 1), Config(16, 16, 4, 1)),
     (256, 4): (Config(16, 16, 4, 1),),
 }
+# Folding and splitting take registers: where they need other shapes, these have their own entry.
 _AMPERE = {
     "forward": _FORWARD,
-    "parts": _FORWARD,
     "mass": _FORWARD,
     "documents": _DOCUMENTS,
     "query": _QUERY,
+    "query-fold": {
+        **_QUERY,
+        (128, 2): (Config(64, 32, 8, 2), Config(64, 64, 8, 1)),
+    },
     "keys": _KEYS,
 }
 # wgmma takes its operands from shared memory, which leaves registers for taller tiles.
+_HOPPER_PARTS = {
+    **_FORWARD,
+    (128, 2): (Config(64, 32, 8, 2), Config(128, 32, 8, 2)),
+}
+_HOPPER_QUERY = {
+    **_QUERY,
+    (64, 2): (Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
+    (128, 2): (Config(128, 32, 8, 2), Config(64, 64, 8, 2)),
+}
 _HOPPER = {
     **_AMPERE,
     "forward": {
@@ -84,15 +97,10 @@ _HOPPER = {
         (64, 2): (Config(128, 64, 8, 3), Config(64, 64, 4, 3)),
         (128, 2): (Config(128, 64, 8, 2), Config(128, 32, 8, 3), Config(64, 64, 8, 3)),
     },
-    "parts": {
-        **_FORWARD,
-        (128, 2): (Config(64, 32, 8, 2), Config(128, 32, 8, 2)),
-    },
-    "query": {
-        **_QUERY,
-        (64, 2): (Config(128, 64, 8, 2), Config(64, 64, 4, 2)),
-        (128, 2): (Config(128, 32, 8, 2), Config(64, 64, 8, 2)),
-    },
+    "forward-fold": _HOPPER_PARTS,
+    "forward-split": _HOPPER_PARTS,
+    "query": _HOPPER_QUERY,
+    "query-fold": _HOPPER_QUERY,
     "keys": {
         **_KEYS,
         (64, 2): (Config(64, 64, 8, 2), Config(32, 64, 4, 2)),
@@ -108,9 +116,20 @@ _BLACKWELL = {
         **_HOPPER["forward"],
         (128, 2): (Config(128, 32, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 3)),
     },
+    "forward-split": {
+        **_HOPPER_PARTS,
+        (64, 2): (Config(128, 32, 8, 2), Config(64, 64, 8, 2)),
+    },
     "documents": {
         **_DOCUMENTS,
         (128, 2): (Config(128, 32, 8, 2), Config(64, 64, 4, 2)),
+    },
+    "documents-fold": _DOCUMENTS,
+    "documents-split": _DOCUMENTS,
+    "query-fold": {
+        **_QUERY,
+        (64, 2): (Config(128, 32, 8, 2), Config(64, 64, 8, 2)),
+        (128, 2): (Config(64, 32, 8, 2), Config(128, 32, 8, 2)),
     },
 }
 _FAMILIES = {"ampere": _AMPERE, "hopper": _HOPPER, "blackwell": _BLACKWELL}
@@ -135,14 +154,17 @@ def candidates(
     """The configurations of a kernel worth timing, the default first.
 
     Args:
-        kernel: ``"forward"``, ``"parts"`` for one whose rows are folded or keys split,
-            ``"documents"``, ``"query"``, ``"keys"`` or ``"mass"``.
+        kernel: ``"forward"``, ``"documents"``, ``"query"``, ``"keys"`` or ``"mass"``; the first
+            three with ``"-fold"`` or ``"-split"`` behind if rows are folded or keys split.
         head_dim: ``D``.
         dtype: of the query.
         rows: how many could share a tile: none is made taller than that.
         family: of the device, see :func:`family`.
     """
-    table = _FAMILIES[family][kernel][max(64, padded_head(head_dim)), dtype.itemsize]
+    shapes = _FAMILIES[family]
+    table = shapes.get(kernel, shapes[kernel.partition("-")[0]])[
+        max(64, padded_head(head_dim)), dtype.itemsize
+    ]
     if interpreted():
         table = (_INTERPRETER,)
     limit = max(16, 1 << (rows - 1).bit_length())

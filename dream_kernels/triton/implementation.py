@@ -14,6 +14,8 @@ from dream_kernels.problem import Gradients, Needs, Problem
 
 OLDEST = (3, 2)
 MAX_HEAD_DIM = 256
+# AMD's architectures that every kernel is compiled for; see README.md.
+AMD = ("gfx942",)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -40,7 +42,12 @@ def interpreted() -> bool:
 def _device_refusal(device: torch.device) -> str | None:
     """Return why the kernels cannot run on a CUDA or HIP device, or None when they can."""
     if torch.version.hip is not None:
-        return None
+        # "gfx942:sramecc+:xnack-"
+        architecture = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        if architecture in AMD:
+            return None
+        known = ", ".join(AMD)
+        return f"its kernels are compiled for AMD GPUs of {known} only, got {architecture}"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, got {major}.{minor}"
@@ -55,9 +62,9 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 class TritonImplementation:
     """Triton kernels for float16, bfloat16 and float32 on NVIDIA and AMD GPUs, sums in float32.
 
-    float32 products are exact unless ``torch.backends.cuda.matmul.allow_tf32`` is set. With
-    ``TRITON_INTERPRET=1`` in the environment before triton is imported, the kernels run in
-    triton's interpreter on the CPU: for tests.
+    float32 products are exact unless PyTorch's own switch, ``torch.set_float32_matmul_precision``,
+    allows TF32, which only NVIDIA GPUs take here. With ``TRITON_INTERPRET=1`` in the environment
+    before triton is imported, the kernels run in triton's interpreter on the CPU: for tests.
     """
 
     name = "triton"

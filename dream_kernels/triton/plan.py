@@ -30,7 +30,8 @@ def load_span(p_spans, o_c, m_c, T):
     return b_start, tl.maximum(tl.minimum(b_end, T).to(tl.int32), b_start)
 
 
-@triton.jit(do_not_specialize=["M", "T", "P", "C", "NT", "n_blocks"])
+# The strides of the scores are often C itself.
+@triton.jit(do_not_specialize=["s_sb", "s_sh", "M", "T", "P", "C", "NT", "n_blocks"])
 def plan_kernel(
     spans, mask, scores, tiles, shorts, rest, segment, counts, weights,
     s_sb, s_sh, s_sc, M, T, P, C, NT, n_blocks,

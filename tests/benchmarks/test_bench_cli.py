@@ -72,7 +72,9 @@ def test_the_gpu_acceptance_is_rehearsed(tmp_path: Path) -> None:
     (path,) = tmp_path.glob("acceptance-*.jsonl")
     rows = records.read(tmp_path)
     checks = {r["peer"]: r for r in rows if r["suite"] == "gpu tests"}
-    assert checks["small shapes"]["status"] == "ok", checks["small shapes"]
+    for name in ("small shapes", "cold first call", "first call, compiled before"):
+        assert checks[name]["status"] == "ok", checks[name]
+    assert "the second call" in checks["cold first call"]["said"]
     assert {"tests", "compute-sanitizer memcheck", "compute-sanitizer racecheck"} <= checks.keys()
     timed = [r for r in rows if r["suite"] == "acceptance" and r["status"] == "ok"]
     assert {"ours (cpu)", "eager", "sdpa, extra channel"} <= {r["peer"] for r in timed}

@@ -12,12 +12,12 @@ import torch
 
 import dream_benchmarks
 from dream_benchmarks import records as store
-from dream_benchmarks.cases import Case, cpu_cases, gpu_cases, make_inputs
+from dream_benchmarks.cases import Case, cpu_cases, full_sequences, gpu_cases, make_inputs
 from dream_benchmarks.floors import H100, floor_of, floor_table
 from dream_benchmarks.kernel import Settings, run_kernel
 from dream_benchmarks.report import BEGIN, END, write_report
 from dream_benchmarks.scaling import Axis, fitted_exponent, run_scaling
-from dream_benchmarks.targets import findings
+from dream_benchmarks.targets import findings, unmeasured
 from dream_benchmarks.work import Work, backward_work, forward_work
 
 PACKAGE = Path(dream_benchmarks.__file__).resolve().parent
@@ -166,6 +166,44 @@ def test_targets_are_found_in_the_records_of_their_own_shape_only(measured) -> N
     record["forward_share_of_gemm"] = 0.4
     (found,) = (f for f in findings([record]) if "GEMM" in f.claim)
     assert not found.met and found.row()[-1] == "**no**"
+
+
+def on_a_gpu(record: dict, case: Case, peer: str, seconds: float) -> dict:
+    """The record of another peer and case, as a GPU would give it."""
+    figure = dict.fromkeys(("median", "lower", "upper", "least"), seconds)
+    return {
+        **copy.deepcopy(record),
+        "environment": {**record["environment"], "device_type": "cuda"}, "case": case.record(),
+        "peer": peer, "forward": figure, "backward": figure, "total": figure,
+        "ratio": seconds / 1e-3, "peak_bytes": int(1e9 * seconds),
+    }  # fmt: skip
+
+
+def test_gpu_targets_are_met_missed_or_not_measured(measured) -> None:
+    pool = gpu_cases()[0]
+    times = {"ours (triton)": 1e-3, "sdpa, no scores, expanded": 1e-3, "eager": 9e-3}
+    records = [on_a_gpu(measured[0], pool, peer, seconds) for peer, seconds in times.items()]
+    met = {f.claim.removeprefix(f"{pool.name}: "): f.met for f in findings(records)}
+    assert met == {
+        "forward over flash without scores": True,
+        "forward and backward over flash without scores": False,
+        "eager over ours": False,
+        "our peak memory over eager's": False,
+    }
+    assert unmeasured(records) == [
+        f"{pool.name}: FlexAttention over ours",
+        f"{pool.name}: only-scores backward over the full one",
+    ]
+    assert unmeasured(measured) == []
+
+
+def test_a_full_sequence_is_compared_with_plain_attention(measured) -> None:
+    times = zip(full_sequences(), (1.1e-3, 1e-3))
+    records = [on_a_gpu(measured[0], case, "ours (triton)", seconds) for case, seconds in times]
+    found = findings(records)
+    assert len(found) == 2 and all(f.met for f in found)
+    assert found[0].measured == pytest.approx(1.1)
+    assert len(unmeasured(records[:1])) == 2
 
 
 def test_exponents_of_power_laws() -> None:
