@@ -294,10 +294,9 @@ def rest_range(
     end = tl.minimum(t_end - n_behind, rest_tiles(n_seen, n_prefix, BN))
     if FOLD:
         n_common = tl.cdiv(n_prefix, BN) * (1 - unlike)
-        if z == 0:
-            end = tl.minimum(end, n_common)
-        else:
-            begin = tl.maximum(begin, n_common)
+        # No branch: the compiler of triton 3.2 dies of it.
+        begin = tl.where(z == 0, begin, tl.maximum(begin, n_common))
+        end = tl.where(z == 0, tl.minimum(end, n_common), end)
     return begin, end, t_end - n_behind
 
 

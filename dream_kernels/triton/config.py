@@ -9,6 +9,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
+import triton
 
 from dream_kernels.triton.implementation import interpreted
 
@@ -31,6 +32,9 @@ class Config:
     stages: int
     slot: int = 16
 
+
+# The compiler of triton 3.2 dies of 64 rows on Hopper that two groups of four warps share.
+_ONE_GROUP = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3)
 
 # The interpreter gets tiles so small that short tests meet every path.
 _INTERPRETER = Config(rows=64, keys=16, warps=4, stages=1, slot=4)
@@ -172,6 +176,8 @@ def candidates(
     for config in table:
         height = min(config.rows, limit)
         warps = config.warps if height == config.rows else min(config.warps, 4)
+        if _ONE_GROUP and family == "hopper" and kernel != "keys" and height < 128:
+            warps = min(warps, 4)
         fitting[replace(config, rows=height, warps=warps)] = None
     return tuple(fitting)
 

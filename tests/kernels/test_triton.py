@@ -535,6 +535,18 @@ def test_tiles_are_no_taller_than_the_rows(monkeypatch: pytest.MonkeyPatch) -> N
                     assert len(set(found)) == len(found)
 
 
+def test_triton_3_2_gets_tiles_that_it_can_compile_for_hopper(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(config, "interpreted", lambda: False)
+    arguments = ("forward-split", 128, torch.bfloat16, 1024)
+    for old in (False, True):
+        monkeypatch.setattr(config, "_ONE_GROUP", old)
+        found = {c.rows: c.warps for c in config.candidates(*arguments, "hopper")}
+        assert found == {64: 4 if old else 8, 128: 8}
+        assert config.candidates(*arguments, "ampere")[0].warps == 8
+
+
 @needs_gpu
 @pytest.mark.parametrize("mode", ("reweight", "bias"))
 def test_runs_in_a_cuda_graph_and_never_waits_for_the_device(mode: str) -> None:
