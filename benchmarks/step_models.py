@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dream_training import DreamCollator, Reader
+from dream_training.models.architectures import byte_tokenizer
 from dream_training.models.retriever import build_retriever
 from dream_training.models.smollm2 import smollm2_path
 
@@ -185,15 +186,8 @@ def spread_heads(shape: Mapping[str, int], count: int = 16) -> dict[int, list[in
 
 def save_random_model(shape: Mapping[str, int], path: Path) -> None:
     """Save a Llama of this shape with random bfloat16 weights and a tokenizer of bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
-    vocabulary |= {symbol: i + 3 for i, symbol in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     torch.manual_seed(0)
     options: dict[str, Any] = dict(shape)
     config = LlamaConfig(
@@ -202,6 +196,4 @@ def save_random_model(shape: Mapping[str, int], path: Path) -> None:
     )  # fmt: skip
     model: Any = LlamaForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(path)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    ).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)

@@ -121,11 +121,11 @@ def save_tiny(config: PretrainedConfig, path: str | os.PathLike[str], seed: int 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.model_type, **shape))
     path = Path(path)
     model.save_pretrained(path)
-    _byte_tokenizer().save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
     return path
 
 
-def _byte_tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     """One token for each byte, so that every text survives."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

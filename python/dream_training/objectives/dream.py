@@ -5,19 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dream_training.objectives.base import features_of, store_counts, weight_metrics
-from dream_training.objectives.embedding import check_mini_batch_size, embed
-from dream_training.objectives.pools import pool_scores
-from dream_training.objectives.temperature import Temperature, as_temperature
+from dream_kernels import Prefix
+from dream_training.objectives.base import PoolObjective
+from dream_training.objectives.temperature import Temperature
 from dream_training.reading.reader import Reader
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-class DreamLoss(nn.Module):
+class DreamLoss(PoolObjective):
     r"""The DREAM objective as a sentence-transformers loss.
 
     The candidates' similarities to the query, over a temperature, decide how much attention the
@@ -58,6 +57,8 @@ class DreamLoss(nn.Module):
         ValueError: ``temperature`` is not positive, or ``mini_batch_size`` below 1.
     """
 
+    name = "dream"
+
     def __init__(
         self,
         model: SentenceTransformer,
@@ -65,40 +66,29 @@ class DreamLoss(nn.Module):
         temperature: float | Temperature = 0.05,
         mini_batch_size: int | None = None,
     ) -> None:
-        super().__init__()
-        check_mini_batch_size(mini_batch_size)
-        self.model = model
+        super().__init__(model, temperature, mini_batch_size)
         self.reader = reader
-        self.temperature = as_temperature(temperature)
-        self.mini_batch_size = mini_batch_size
-        self.metrics: dict[str, float] = {}
+        self._read_tokens = 0
 
-    def forward(
-        self, sentence_features: list[dict[str, Any]], labels: Tensor | None = None
+    def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Prefix:
+        return self.reader.read(pool["texts"], query.get("pools"))
+
+    def loss(
+        self, scores: Tensor, evidence: Prefix, query: dict[str, Any], pool: dict[str, Any]
     ) -> Tensor:
-        query, pool = features_of(sentence_features, type(self).__name__)
-        # Read before encoding: the prefix needs no graph, so its peak memory comes first.
-        pools = query.get("pools")
-        before = store_counts(self)
-        prefix = self.reader.read(pool["texts"], pools)
-        queries = embed(self.model, query, self.mini_batch_size).float()
-        documents = embed(self.model, pool, self.mini_batch_size).float()
-        similarity = nn.functional.normalize(queries, dim=-1) @ nn.functional.normalize(
-            documents, dim=-1
-        ).transpose(0, 1)
-        scores, present = pool_scores(similarity / self.temperature(), pools)
-        # The reader knows from the spans which documents are absent; what scores them is moot.
-        given = scores if present is None else scores.masked_fill(~present, 0.0)
-        reading = self.reader(prefix, query["texts"], query["targets"], given)
-        tokens = reading.target_tokens + prefix.tokens
-        tokens += sum(int(f["attention_mask"].sum()) for f in (query, pool))
-        with torch.no_grad():
-            weights = weight_metrics(scores, query["positives"])
-        self.metrics = {"loss": reading.loss.item(), **weights, "tokens": tokens}
-        if self.temperature.changes:
-            self.metrics["temperature"] = self.temperature.value
-        self.metrics |= {name: n - before[name] for name, n in store_counts(self).items()}
+        if query.get("pools") is not None:
+            # The reader knows from the spans which documents are absent; what scores them is moot.
+            scores = scores.masked_fill(scores.isneginf(), 0.0)
+        reading = self.reader(evidence, query["texts"], query["targets"], scores)
+        self._read_tokens = reading.target_tokens + evidence.tokens
         return reading.loss
+
+    @torch.no_grad()
+    def _record(
+        self, loss: Tensor, scores: Tensor, query: dict[str, Any], pool: dict[str, Any]
+    ) -> None:
+        super()._record(loss, scores, query, pool)
+        self.metrics["tokens"] += self._read_tokens
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of the loss."""
