@@ -12,6 +12,7 @@ from typing import Annotated, Optional
 import typer
 
 from dream_training.commands.data_app import app as data_app
+from dream_training.commands.options import Device, Output, Split, TargetFrom
 
 app = typer.Typer(
     help="Train dense retrievers from a frozen language model's own next-token loss.",
@@ -198,7 +199,7 @@ def heads(
 @app.command()
 def mine(
     data: Annotated[str, typer.Argument(help="training data of any form")],
-    output: Annotated[Path, typer.Option(help="JSONL file to write")],
+    output: Output,
     retriever: Annotated[
         str, typer.Option(help="bm25, or a sentence-transformers model: folder or hub name")
     ] = "bm25",
@@ -216,11 +217,8 @@ def mine(
     keep_candidates: Annotated[
         bool, typer.Option(help="keep the candidates that a line has besides its positives")
     ] = False,
-    split: Annotated[str, typer.Option(help="of a BEIR folder's qrels or a data set")] = "train",
-    target_from: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="answers, positive, positive_sentence or a file of targets"),
-    ] = None,
+    split: Split = "train",
+    target_from: TargetFrom = None,
     query_max_len: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="tokens of a query that are encoded"),
@@ -230,10 +228,7 @@ def mine(
         typer.Option(min=1, help="tokens of a document that are encoded"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="texts encoded at once")] = 32,
-    device: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="cpu, cuda, ...; a GPU where there is one"),
-    ] = None,
+    device: Device = None,
     seed: Annotated[int, typer.Option(help="of the random choice")] = 0,
 ) -> None:
     """Add candidates to training lines: documents that BM25 or a retriever ranks high."""

@@ -11,11 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
-from tiny import make_rows
+from tiny import make_rows, write_tiny_data
 
 from dream_training.config import TrainConfig
-from dream_training.data.beir_folder import write_beir_folder
-from dream_training.data.docstrings import RetrievalSplit
 from dream_training.evaluation import read_evaluations
 from dream_training.models.retriever import build_retriever
 from dream_training.reading.reader import Reader
@@ -26,13 +24,7 @@ from dream_training.training.examples import TrainingExamples, geometry
 @pytest.fixture
 def run(tiny_model: Path, tmp_path: Path):
     """Train on tiny data; returns the console's text."""
-    rows = make_rows(12)
-    data = tmp_path / "train.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
-    corpus = {f"d{i}": row["documents"][0] for i, row in enumerate(rows)}
-    queries = {f"q{i}": row["query"] for i, row in enumerate(rows[:6])}
-    qrels = {f"q{i}": {f"d{i}": 1} for i in range(6)}
-    write_beir_folder(tmp_path / "beir", corpus, {"test": RetrievalSplit(queries, qrels)})
+    data, beir = write_tiny_data(tmp_path, 12)
 
     def make(**changes) -> str:
         values = {
@@ -41,7 +33,7 @@ def run(tiny_model: Path, tmp_path: Path):
             "retriever_layers": 1,
             "lora_r": 2,
             "train_data": str(data),
-            "eval_data": str(tmp_path / "beir"),
+            "eval_data": str(beir),
             "eval_queries": 3,
             "top_k": 3,
             "batch_size": 4,

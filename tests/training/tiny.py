@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dream_training.data.beir_folder import write_beir_folder
+from dream_training.data.docstrings import RetrievalSplit
 
 WORDS = ("apple", "river", "stone", "cloud", "tiger", "lemon", "piano", "rocket", "garden")
 
@@ -67,3 +71,15 @@ def make_rows(count: int = 12) -> list[dict]:
         }
         for i in range(count)
     ]
+
+
+def write_tiny_data(folder: Path, count: int) -> tuple[Path, Path]:
+    """Write rows as training data, and a BEIR folder of the first six queries over all of them."""
+    rows = make_rows(count)
+    data, beir = folder / "train.jsonl", folder / "beir"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    corpus = {f"d{i}": row["documents"][0] for i, row in enumerate(rows)}
+    queries = {f"q{i}": row["query"] for i, row in enumerate(rows[:6])}
+    qrels = {f"q{i}": {f"d{i}": 1} for i in range(6)}
+    write_beir_folder(beir, corpus, {"test": RetrievalSplit(queries, qrels)})
+    return data, beir

@@ -7,25 +7,13 @@ from typing import Annotated, Optional
 
 import typer
 
+from dream_training.commands.options import Device, Limit, Output, Source, Split, TargetFrom
+
 app = typer.Typer(
     help="Look at training data, write it in the project's form, let a model write targets.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-Source = Annotated[
-    str, typer.Argument(help="training data of any form: file, folder, or data set of the hub")
-]
-Output = Annotated[Path, typer.Option(help="JSONL file to write")]
-Split = Annotated[str, typer.Option(help="of a BEIR folder's qrels or a data set")]
-TargetFrom = Annotated[
-    Optional[str],  # noqa: UP045 - typer reads the annotation at run time
-    typer.Option(help="answers, positive, positive_sentence or a file of targets"),
-]
-Limit = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option(min=1, help="stop after so many lines"),
-]
 
 
 @app.command()
@@ -119,10 +107,7 @@ def targets(
         bool, typer.Option(help="also for lines that have a target, if they know their positive")
     ] = False,
     dtype: Annotated[str, typer.Option(help="of the weights: auto, float32, bfloat16")] = "auto",
-    device: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="cpu, cuda, ...; a GPU where there is one"),
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Let a language model write targets where lines have a query and a positive, and no answer."""
     from dream_training.commands.data import run_targets

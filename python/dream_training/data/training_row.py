@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,27 @@ def documents_of(row: Mapping[str, Any], key: str, where: str, *, least: int = 1
         expected = "a list of at least one candidate" if least else "a list"
         raise ValueError(f"{where}: {key} must be {expected}, got {_short(values)}")
     return [document_text(value, f"{key}[{i}]", where) for i, value in enumerate(values)]
+
+
+def relevant_first(
+    row: Mapping[str, Any], relevant: str, others: str, where: str, answers: Sequence[str]
+) -> TrainingRow:
+    """Make a row of the relevant documents under one key, then those under another, if any.
+
+    Raises:
+        ValueError: the row is not valid; the message begins with ``where``.
+    """
+    known = documents_of(row, relevant, where)
+    rest = documents_of(row, others, where, least=0)
+    return make_row(
+        text_of(row, "query", where),
+        [*known, *rest],
+        range(len(known)),
+        target=target_of(row, where),
+        answers=answers,
+        query_id=query_id_of(row),
+        where=where,
+    )
 
 
 def document_text(value: Any, name: str, where: str) -> str:
