@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -56,8 +57,16 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="two steps with tiny models, and the plan of the run")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the newest checkpoint that is whole")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="delete the checkpoints of an unfinished run")
+    ] = False,
 ) -> None:
     """Train a retriever as CONFIG says; any key can be set behind it."""
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
     from dream_training.config import load_config
 
     settings = load_config(config, overrides or [])
@@ -70,11 +79,11 @@ def train(
         return
     from dream_training.training.driver import train as run
 
-    result = run(settings)
+    result = run(settings, resume=resume, overwrite=overwrite)
     typer.echo(f'\nThe retriever: SentenceTransformer("{result.path}")')
     typer.echo(f"The curve:     {Path(settings.output_dir) / 'curve.png'}")
     if result.interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(128 + (result.signal or signal.SIGINT))
 
 
 @app.command()
@@ -379,12 +388,16 @@ def bench(context: typer.Context) -> None:
     suite(context.args, prog_name="dream bench")
 
 
+# What bad input, a full disk or too little memory end in.
+_EXPECTED = (OSError, ModuleNotFoundError, TypeError, ValueError, MemoryError, FloatingPointError)
+
+
 def main() -> None:
     """Run the command; mistakes of the user end in one line, not in a traceback."""
     _quieten_libraries()
     try:
         app()
-    except (FileNotFoundError, ModuleNotFoundError, TypeError, ValueError) as error:
+    except _EXPECTED as error:
         if os.environ.get("DREAM_TRACEBACK"):
             raise
         sys.exit(f"dream: {error}")

@@ -95,6 +95,12 @@ class TrainConfig:
         max_grad_norm: gradients are clipped to this norm.
         max_steps: training steps.
         eval_steps: steps between evaluations; each keeps the best model.
+        save_steps: steps between checkpoints, which ``dream train --resume`` goes on from; None
+            for ``eval_steps``, 0 for no checkpoints.
+        keep_checkpoints: how many checkpoints stay.
+        max_skipped_steps: steps whose loss or gradient is not finite are skipped; more of them than
+            this end the run.
+        dataloader_workers: processes that tokenise the next batches; 0 for none.
         log_steps: steps between printed lines where there is no terminal.
         seed: of weights, data order and head selection.
         dtype: of reader and backbone weights, ``auto`` as stored.
@@ -151,6 +157,10 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     max_steps: int = 100
     eval_steps: int = 50
+    save_steps: int | None = None
+    keep_checkpoints: int = 2
+    max_skipped_steps: int = 10
+    dataloader_workers: int = 0
     log_steps: int = 10
     seed: int = 0
     dtype: str = "auto"
@@ -192,13 +202,18 @@ class TrainConfig:
             check_document_store(self.document_store, self.document_store_gb, self.context)
         for name in ("batch_size", "query_max_len", "passage_max_len", "target_max_len"):
             _at_least(name, getattr(self, name), 2 if name == "batch_size" else 1)
-        for name in ("max_steps", "eval_steps", "log_steps"):
+        for name in ("max_steps", "eval_steps", "log_steps", "keep_checkpoints"):
             _at_least(name, getattr(self, name), 1)
         if self.mini_batch_size is not None:
             _at_least("mini_batch_size", self.mini_batch_size, 1)
         if self.eval_queries is not None:
             _at_least("eval_queries", self.eval_queries, 1)
-        for name in ("lora_r", "warmup_steps", "report_queries"):
+        if self.save_steps is not None:
+            _at_least("save_steps", self.save_steps, 0)
+        for name in (
+            *("lora_r", "warmup_steps", "report_queries", "max_skipped_steps"),
+            "dataloader_workers",
+        ):
             _at_least(name, getattr(self, name), 0)
 
 

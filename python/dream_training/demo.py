@@ -124,6 +124,7 @@ def run_demo(
         model=model,
         console=console,
         evaluate_first=False,
+        overwrite=True,
         history=History(evaluations=[{"step": 0.0, **untrained}]),
     )
     if result.interrupted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # Rows that become one Arrow table: Python objects of more would outweigh the text.
 _CHUNK = 10_000
+# Rows of a stream that are shuffled together.
+_BUFFER = 1000
 
 
 def read_training_data(
@@ -69,6 +72,7 @@ def stream_training_data(
     split: str = "train",
     target_from: str | None = None,
     positives: str = "first",
+    endless_seed: int | None = None,
 ) -> IterableDataset:
     """Read training data row by row while it is trained on; arguments and errors as above.
 
@@ -76,21 +80,42 @@ def stream_training_data(
     ``accelerator_config={"dispatch_batches": False}``: batches that are dispatched lose the
     documents beyond the number of queries.
 
+    Args:
+        source: as in :func:`read_training_data`.
+        split: as there.
+        target_from: as there.
+        positives: as there.
+        endless_seed: go through the data again and again, each time shuffled differently within a
+            buffer of 1,000 rows, so that a number of rows alone says where a run stands.
+
     Returns:
         A ``datasets.IterableDataset`` with the columns of :func:`read_training_data`.
     """
     from datasets import Features, IterableDataset, Value
 
+    features = Features(
+        {
+            "query": Value("string"),
+            "target": Value("string"),
+            "documents": [Value("string")],
+            "positive": Value("int64"),
+        }
+    )
+    if endless_seed is not None:
+        return IterableDataset.from_generator(
+            _again_and_again,
+            features=features,
+            gen_kwargs={
+                "source": str(source),
+                "seed": endless_seed,
+                "split": split,
+                "target_from": target_from,
+                "positives": positives,
+            },
+        )
     return IterableDataset.from_generator(
         _columns,
-        features=Features(
-            {
-                "query": Value("string"),
-                "target": Value("string"),
-                "documents": [Value("string")],
-                "positive": Value("int64"),
-            }
-        ),
+        features=features,
         gen_kwargs={
             "source": str(source),
             "split": split,
@@ -260,6 +285,26 @@ def _columns(
             continue
         for document in known if positives == "each" else known[:1]:
             yield _column_row(row, [document, *irrelevant], 0)
+
+
+def _again_and_again(source: str, seed: int, **options: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a stream without end, in an order that seed and round decide."""
+    stream = stream_training_data(source, **options).shuffle(seed=seed, buffer_size=_BUFFER)
+    first = _version_of(source)
+    for round_number in itertools.count():
+        stream.set_epoch(round_number)
+        yield from stream
+        if _version_of(source) != first:
+            raise ValueError(f"{source}: the file changed while it was read")
+
+
+def _version_of(source: str) -> tuple[int, int] | None:
+    """Size and time of change of a file; None for what is no file."""
+    path = Path(source)
+    if not path.is_file():
+        return None
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _column_row(row: TrainingRow, documents: list[str], positive: int) -> dict[str, Any]:

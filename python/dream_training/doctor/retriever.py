@@ -215,6 +215,7 @@ def _train(patient: Patient, gradients: _Gradients) -> History:
             lr_scheduler="constant",
             max_steps=_STEPS,
             eval_data=None,
+            save_steps=0,
             output_dir=folder,
         )
         return train(

@@ -174,6 +174,18 @@ def save_retriever(model: SentenceTransformer, path: str | os.PathLike[str]) -> 
     return path
 
 
+def recover_folder(path: Path) -> None:
+    """Finish what :func:`save_retriever` was killed at: a moved-away folder gets its place back.
+
+    The new one is complete when the old one is moved, so it takes the place. Other temporary
+    folders go.
+    """
+    for temporary in path.parent.glob(f".{path.name}.*"):
+        if not path.exists() and (temporary / "old").exists() and (temporary / "new").exists():
+            (temporary / "new").rename(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _merged(model: SentenceTransformer) -> SentenceTransformer:
     """Return a copy whose LoRA layers are ordinary layers; the model itself if it has none."""
     from peft.tuners.tuners_utils import BaseTunerLayer

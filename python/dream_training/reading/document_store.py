@@ -122,8 +122,8 @@ class DocumentStore(ABC):
         self._sizes.move_to_end(name)
 
     @abstractmethod
-    def _load(self, name: str, tokens: int) -> Tensor | None:
-        """Return what is kept under a name, or None."""
+    def _load(self, name: str, tokens: int | None) -> Tensor | None:
+        """Return what is kept under a name, or None; ``tokens`` is how many it must have."""
 
     @abstractmethod
     def _save(self, name: str, states: Tensor) -> int:
@@ -141,7 +141,30 @@ class MemoryStore(DocumentStore):
         super().__init__(identity, max_bytes)
         self._states: dict[str, Tensor] = {}
 
-    def _load(self, name: str, tokens: int) -> Tensor | None:
+    def write_to(self, folder: Path) -> list[str]:
+        """Write to a folder what is not there yet; return all names, the one used last at the end.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written.
+        """
+        disk = DiskStore(folder, self._identity, self.max_bytes)
+        for name, states in self._states.items():
+            if name not in disk:
+                disk._save(name, states)
+        return list(self._sizes)
+
+    def read_from(self, folder: Path, names: Sequence[str]) -> None:
+        """Keep what :meth:`write_to` wrote; what is damaged or missing is left out, and named."""
+        disk = DiskStore(folder, self._identity, self.max_bytes)
+        for name in names:
+            states = disk._load(name, None)
+            if states is None:
+                logger.warning("%s: not there any more, read again", disk._path(name))
+                continue
+            self._sizes[name] = size = self._save(name, states)
+            self._bytes += size
+
+    def _load(self, name: str, tokens: int | None) -> Tensor | None:
         return self._states.get(name)
 
     def _save(self, name: str, states: Tensor) -> int:
@@ -188,10 +211,19 @@ class DiskStore(DocumentStore):
             self._sizes[name] = size
             self._bytes += size
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._sizes
+
+    def keep_only(self, names: set[str]) -> None:
+        """Delete all others."""
+        for name in set(self._sizes) - names:
+            self._forget(name)
+            self._delete(name)
+
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{_SUFFIX}"
 
-    def _load(self, name: str, tokens: int) -> Tensor | None:
+    def _load(self, name: str, tokens: int | None) -> Tensor | None:
         from safetensors import SafetensorError, safe_open
 
         path = self._path(name)
@@ -208,7 +240,7 @@ class DiskStore(DocumentStore):
         reason = None
         if metadata.get("format") != _FORMAT or metadata.get("name") != name:
             reason = "it was not written for this document and reader"
-        elif states.dim() != 5 or states.shape[3] != tokens:
+        elif states.dim() != 5 or tokens not in (None, states.shape[3]):
             reason = f"it holds {list(states.shape)} for {tokens} tokens"
         elif metadata.get("crc32") != _crc32(states):
             reason = "its check sum is wrong"

@@ -29,9 +29,18 @@ class History:
     steps: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
 
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "evaluations": self.evaluations}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.steps[:] = state["steps"]
+        self.evaluations[:] = state["evaluations"]
+
 
 def describe(metrics: dict[str, float]) -> str:
     """One line of a step's metrics for people."""
+    if "loss" not in metrics:
+        return "skipped" if "skipped" in metrics else ""
     parts = [f"loss {metrics['loss']:.3f}"]
     if "weight_on_positive" in metrics:
         parts.append(f"weight on positive {metrics['weight_on_positive']:.2f}")
@@ -83,7 +92,7 @@ class ProgressCallback(TrainerCallback):
         metrics = dict(getattr(self.loss, "metrics", {}))
         metrics |= {"step": state.global_step, "seconds": time.perf_counter() - self._begin}
         self.history.steps.append(metrics)
-        line = describe(metrics) if "loss" in metrics else ""
+        line = describe(metrics)
         if self.progress is not None:
             self.progress.update(self._task, completed=state.global_step, description=line)
         elif state.global_step % self.log_steps == 0:
@@ -99,8 +108,10 @@ class ProgressCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        if not logs or "loss" not in logs or not self.history.steps:
+            return
         # Objectives without metrics of their own still report their loss to the trainer.
-        if logs and "loss" in logs and self.history.steps:
+        if "skipped" not in self.history.steps[-1]:
             self.history.steps[-1].setdefault("loss", float(logs["loss"]))
 
     def close(self) -> None:
@@ -138,6 +149,15 @@ class KeepBestCallback(TrainerCallback):
         self.output_dir = output_dir
         self.best = max((e["ndcg_at_10"] for e in history.evaluations), default=float("-inf"))
         self.best_path: Path | None = None
+
+    def state(self) -> bool:
+        """Whether there is a best model; how good it is stands in the history."""
+        return self.best_path is not None
+
+    def restore(self, state: bool) -> None:
+        """Go on with the history, which must be restored before."""
+        self.best = max((e["ndcg_at_10"] for e in self.history.evaluations), default=float("-inf"))
+        self.best_path = self.output_dir / "best" if state else None
 
     def on_evaluate(
         self,

@@ -28,7 +28,7 @@ RESULT = "result.json"
 _METRIC = "ndcg_at_10"
 _SECTION = "compare"
 # What a run writes beside what it is: it may differ without the result being another one.
-_INCIDENTAL = ("output_dir", "log_steps")
+_INCIDENTAL = ("output_dir", "log_steps", "save_steps", "keep_checkpoints")
 # What decides the scores of the retriever before its first step.
 _START = (
     *("retriever", "retriever_layers", "lora_r", "seed", "dtype", "query_prompt"),
@@ -241,6 +241,7 @@ def _measure(
     """Train once, evaluate before and after on every data set, and write the result."""
     from dream_training.models.loading import make_retriever
     from dream_training.training.driver import make_evaluator, train
+    from dream_training.training.resuming import CHECKPOINTS, has_checkpoint_of
 
     model = make_retriever(config)
     evaluators = {}
@@ -254,7 +255,15 @@ def _measure(
     for name, evaluator in evaluators.items():
         if name not in before:
             before[name] = evaluator(model)
-    trained = train(config, model=model, console=console, evaluate_first=False)
+    resume = has_checkpoint_of(config)
+    trained = train(
+        config,
+        model=model,
+        console=console,
+        evaluate_first=False,
+        resume=resume,
+        overwrite=not resume,
+    )
     if trained.interrupted:
         raise KeyboardInterrupt
     scores = {
@@ -262,7 +271,7 @@ def _measure(
         for name, evaluator in evaluators.items()
     }
     if not comparison.keep_models:
-        for name in ("best", "last"):
+        for name in ("best", "last", CHECKPOINTS):
             shutil.rmtree(Path(config.output_dir) / name, ignore_errors=True)
     write_json(
         Path(config.output_dir) / RESULT,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 
 from dream_kernels import HeadFile, read_heads, write_heads
+from dream_training.checkpointing.documents import StoredDocuments
 from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import read_training_data, stream_training_data
@@ -25,8 +26,8 @@ from dream_training.heads.selection import (
 )
 from dream_training.json_file import write_json
 from dream_training.models.loading import load_reader, make_retriever
-from dream_training.models.retriever import save_retriever
-from dream_training.objectives.build import Objective, build_objective
+from dream_training.models.retriever import recover_folder, save_retriever
+from dream_training.objectives.build import build_objective
 from dream_training.objectives.temperature import Temperature
 from dream_training.plots import plot_curve, plot_heads
 from dream_training.training.callbacks import (
@@ -35,15 +36,22 @@ from dream_training.training.callbacks import (
     ProgressCallback,
     TemperatureCallback,
 )
+from dream_training.training.faults import MemoryWatch, StepGuard, is_out_of_memory, memory_advice
+from dream_training.training.resuming import (
+    CHECKPOINTS,
+    check_identity,
+    check_unused,
+    find_checkpoint,
+    identity_of,
+)
 from dream_training.training.run_record import RunRecord
+from dream_training.training.signals import StopSignals
+from dream_training.training.trainer import RunTrainer, Stateful, build_trainer
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from sentence_transformers import SentenceTransformer
     from transformers import TrainerCallback
-
-# Lines of a stream that are shuffled together.
-STREAM_BUFFER = 1000
 
 
 @dataclass
@@ -54,7 +62,8 @@ class TrainResult:
         model: the retriever after the last step.
         path: the folder to load: the best model, or the last where nothing was evaluated.
         history: losses and evaluations.
-        interrupted: whether Ctrl-C ended the run.
+        interrupted: whether a signal ended the run.
+        signal: which one, None if none.
         seconds: duration of the training, evaluations included.
     """
 
@@ -63,10 +72,11 @@ class TrainResult:
     history: History
     interrupted: bool
     seconds: float
+    signal: int | None = None
 
 
 def load_training_data(config: TrainConfig) -> Dataset | IterableDataset:
-    """Read the training data that a config names; a stream if it says so, shuffled.
+    """Read the training data that a config names; an endless shuffled stream if it says so.
 
     Raises:
         FileNotFoundError: there is no such file, folder or data set.
@@ -78,8 +88,7 @@ def load_training_data(config: TrainConfig) -> Dataset | IterableDataset:
         "positives": config.train_positives,
     }
     if config.streaming:
-        stream = stream_training_data(config.train_data, **options)
-        return stream.shuffle(seed=config.seed, buffer_size=STREAM_BUFFER)
+        return stream_training_data(config.train_data, **options, endless_seed=config.seed)
     return read_training_data(config.train_data, **options)
 
 
@@ -130,13 +139,16 @@ def train(
     evaluate_first: bool = True,
     history: History | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> TrainResult:
     """Train a retriever.
 
     Writes ``best/`` and ``last/`` (both load with ``SentenceTransformer(path)``), ``heads.yaml``,
-    ``config.json``, ``history.json`` and ``curve.png`` to ``config.output_dir``, and for
-    ``dream report`` what :class:`~dream_training.training.run_record.RunRecord` names. Ctrl-C stops
-    after the current step and keeps what there is.
+    ``config.json``, ``history.json``, ``curve.png`` and ``checkpoints/`` to ``config.output_dir``,
+    and for ``dream report`` what :class:`~dream_training.training.run_record.RunRecord` names.
+    SIGINT (Ctrl-C) and SIGTERM stop after the current step and keep what there is; a second one
+    stops at once.
 
     Args:
         config: the run.
@@ -148,13 +160,23 @@ def train(
         evaluate_first: evaluate before the first step too.
         history: what was measured before; the run adds to it.
         callbacks: the trainer's, beside the run's own.
+        resume: go on from the newest checkpoint that is whole, as if the run had not stopped; from
+            the first step if there is none.
+        overwrite: a new run deletes the checkpoints of an unfinished one.
 
     Raises:
         FileNotFoundError: a file of the config is missing.
-        ValueError: something in config or data does not fit; the message says what.
+        FileExistsError: ``output_dir`` has checkpoints of an unfinished run, and neither
+            ``resume`` nor ``overwrite`` is set.
+        ValueError: something in config, data or checkpoint does not fit; the message says what.
+        FloatingPointError: more than ``max_skipped_steps`` steps were not finite.
+        MemoryError: memory did not suffice; the message says what to lower, and by how much.
+        OSError: ``output_dir`` cannot be written.
     """
     console = console or Console()
     output_dir = Path(config.output_dir)
+    if not resume and not overwrite:
+        check_unused(output_dir / CHECKPOINTS)
     data = load_training_data(config) if data is None else data
     if not _is_stream(data) and len(data) < config.batch_size:
         raise ValueError(
@@ -163,19 +185,54 @@ def train(
     if evaluator is None:
         evaluator = make_evaluator(config)
     check_tasks(config.final_tasks or [])
-    output_dir.mkdir(parents=True, exist_ok=True)
+    _prepare_folder(output_dir)
+    identity = identity_of(config, data)
+    checkpoint = find_checkpoint(output_dir / CHECKPOINTS, console) if resume else None
+    if checkpoint is None:
+        shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)
+    else:
+        check_identity(checkpoint, identity, config)
     write_json(output_dir / "config.json", asdict(config))
     if model is None:
         model = make_retriever(config)
-    objective = build_objective(
-        config, model, data, lambda: _choose_heads(config, data, heads, output_dir, console)
-    )
+
+    def choose_heads() -> dict[int, list[int]]:
+        if checkpoint is None:
+            chosen = _choose_heads(config, data, heads, output_dir, console)
+        else:
+            chosen = {int(k): list(v) for k, v in checkpoint.document("run")["heads"].items()}
+        identity["heads"] = chosen
+        return chosen
+
+    objective = build_objective(config, model, data, choose_heads)
     history = history or History()
-    record = RunRecord(config, model, data, objective.loss, evaluator, history)
+    record = RunRecord(
+        config, model, data, objective.loss, evaluator, history, resumed=checkpoint is not None
+    )
     progress = ProgressCallback(objective.loss, history, console, config.log_steps)
     keeper = KeepBestCallback(model, history, output_dir, console)
-    trainer = _trainer(config, model, objective, evaluator, evaluate_first)
-    for callback in (progress, keeper, record, *callbacks):
+    guard = StepGuard(objective.loss, output_dir, config.max_skipped_steps, console)
+    watch = MemoryWatch(model.device)
+    signals = StopSignals(checkpoints=config.save_steps != 0)
+    parts: dict[str, Stateful] = {"history": history, "keeper": keeper, "record": record}
+    parts["guard"] = guard
+    store = getattr(getattr(objective.loss, "reader", None), "store", None)
+    if store is not None:
+        parts["documents"] = StoredDocuments(
+            store, output_dir / CHECKPOINTS, config.keep_checkpoints
+        )
+    trainer = build_trainer(
+        config,
+        model,
+        objective,
+        evaluator,
+        evaluate_first=evaluate_first and checkpoint is None,
+        parts=parts,
+        identity=identity,
+        guard=guard,
+        console=console,
+    )
+    for callback in (watch, progress, keeper, record, signals, *callbacks):
         trainer.add_callback(callback)
     temperature = getattr(objective.loss, "temperature", None)
     if isinstance(temperature, Temperature):
@@ -183,23 +240,58 @@ def train(
     start = time.perf_counter()
     interrupted = False
     try:
-        trainer.train()
+        with signals.caught():
+            if checkpoint is None:
+                trainer.train()
+            else:
+                trainer.resume(checkpoint)
     except KeyboardInterrupt:
         interrupted = True
+    except Exception as error:
+        step = trainer.state.global_step + 1
+        if "DataLoader worker" in str(error):
+            raise ChildProcessError(
+                f"a process of dataloader_workers died in step {step}: {error}"
+            ) from error
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(memory_advice(error, config, watch, step)) from error
     finally:
         progress.close()
+    interrupted = interrupted or signals.received is not None
     seconds = time.perf_counter() - start
     save_retriever(model, output_dir / "last")
     path = keeper.best_path or output_dir / "last"
-    write_json(
-        output_dir / "history.json",
-        {"steps": history.steps, "evaluations": history.evaluations},
-    )
+    write_json(output_dir / "history.json", history.state())
     plot_curve(history, output_dir / "curve.png")
     if interrupted:
         console.print(f"Interrupted after {len(history.steps)} steps; the retriever is in {path}")
+        _say_how_to_go_on(trainer, console)
     record.finish(path, console, interrupted)
-    return TrainResult(model, path, history, interrupted, seconds)
+    return TrainResult(model, path, history, interrupted, seconds, signals.received)
+
+
+def _prepare_folder(output_dir: Path) -> None:
+    """Make the folder, show that it can be written, and mend what a killed run left half-moved."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / ".writable", {})
+        (output_dir / ".writable").unlink()
+    except OSError as error:
+        raise OSError(f"output_dir {output_dir} cannot be written: {error}") from error
+    for name in ("best", "last"):
+        recover_folder(output_dir / name)
+
+
+def _say_how_to_go_on(trainer: RunTrainer, console: Console) -> None:
+    if trainer.checkpoint is None:
+        console.print("There is no checkpoint yet: --resume would begin anew.")
+    else:
+        console.print(
+            f"--resume goes on after step {trainer.checkpoint.step}, from "
+            f"{trainer.checkpoint.path}",
+            soft_wrap=True,
+        )
 
 
 def _is_stream(data: Any) -> bool:
@@ -222,62 +314,3 @@ def _choose_heads(
         plot_heads(heads, output_dir / "heads.png", config.top_k or len(heads.heads))
     write_heads(output_dir / "heads.yaml", heads)
     return heads.by_layer(config.top_k)
-
-
-def _trainer(
-    config: TrainConfig,
-    model: SentenceTransformer,
-    objective: Objective,
-    evaluator: RetrievalEvaluator | None,
-    evaluate_first: bool,
-) -> Any:
-    from sentence_transformers import (
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
-    from transformers import PrinterCallback, set_seed
-
-    set_seed(config.seed)
-    evaluate: dict[str, Any] = {}
-    if evaluator is not None:
-        evaluate = {
-            "eval_strategy": "steps",
-            "eval_steps": config.eval_steps,
-            "eval_on_start": evaluate_first,
-        }
-    args = SentenceTransformerTrainingArguments(
-        output_dir=config.output_dir,
-        max_steps=config.max_steps,
-        per_device_train_batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler,
-        warmup_steps=config.warmup_steps,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        data_seed=config.seed,
-        use_cpu=str(model.device) == "cpu",
-        dataloader_drop_last=True,
-        # Batches of a stream would be cut to as many documents as there are queries.
-        accelerator_config={"dispatch_batches": False},
-        dataloader_pin_memory=torch.cuda.is_available(),
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        batch_sampler="no_duplicates" if objective.no_duplicates else "batch_sampler",
-        prompts={"query": config.query_prompt, "positive": config.document_prompt},
-        **evaluate,
-    )
-    # A card without widget examples would have the trainer make some from the training columns.
-    model.model_card_data.widget = [{}]
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=args,
-        train_dataset=objective.data,
-        loss=objective.loss,
-        evaluator=evaluator,
-        data_collator=objective.collator,  # type: ignore[arg-type]  # duck-typed by the trainer
-    )
-    trainer.remove_callback(PrinterCallback)
-    model.model_card_data.widget = []
-    return trainer

@@ -106,6 +106,7 @@ def _two_steps(config: TrainConfig, rows: Any, folder: Path) -> History:
         batch_size=min(config.batch_size, 8),
         max_steps=_STEPS,
         eval_data=None,
+        save_steps=0,
         output_dir=str(folder / "run"),
     )
     result = train(small, data=rows, heads=heads, console=Console(file=io.StringIO()))

@@ -93,6 +93,28 @@ class TrainingExamples:
                 self._encode(model, "document", [document for _, document in self.pairs]),
             )
 
+    def state(self) -> dict[str, Any]:
+        """What was measured so far, as JSON can hold it."""
+        return {
+            "mass": None if self.mass is None else self.mass.tolist(),
+            "geometry": self.geometry,
+            "measured": {
+                name: {key: None if value is None else value.tolist() for key, value in own.items()}
+                for name, own in self.measured.items()
+            },
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`state` returned."""
+        self.mass = None if state["mass"] is None else torch.tensor(state["mass"])
+        self.geometry = state["geometry"]
+        self.measured = {
+            name: {
+                key: None if value is None else torch.tensor(value) for key, value in own.items()
+            }
+            for name, own in state["measured"].items()
+        }
+
     def content(self) -> dict[str, Any]:
         """Return what ``examples.json`` holds.
 

@@ -40,6 +40,7 @@ class RunRecord(TrainerCallback):
         loss: the objective.
         evaluator: what evaluates during training.
         history: of the run; if it has an evaluation already, the evaluator's scores belong to it.
+        resumed: the run goes on from a checkpoint, so nothing is measured before its first step.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class RunRecord(TrainerCallback):
         loss: Any,
         evaluator: RetrievalEvaluator | None,
         history: History,
+        resumed: bool = False,
     ) -> None:
         self.config, self.model, self.loss = config, model, loss
         self.evaluator, self.history = evaluator, history
@@ -70,7 +72,19 @@ class RunRecord(TrainerCallback):
                 config.passage_max_len,
                 config.seed,
             )
-            self._measure("before")
+            if not resumed:
+                self._measure("before")
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "scores": {str(step): scores for step, scores in self._scores.items()},
+            "examples": None if self.examples is None else self.examples.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._scores = {int(step): scores for step, scores in state["scores"].items()}
+        if self.examples is not None and state["examples"] is not None:
+            self.examples.restore(state["examples"])
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -123,6 +137,13 @@ class RunRecord(TrainerCallback):
         scores = getattr(self.evaluator, "query_scores", None)
         if scores and scores is not self._taken:
             self._scores[step] = self._taken = scores
+            self._scores = {s: self._scores[s] for s in self._scores if s in self._needed(step)}
+
+    def _needed(self, newest: int) -> set[int]:
+        """Evaluations whose scores may still be written: first, best and newest."""
+        trained = {e["step"]: e["ndcg_at_10"] for e in self.history.evaluations if e["step"] > 0}
+        best = max(trained, key=lambda step: trained[step], default=0.0)
+        return {0, int(best), newest}
 
     def _evaluations(self, path: Path) -> list[Evaluation]:
         if self.evaluator is None:

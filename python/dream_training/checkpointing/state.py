@@ -1,0 +1,120 @@
+"""What decides how training goes on: weights, optimiser, schedule and random generators."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from dream_training.checkpointing.folder import CheckpointError
+
+_BETWEEN = "::"  # parts the name of a parameter from what the optimiser keeps of it
+# Sharded ones come whole, on the CPU; what is frozen stays out.
+_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+
+
+def trained_weights(loss: nn.Module) -> dict[str, Tensor]:
+    """Parameters that are trained, and buffers, of the retriever and the objective.
+
+    Sharded ones come whole: every rank must call this. On the CPU.
+
+    Args:
+        loss: the objective, which holds the retriever.
+    """
+    state = get_model_state_dict(loss, options=_OPTIONS)
+    # The reader is frozen, and its buffers with it.
+    return {
+        name: value.clone()
+        for name, value in state.items()
+        if isinstance(value, Tensor) and not name.startswith("reader.")
+    }
+
+
+def restore_weights(loss: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`trained_weights` returned.
+
+    Raises:
+        CheckpointError: the weights belong to another retriever.
+    """
+    now = trained_weights(loss)
+    for name in sorted(now.keys() ^ weights.keys()):
+        where = "the checkpoint" if name in weights else "the retriever of this run"
+        raise CheckpointError(f"only {where} has the weight {name!r}")
+    for name, value in now.items():
+        if value.shape != weights[name].shape:
+            raise CheckpointError(
+                f"the weight {name!r} must have the shape {list(value.shape)}, "
+                f"got {list(weights[name].shape)}"
+            )
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
+    set_model_state_dict(loss, dict(weights), options=options)
+
+
+def optimizer_state(
+    loss: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What an optimiser keeps: tensors by name, and what JSON can hold."""
+    state: Any = get_optimizer_state_dict(loss, optimizer, options=_OPTIONS)
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for parameter, kept in state["state"].items():
+        for name, value in kept.items():
+            group = tensors if isinstance(value, Tensor) else numbers
+            group[f"{parameter}{_BETWEEN}{name}"] = value
+    return tensors, {"numbers": numbers, "groups": state["param_groups"]}
+
+
+def restore_optimizer(
+    loss: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    content: Mapping[str, Any],
+) -> None:
+    """Put back what :func:`optimizer_state` returned."""
+    state: dict[str, dict[str, Any]] = {}
+    for key, value in {**content["numbers"], **tensors}.items():
+        parameter, name = key.rsplit(_BETWEEN, 1)
+        state.setdefault(parameter, {})[name] = value
+    groups = [
+        # JSON knows no tuples, and the optimiser's pair of decay rates was one.
+        {key: tuple(value) if key == "betas" else value for key, value in group.items()}
+        for group in content["groups"]
+    ]
+    whole: Any = {"state": state, "param_groups": groups}
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True)
+    set_optimizer_state_dict(loss, optimizer, whole, options=options)
+
+
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The states of Python's, NumPy's and PyTorch's generators, accelerators' included."""
+    numpy_state: Any = np.random.get_state()
+    kind, keys, *rest = numpy_state
+    version, internal, gauss = random.getstate()
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.tensor(keys.tolist())}
+    if torch.cuda.is_available():
+        for device, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"cuda{device}"] = state
+    return tensors, {"python": [version, list(internal), gauss], "numpy": [kind, *rest]}
+
+
+def restore_random(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+    """Put back what :func:`random_state` returned."""
+    version, internal, gauss = content["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, *rest = content["numpy"]
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(tensors["torch"])
+    for device in range(torch.cuda.device_count()):
+        if f"cuda{device}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda{device}"], device)

@@ -1,0 +1,249 @@
+"""What goes wrong in a step: numbers that are not finite, and memory that does not suffice."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dream_training.data.jsonl import write_json_lines
+
+if TYPE_CHECKING:
+    from dream_training.config import TrainConfig
+
+FAULTS = "faults"
+_GIB = 2**30
+
+
+class StepGuard:
+    """Skips steps whose loss or gradient is not finite, up to a limit.
+
+    The batch of each is written to ``faults/step-12.jsonl``, as training data: a run over this file
+    with its size as ``batch_size`` has the same batch again.
+
+    Args:
+        loss: the objective; its metrics of a skipped step say so.
+        folder: of the run.
+        limit: how many steps may be skipped.
+        console: is told of each.
+
+    Attributes:
+        skipped: how many steps were, so far.
+    """
+
+    def __init__(self, loss: Any, folder: Path, limit: int, console: Console) -> None:
+        self.loss, self.folder, self.limit, self.console = loss, folder / FAULTS, limit, console
+        self.skipped = 0
+
+    def state(self) -> dict[str, int]:
+        return {"skipped": self.skipped}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        self.skipped = state["skipped"]
+
+    def accepts(self, loss: Tensor, model: nn.Module, step: int, inputs: dict[str, Any]) -> bool:
+        """Say whether a step counts, after its backward pass.
+
+        Args:
+            loss: scalar.
+            model: with its gradients.
+            step: that is being done, from 1 on.
+            inputs: the batch, written down if the step does not count.
+
+        Raises:
+            FloatingPointError: more steps than the limit were skipped.
+        """
+        if _all_finite(loss, model):
+            return True
+        self.skipped += 1
+        value = loss.item()
+        what = f"loss {value}" if not math.isfinite(value) else f"gradient of loss {value:.3f}"
+        path = self._write(step, inputs)
+        self.console.print(
+            f"step {step} skipped: {what} is not finite; its batch is in {path}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        self.loss.metrics = {"skipped": 1.0}
+        if self.skipped > self.limit:
+            raise FloatingPointError(
+                f"{self.skipped} steps had a loss or gradient that is not finite, and "
+                f"max_skipped_steps is {self.limit}; their batches are in {self.folder}. A lower "
+                "learning_rate, a higher temperature or dtype=float32 may help."
+            )
+        return False
+
+    def _write(self, step: int, inputs: Mapping[str, Any]) -> Path:
+        path = self.folder / f"step-{step}.jsonl"
+        try:
+            write_json_lines(path, batch_rows(inputs))
+        except OSError as error:  # a full disk shall not end a run that can go on
+            self.console.print(f"{path} could not be written: {error}", soft_wrap=True)
+        return path
+
+
+def batch_rows(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a batch as training data, from the texts that the collator put into it.
+
+    A batch of tokens alone, as the library's own losses take, gives one row of the tokens of each
+    column.
+    """
+    if "query_texts" not in inputs:
+        tokens = {name: v.tolist() for name, v in inputs.items() if name.endswith("input_ids")}
+        return [tokens]
+    documents, pools = inputs["document_texts"], inputs.get("query_pools")
+    positives, rows = inputs["query_positives"], []
+    for b, (query, target) in enumerate(zip(inputs["query_texts"], inputs["query_targets"])):
+        own = documents if pools is None else [documents[i] for i in pools[b]]
+        row = {"query": query, "target": target, "documents": own}
+        rows.append(row if positives[b] < 0 else {**row, "positive": positives[b]})
+    return rows
+
+
+@torch.no_grad()
+def _all_finite(loss: Tensor, model: nn.Module) -> bool:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    parts = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+    finite = torch.stack([loss.detach().isfinite().all(), *(g.isfinite().all() for g in parts)])
+    all_of_them = finite.all()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # All ranks skip a step, or none does.
+        flag = all_of_them.int()
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+        return bool(flag)
+    return bool(all_of_them)
+
+
+class MemoryWatch(TrainerCallback):
+    """Measures what a step takes, so that an out-of-memory error can say what would fit.
+
+    Attributes:
+        resting: bytes in use between two steps: weights, optimiser and documents.
+        peak: most bytes that were in use during a step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.resting = self.peak = 0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.resting = self._now()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.peak = max(self.peak, self.highest())
+
+    def highest(self) -> int:
+        """Most bytes in use since the step began; on a CPU, since the process did."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return _process_memory("VmHWM")
+
+    def capacity(self) -> int:
+        """Bytes that there are."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return _machine_memory()
+
+    def _now(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return _process_memory("VmRSS")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, on any device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator" in str(error) or "out of memory" in str(error).lower()
+    )
+
+
+def memory_advice(error: BaseException, config: TrainConfig, watch: MemoryWatch, step: int) -> str:
+    """What to lower, and by how much, from what was measured up to the error.
+
+    A step takes ``resting + activations`` bytes, and the activations grow with what is embedded and
+    read at once. So what fits is in proportion ``(capacity - resting) / (needed - resting)``, with
+    a tenth to spare.
+
+    Args:
+        error: what was raised.
+        config: the run.
+        watch: measured the run.
+        step: in which it happened.
+    """
+    capacity, resting = watch.capacity(), watch.resting
+    needed = max(watch.highest(), resting) + _asked(error)
+    share = 0.9 * max(capacity - resting, 0) / max(needed - resting, 1)
+    share = min(share, 0.5)  # it did not fit, whatever the measurement says
+    lines = [
+        f"out of memory in step {step}: {needed / _GIB:.2f} GiB were needed, {resting / _GIB:.2f} "
+        f"of them before the step, and there are {capacity / _GIB:.2f}. To lower, in this order:"
+    ]
+    texts = config.batch_size * (1 + (config.documents_per_query or 1))
+    now = config.mini_batch_size or texts
+    if now > 1:
+        lines.append(
+            f"- mini_batch_size={max(1, int(now * share))} (now {config.mini_batch_size or 'all'}"
+            f"{'' if config.mini_batch_size else f', at least {texts} texts'}): changes no result"
+        )
+    if config.documents_per_query is not None and config.documents_per_query > 2:
+        lines.append(
+            f"- documents_per_query={max(2, int(config.documents_per_query * share))} "
+            f"(now {config.documents_per_query})"
+        )
+    if config.batch_size > 2:
+        lines.append(
+            f"- batch_size={max(2, int(config.batch_size * share))} (now {config.batch_size})"
+        )
+    lines.append(
+        f"- passage_max_len={max(1, int(config.passage_max_len * share))} "
+        f"(now {config.passage_max_len})"
+    )
+    if config.document_store == "memory":
+        lines.append(
+            f"- document_store_gb, now {config.document_store_gb:g}, of the {resting / _GIB:.2f} "
+            "GiB before the step; or a folder as document_store"
+        )
+    return "\n".join(lines)
+
+
+def _asked(error: BaseException) -> int:
+    """Bytes that an allocation asked for, where the message says so."""
+    found = re.search(r"allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)", str(error), re.IGNORECASE)
+    if found is None:
+        return 0
+    unit = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": _GIB}[found[2].lower()]
+    return int(float(found[1]) * unit)
+
+
+def _process_memory(field: str) -> int:
+    """A field of the process's status in bytes, 0 where the system does not tell."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def _machine_memory() -> int:
+    import os
+
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0

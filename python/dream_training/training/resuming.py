@@ -1,0 +1,135 @@
+"""Going on from a checkpoint: which one, and whether it is one of this run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from dream_training.checkpointing.folder import Checkpoint, has_checkpoints, newest_checkpoint
+from dream_training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+# Of the config, what may change between a checkpoint and the run that goes on from it.
+_MAY_CHANGE = frozenset(
+    {
+        *("output_dir", "log_steps", "eval_steps", "save_steps", "keep_checkpoints"),
+        *("final_tasks", "max_steps", "max_skipped_steps", "mini_batch_size", "device"),
+        *("dataloader_workers", "document_store_gb"),
+    }
+)
+# In output_dir.
+CHECKPOINTS = "checkpoints"
+# Rows of a large data set that its digest looks at.
+_ROWS = 10_000
+
+
+def identity_of(config: TrainConfig, data: Dataset | IterableDataset) -> dict[str, Any]:
+    """What a checkpoint must share with the run that goes on from it."""
+    return {"config": asdict(config), "data": data_digest(config, data)}
+
+
+def data_digest(config: TrainConfig, data: Dataset | IterableDataset) -> str:
+    """A digest of training data: of its rows, evenly spread ones if there are more than 10,000.
+
+    A file is digested as a whole, and a stream that is no file by its name alone.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    path = Path(config.train_data)
+    if path.is_file():
+        with path.open("rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+    if hasattr(data, "__len__"):
+        count = len(data)
+        digest.update(str(count).encode())
+        for i in range(0, count, max(1, count // _ROWS)):
+            digest.update(json.dumps(data[i], sort_keys=True, default=str).encode())
+    else:
+        digest.update(config.train_data.encode())
+    return digest.hexdigest()
+
+
+def find_checkpoint(folder: Path, console: Console) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole, naming those that are refused."""
+
+    def refuse(reason: str) -> None:
+        console.print(f"refused: {reason}", soft_wrap=True, highlight=False)
+
+    checkpoint = newest_checkpoint(folder, refuse)
+    if checkpoint is None:
+        console.print(f"no checkpoint in {folder}: starting at the first step", soft_wrap=True)
+    else:
+        console.print(
+            f"going on after step {checkpoint.step} from {checkpoint.path}", soft_wrap=True
+        )
+    return checkpoint
+
+
+def has_checkpoint_of(config: TrainConfig) -> bool:
+    """Whether ``output_dir`` has a checkpoint that was written with this config."""
+    checkpoint = newest_checkpoint(Path(config.output_dir) / CHECKPOINTS, lambda reason: None)
+    if checkpoint is None or checkpoint.step > config.max_steps:
+        return False
+    return not _differing(checkpoint, asdict(config))
+
+
+def check_identity(
+    checkpoint: Checkpoint, identity: Mapping[str, Any], config: TrainConfig
+) -> None:
+    """Raise unless a checkpoint is one of this run.
+
+    Raises:
+        ValueError: a config key that decides the result differs, or the training data, or the
+            checkpoint has more steps than the run.
+    """
+    for key, (before, now) in _differing(checkpoint, identity["config"]).items():
+        raise ValueError(
+            f"{key} is {now!r}, and {checkpoint.path} was written with {before!r}: go on with "
+            "that, or start anew in another output_dir"
+        )
+    if checkpoint.document("run")["data"] != identity["data"]:
+        raise ValueError(
+            f"train_data {config.train_data} has changed since {checkpoint.path} was written: "
+            "bring the old data back, or start anew in another output_dir"
+        )
+    if checkpoint.step > config.max_steps:
+        raise ValueError(
+            f"max_steps must be at least {checkpoint.step}, the step of {checkpoint.path}, "
+            f"got {config.max_steps}"
+        )
+
+
+def _differing(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys that decide a run's result and differ: their values in the checkpoint, and now."""
+    before, now = checkpoint.document("run")["config"], json.loads(json.dumps(config))
+    return {
+        key: (before.get(key), now.get(key))
+        for key in sorted(now.keys() | before.keys())
+        if key not in _MAY_CHANGE and now.get(key) != before.get(key)
+    }
+
+
+def check_unused(folder: Path) -> None:
+    """Raise if a new run would destroy the checkpoints of an unfinished one.
+
+    Raises:
+        FileExistsError: there are some.
+    """
+    if not has_checkpoints(folder):
+        return
+    newest = newest_checkpoint(folder, lambda reason: None)
+    if newest is not None and newest.step >= newest.document("run")["config"]["max_steps"]:
+        return
+    step = "" if newest is None else f", the newest of step {newest.step}"
+    raise FileExistsError(
+        f"{folder} has checkpoints of an unfinished run{step}: go on with --resume, let "
+        "--overwrite delete them, or choose another output_dir"
+    )

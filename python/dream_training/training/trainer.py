@@ -1,0 +1,269 @@
+"""The library's trainer, with checkpoints that continue and steps that can be skipped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.sampler import DefaultBatchSampler
+from torch.utils.data import RandomSampler
+from transformers import PrinterCallback, set_seed
+
+from dream_training.checkpointing.folder import Checkpoint, prune_checkpoints, write_checkpoint
+from dream_training.checkpointing.state import (
+    optimizer_state,
+    random_state,
+    restore_optimizer,
+    restore_random,
+    restore_weights,
+    trained_weights,
+)
+from dream_training.training.resuming import CHECKPOINTS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from sentence_transformers import SentenceTransformer
+
+    from dream_training.config import TrainConfig
+    from dream_training.evaluation import RetrievalEvaluator
+    from dream_training.objectives.build import Objective
+    from dream_training.training.faults import StepGuard
+
+# As the trainer itself calls it and looks for it.
+_TRAINER_STATE = "trainer_state"
+
+
+class Stateful(Protocol):
+    """A part of a run that goes on where a checkpoint found it."""
+
+    def state(self) -> Any:
+        """What JSON can hold."""
+
+    def restore(self, state: Any) -> None:
+        """Put back what :meth:`state` returned."""
+
+
+class RunTrainer(SentenceTransformerTrainer):
+    """Trains, and writes checkpoints of its own form instead of the trainer's pickles.
+
+    Args:
+        parts: of the run beside weights and optimiser, by name; a checkpoint keeps their states.
+        identity: what a run must share with a checkpoint to go on from it.
+        guard: decides which steps count.
+        console: is told when a checkpoint could not be written.
+        keep_checkpoints: how many stay.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        parts: Mapping[str, Stateful],
+        identity: Mapping[str, Any],
+        guard: StepGuard,
+        console: Console,
+        keep_checkpoints: int,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.parts, self.identity, self.guard = parts, identity, guard
+        self.console, self.keep_checkpoints = console, keep_checkpoints
+        self.checkpoint: Checkpoint | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints are."""
+        return Path(str(self.args.output_dir)) / CHECKPOINTS
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Train on from a checkpoint to the end; nothing is left to do if it is there already."""
+        self.checkpoint = checkpoint
+        for name, state in checkpoint.document("run")["parts"].items():
+            self.parts[name].restore(state)
+        if checkpoint.step < self.args.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint.path))
+        else:
+            restore_weights(self._objective, checkpoint.tensors("weights"))
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.guard.accepts(loss, model, self.state.global_step + 1, inputs):
+            return loss
+        # Without gradients the optimiser leaves weights and averages alone.
+        model.zero_grad(set_to_none=True)
+        return torch.zeros_like(loss)
+
+    def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        sampler = super().get_batch_sampler(dataset, *args, **kwargs)
+        if type(sampler) is DefaultBatchSampler and isinstance(sampler.sampler, RandomSampler):
+            return ShuffledBatchSampler(sampler)
+        return sampler
+
+    @property
+    def _objective(self) -> torch.nn.Module:
+        assert isinstance(self.loss, torch.nn.Module)
+        return self.loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        # Of what is sharded, every rank holds a part.
+        moments, optimizer = optimizer_state(self._objective, _inner(self.optimizer))
+        weights = trained_weights(self._objective)
+        if not self.args.should_save:
+            return
+        generators, random = random_state()
+        step = self.state.global_step
+        try:
+            documents = {
+                _TRAINER_STATE: dataclasses.asdict(self.state),
+                "optimizer": optimizer,
+                "schedule": self.lr_scheduler.state_dict(),
+                "random": random,
+                "run": {
+                    **self.identity,
+                    "parts": {name: part.state() for name, part in self.parts.items()},
+                },
+            }
+            tensors = {"weights": weights, "optimizer": moments, "random": generators}
+            self.checkpoint = write_checkpoint(self.folder, step, tensors, documents)
+            prune_checkpoints(self.folder, self.keep_checkpoints)
+        except OSError as error:
+            # Training goes on: the disk may have room again for the next one.
+            self.console.print(
+                f"[bold]The checkpoint of step {step} could not be written[/bold] ({error}); "
+                f"{self._newest()}",
+                soft_wrap=True,
+                highlight=False,
+            )
+
+    def _newest(self) -> str:
+        if self.checkpoint is None:
+            return "there is none yet"
+        return f"the newest is that of step {self.checkpoint.step}"
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
+        """Weights are put back together with the optimiser, when both are in their final form."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self.checkpoint is not None
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        restore_weights(self._objective, self.checkpoint.tensors("weights"))
+        restore_optimizer(
+            self._objective,
+            _inner(self.optimizer),
+            self.checkpoint.tensors("optimizer"),
+            self.checkpoint.document("optimizer"),
+        )
+        self.lr_scheduler.load_state_dict(self.checkpoint.document("schedule"))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self.checkpoint is not None
+        restore_random(self.checkpoint.tensors("random"), self.checkpoint.document("random"))
+
+
+class ShuffledBatchSampler(DefaultBatchSampler):
+    """Batches in an order that seed and epoch decide, whatever was drawn before.
+
+    The library's own goes on from the generator's last state, so that a run which is resumed after
+    its first epoch would see the data in another order.
+
+    Args:
+        sampler: the library's, over a random order that its generator draws.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        super().__init__(
+            sampler.sampler,
+            batch_size=sampler.batch_size,
+            drop_last=sampler.drop_last,
+            valid_label_columns=sampler.valid_label_columns,
+            generator=sampler.generator,
+            seed=sampler.seed,
+        )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        assert self.generator is not None
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+def build_trainer(
+    config: TrainConfig,
+    model: SentenceTransformer,
+    objective: Objective,
+    evaluator: RetrievalEvaluator | None,
+    *,
+    evaluate_first: bool,
+    **options: Any,
+) -> RunTrainer:
+    """Build the trainer of a run.
+
+    Args:
+        config: the run.
+        model: the retriever.
+        objective: loss, data and collator.
+        evaluator: evaluates during training, or None.
+        evaluate_first: evaluate before the first step too.
+        options: as in :class:`RunTrainer`.
+    """
+    set_seed(config.seed)
+    arguments: dict[str, Any] = {"save_strategy": "no"}
+    if evaluator is not None:
+        arguments |= {
+            "eval_strategy": "steps",
+            "eval_steps": config.eval_steps,
+            "eval_on_start": evaluate_first,
+        }
+    if config.save_steps != 0:
+        arguments["save_strategy"] = "steps"
+        arguments["save_steps"] = config.save_steps or config.eval_steps
+    args = SentenceTransformerTrainingArguments(
+        output_dir=config.output_dir,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=str(model.device) == "cpu",
+        dataloader_drop_last=True,
+        dataloader_num_workers=config.dataloader_workers,
+        # Batches of a stream would be cut to as many documents as there are queries.
+        accelerator_config={"dispatch_batches": False},
+        dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        batch_sampler="no_duplicates" if objective.no_duplicates else "batch_sampler",
+        prompts={"query": config.query_prompt, "positive": config.document_prompt},
+        **arguments,
+    )
+    # A card without widget examples would have the trainer make some from the training columns.
+    model.model_card_data.widget = [{}]
+    trainer = RunTrainer(
+        model=model,
+        args=args,
+        train_dataset=objective.data,
+        loss=objective.loss,
+        evaluator=evaluator,
+        data_collator=objective.collator,
+        keep_checkpoints=config.keep_checkpoints,
+        **options,
+    )
+    trainer.remove_callback(PrinterCallback)
+    model.model_card_data.widget = []
+    return trainer
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimiser that accelerate has wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)
