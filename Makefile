@@ -19,7 +19,7 @@ SANITIZER_RUN = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -pr
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib
 SANITIZER_TESTS ?= tests/kernels
 
-.PHONY: install demo test test-slow test-old-transformers test-sanitizers test-valgrind fuzz \
+.PHONY: install demo test test-slow soak test-old-transformers test-sanitizers test-valgrind fuzz \
   lint format clean check-system
 
 install: $(STAMP)
@@ -61,6 +61,14 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Everything of docs/reliability.md in full; its figures go to SOAK_RECORD.
+SOAK_RECORD ?= benchmarks/results/soak.jsonl
+soak: $(STAMP)
+	rm -f $(SOAK_RECORD)
+	DREAM_SOAK=1 DREAM_SOAK_RECORD=$(abspath $(SOAK_RECORD)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	  tests/training/test_checkpoint_folder.py tests/training/test_resume.py tests/training/test_faults.py \
+	  tests/training/test_long_run.py
 
 test-old-transformers: $(OLD_STAMP)
 	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -n 2 -m "not slow" tests/injection tests/training

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Rows that become one Arrow table: Python objects of more would outweigh the text.
 _CHUNK = 10_000
 # Rows of a stream that are shuffled together.
-_BUFFER = 1000
+STREAM_BUFFER = 1000
 
 
 def read_training_data(
@@ -289,7 +289,7 @@ def _columns(
 
 def _again_and_again(source: str, seed: int, **options: Any) -> Iterator[dict[str, Any]]:
     """Yield the rows of a stream without end, in an order that seed and round decide."""
-    stream = stream_training_data(source, **options).shuffle(seed=seed, buffer_size=_BUFFER)
+    stream = stream_training_data(source, **options).shuffle(seed=seed, buffer_size=STREAM_BUFFER)
     first = _version_of(source)
     for round_number in itertools.count():
         stream.set_epoch(round_number)

@@ -15,7 +15,11 @@ from dream_kernels import HeadFile, read_heads, write_heads
 from dream_training.checkpointing.documents import StoredDocuments
 from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
-from dream_training.data.jsonl import read_training_data, stream_training_data
+from dream_training.data.jsonl import (
+    STREAM_BUFFER,
+    read_training_data,
+    stream_training_data,
+)
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask, sample_queries
 from dream_training.evaluation.tasks import check_tasks
 from dream_training.heads.selection import (
@@ -75,8 +79,12 @@ class TrainResult:
     signal: int | None = None
 
 
-def load_training_data(config: TrainConfig) -> Dataset | IterableDataset:
-    """Read the training data that a config names; an endless shuffled stream if it says so.
+def load_training_data(config: TrainConfig, endless: bool = False) -> Dataset | IterableDataset:
+    """Read the training data that a config names; a shuffled stream if it says so.
+
+    Args:
+        config: names the data.
+        endless: a stream begins anew, in another order, when it is through.
 
     Raises:
         FileNotFoundError: there is no such file, folder or data set.
@@ -88,7 +96,10 @@ def load_training_data(config: TrainConfig) -> Dataset | IterableDataset:
         "positives": config.train_positives,
     }
     if config.streaming:
-        return stream_training_data(config.train_data, **options, endless_seed=config.seed)
+        if endless:
+            return stream_training_data(config.train_data, **options, endless_seed=config.seed)
+        stream = stream_training_data(config.train_data, **options)
+        return stream.shuffle(seed=config.seed, buffer_size=STREAM_BUFFER)
     return read_training_data(config.train_data, **options)
 
 
@@ -177,6 +188,7 @@ def train(
     output_dir = Path(config.output_dir)
     if not resume and not overwrite:
         check_unused(output_dir / CHECKPOINTS)
+    own_data = data is None
     data = load_training_data(config) if data is None else data
     if not _is_stream(data) and len(data) < config.batch_size:
         raise ValueError(
@@ -204,7 +216,10 @@ def train(
         identity["heads"] = chosen
         return chosen
 
-    objective = build_objective(config, model, data, choose_heads)
+    steps_data = data
+    if config.streaming and own_data:
+        steps_data = load_training_data(config, endless=True)
+    objective = build_objective(config, model, steps_data, choose_heads)
     history = history or History()
     record = RunRecord(
         config, model, data, objective.loss, evaluator, history, resumed=checkpoint is not None
