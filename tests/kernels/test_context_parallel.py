@@ -290,6 +290,15 @@ def test_what_travels(name: str, forward: list[int], backward: list[int], ranks)
         assert result[name]["sums"] == expected
 
 
+def test_the_model_of_many_gpus_counts_what_travels(ranks: list[dict]) -> None:
+    from benchmarks.parallel_model import partial_numbers
+
+    case = SPLITS[0].case
+    numbers = case.batch * partial_numbers(case.query_heads, case.head_dim, case.rows)
+    for result in ranks:
+        assert sum(result["base"]["sums"]) == numbers + 2 * case.batch
+
+
 def test_neither_traffic_nor_memory_grow_with_documents(ranks: list[dict]) -> None:
     few, many = long_split(4), long_split(64)
     case = many.case
