@@ -128,7 +128,8 @@ def fill(page: str) -> str:
     for name, text in blocks().items():
         block = _BLOCK.format(name=name, text=text)
         pattern = re.escape(f"<!-- {name} -->") + ".*?" + re.escape(f"<!-- end of {name} -->")
-        page, found = re.subn(pattern, lambda _, b=block: b, page, flags=re.DOTALL)
+        literally = block.replace("\\", r"\\")
+        page, found = re.subn(pattern, literally, page, flags=re.DOTALL)
         if found != 1:
             raise ValueError(f"the page must have one place for {name!r}, got {found}")
     return page
