@@ -38,14 +38,14 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
         slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         kernel = [r for r in own if r["suite"] in ("kernel", "acceptance")]
         if kernel:
-            paths.append(_save(draw_kernel(kernel, device), folder / f"kernel-{slug}.png"))
+            paths.append(save(draw_kernel(kernel, device), folder / f"kernel-{slug}.png"))
         scaling = [r for r in own if r["suite"] == "scaling"]
         if scaling:
-            paths.append(_save(draw_scaling(scaling, device), folder / f"scaling-{slug}.png"))
+            paths.append(save(draw_scaling(scaling, device), folder / f"scaling-{slug}.png"))
         steps = [r for r in own if r["suite"] == "step" and r["total"] is not None]
         for model in dict.fromkeys(r["model"] for r in steps):
             figure = draw_steps([r for r in steps if r["model"] == model], device)
-            paths.append(_save(figure, folder / f"step-{model}-{slug}.png"))
+            paths.append(save(figure, folder / f"step-{model}-{slug}.png"))
     return paths
 
 
@@ -177,7 +177,7 @@ def _draw_phases(axes: Any, records: Sequence[Record]) -> None:
     axes.tick_params(labelsize=8)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp.png")
     # Without a date and a version in the file, equal records give equal files.

@@ -79,7 +79,7 @@ def document_attention(
         ValueError: an argument has the wrong shape, device or content, or ``impl`` is unknown.
         NotImplementedError: ``impl`` names an implementation that cannot run this call.
     """
-    query, key, value, prefix = _autocast(query, key, value, prefix)
+    query, key, value, prefix = autocast_inputs(query, key, value, prefix)
     problem = build_problem(
         query,
         key,
@@ -132,7 +132,7 @@ def document_mass(
         NotImplementedError: ``impl`` names an implementation that cannot run this call.
     """
     pair = (prefix, prefix) if isinstance(prefix, Tensor) else prefix
-    query, key, _, pair = _autocast(query, key, key, pair)
+    query, key, _, pair = autocast_inputs(query, key, key, pair)
     # The mass is that of plain attention: no head receives the scores, which stand in as zeros.
     documents = spans.shape[1] if isinstance(spans, Tensor) and spans.dim() == 3 else 1
     problem = build_problem(
@@ -177,7 +177,7 @@ def explain(
     Takes the same arguments and raises the same errors, but runs nothing. ``print`` the result to
     see every implementation with its reason.
     """
-    query, key, value, prefix = _autocast(query, key, value, prefix)
+    query, key, value, prefix = autocast_inputs(query, key, value, prefix)
     problem = build_problem(
         query,
         key,
@@ -195,7 +195,7 @@ def explain(
     return explain_problem(problem, impl)
 
 
-def _autocast(
+def autocast_inputs(
     query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Cast to the autocast dtype, as PyTorch does for its own attention."""

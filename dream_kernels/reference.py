@@ -48,13 +48,13 @@ def _join(prefix: Tensor | None, local: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([prefix.expand(local.shape[0], -1, -1, -1), local], dim=2).to(dtype)
 
 
-def _safe_exp(log: Tensor, normalizer: Tensor) -> Tensor:
+def safe_exp(log: Tensor, normalizer: Tensor) -> Tensor:
     """``exp(log - normalizer)``, and 0 where the normaliser is that of an empty set."""
     empty = normalizer == -torch.inf
     return torch.exp(log - normalizer.masked_fill(empty, 0.0)).masked_fill(empty, 0.0)
 
 
-def _logsumexp(log: Tensor) -> Tensor:
+def logsumexp(log: Tensor) -> Tensor:
     """Log-sum-exp over the last dimension, -inf with zero gradient for an empty set."""
     peak = log.detach().amax(-1, keepdim=True)
     peak = peak.masked_fill(peak == -torch.inf, 0.0)
@@ -82,12 +82,12 @@ class Segments:
 
     @property
     def lse_all(self) -> Tensor:
-        return _logsumexp(self.lse)[..., None]
+        return logsumexp(self.lse)[..., None]
 
     @property
     def mass(self) -> Tensor:
         """``[B, Hq, M, S]``: what plain attention gives to each segment."""
-        return _safe_exp(self.lse, self.lse_all)
+        return safe_exp(self.lse, self.lse_all)
 
     def per_key(self, per_segment: Tensor) -> Tensor:
         """Spread ``[B, Hq, M, S]`` over the keys: ``[B, Hq, M, T]``."""
@@ -117,14 +117,14 @@ def attend_within_segments(problem: Problem) -> Segments:
     total = torch.exp(logits - peak.gather(-1, index)) @ one_hot
     empty = total == 0
     lse = (torch.log(total.masked_fill(empty, 1.0)) + peak).masked_fill(empty, -torch.inf)
-    return Segments(of_key, one_hot, _safe_exp(logits, lse.gather(-1, index)), lse)
+    return Segments(of_key, one_hot, safe_exp(logits, lse.gather(-1, index)), lse)
 
 
 def document_weights(problem: Problem) -> Tensor:
     """``[B, 1 or Hq, C]``: softmax of the scores over the present documents, 0 for the absent."""
     start, end = problem.spans.unbind(-1)
     scores = problem.scores.masked_fill((end <= start)[:, None, :], -torch.inf)
-    return _safe_exp(scores, _logsumexp(scores)[..., None])
+    return safe_exp(scores, logsumexp(scores)[..., None])
 
 
 def _scored(problem: Problem) -> Tensor:
@@ -150,7 +150,7 @@ def segment_factors(problem: Problem, segments: Segments) -> Tensor:
     if problem.mode == "bias":
         scores = problem.scores.masked_fill((end <= start)[:, None, :], 0.0)
         biased = segments.lse + torch.nn.functional.pad(scores, (0, 1))[:, :, None, :]
-        scored = _safe_exp(biased, _logsumexp(biased)[..., None])
+        scored = safe_exp(biased, logsumexp(biased)[..., None])
     else:
         mu = _mu(problem, segments)
         weights = document_weights(problem)[:, :, None, :]

@@ -32,7 +32,7 @@ def set_value_checks(enabled: bool | None) -> None:
     _value_checks = enabled
 
 
-def _checks_values_of(tensor: Tensor) -> bool:
+def checks_values_of(tensor: Tensor) -> bool:
     if _value_checks is not None:
         return _value_checks
     environment = os.environ.get("DREAM_KERNELS_CHECK")
@@ -131,9 +131,9 @@ def _check_spans(spans: Tensor, query: Tensor, length: int) -> Tensor:
 
 def check_values(spans: Tensor, scores: Tensor, length: int) -> None:
     """Raise ``ValueError`` for impossible spans and scores, where contents are to be checked."""
-    if _checks_values_of(spans):
+    if checks_values_of(spans):
         check_span_values(spans, length)
-    if _checks_values_of(scores):
+    if checks_values_of(scores):
         _check_score_values(scores.detach())
 
 

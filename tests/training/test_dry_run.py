@@ -44,6 +44,8 @@ def test_a_recipe_runs_in_small(recipe: Path) -> None:
         ("Qwen/Qwen2.5-0.5B", 494.0),
         ("meta-llama/Llama-3.2-1B", 1235.8),
         ("meta-llama/Llama-3.2-3B", 3212.7),
+        ("meta-llama/Llama-3.1-8B", 8030.3),
+        ("meta-llama/Llama-3.1-70B", 70553.7),
     ],
 )
 def test_weights_are_as_many_as_the_models_have(name: str, millions: float) -> None:

@@ -41,6 +41,23 @@ _LLAMA_3B = {
     "head_dim": 128,
     "tie_word_embeddings": True,
 }
+_LLAMA_8B = {
+    **_LLAMA,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
+_LLAMA_70B = {
+    **_LLAMA_8B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
 KNOWN = {
     "Qwen/Qwen2.5-0.5B": _QWEN_05B,
     "Qwen/Qwen2.5-0.5B-Instruct": _QWEN_05B,
@@ -48,6 +65,10 @@ KNOWN = {
     "meta-llama/Llama-3.2-1B-Instruct": _LLAMA_1B,
     "meta-llama/Llama-3.2-3B": _LLAMA_3B,
     "meta-llama/Llama-3.2-3B-Instruct": _LLAMA_3B,
+    "meta-llama/Llama-3.1-8B": _LLAMA_8B,
+    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_8B,
+    "meta-llama/Llama-3.1-70B": _LLAMA_70B,
+    "meta-llama/Llama-3.1-70B-Instruct": _LLAMA_70B,
 }
 
 _TINY_LAYERS, _TINY_HEAD_DIM, _TINY_VOCABULARY = 4, 16, 512
