@@ -85,7 +85,11 @@ class TrainConfig:
         mini_batch_size: texts that the retriever embeds at once, so that large pools fit into
             memory; None for all of a step. Changes no result and costs one more forward pass.
         query_max_len: tokens of a query, for retriever and reader.
-        passage_max_len: tokens of a document, for retriever and reader.
+        passage_max_len: tokens of a document, for the retriever, and for the reader unless the next
+            key says otherwise.
+        reader_passage_max_len: tokens of a document that the reader reads; None for
+            ``passage_max_len``. What a document tells about the target may stand far behind what
+            it is found by.
         target_max_len: tokens of a target that are predicted.
         query_prompt: put before queries by the retriever.
         document_prompt: put before documents by the retriever.
@@ -148,6 +152,7 @@ class TrainConfig:
     mini_batch_size: int | None = None
     query_max_len: int = 32
     passage_max_len: int = 128
+    reader_passage_max_len: int | None = None
     target_max_len: int = 32
     query_prompt: str = ""
     document_prompt: str = ""
@@ -204,8 +209,9 @@ class TrainConfig:
             _at_least(name, getattr(self, name), 2 if name == "batch_size" else 1)
         for name in ("max_steps", "eval_steps", "log_steps", "keep_checkpoints"):
             _at_least(name, getattr(self, name), 1)
-        if self.mini_batch_size is not None:
-            _at_least("mini_batch_size", self.mini_batch_size, 1)
+        for name in ("mini_batch_size", "reader_passage_max_len"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
         if self.eval_queries is not None:
             _at_least("eval_queries", self.eval_queries, 1)
         if self.save_steps is not None:

@@ -81,6 +81,9 @@ def test_the_plan_knows_pools_and_mini_batches(run) -> None:
     assert make_plan(replace(config, pool="in_batch"), 6).documents == 4
     assert make_plan(replace(config, documents_per_query=3), 6).documents == 12
     assert make_plan(replace(config, documents_per_query=9), 6).documents == 24
+    longer = make_plan(replace(config, reader_passage_max_len=32), 6)
+    assert longer.read_tokens == 2 * plan.read_tokens
+    assert longer.encoded_tokens == plan.encoded_tokens
     cached = make_plan(replace(config, mini_batch_size=2), 6)
     assert cached.activation_bytes * plan.encoded_tokens == plan.activation_bytes * 2 * 16
     assert cached.operations > plan.operations and cached.memory_bytes < plan.memory_bytes

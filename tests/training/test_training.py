@@ -119,6 +119,18 @@ def test_infonce_runs_on_the_same_data(run) -> None:
     assert len(losses) == 4 and all(map(math.isfinite, losses))
 
 
+def test_the_reader_may_read_more_of_a_document_than_the_retriever(run) -> None:
+    """Documents of 5 tokens for both, of 30 for the reader, and of 30 for both."""
+    losses, weights = [], []
+    for own, reader in ((5, None), (5, 30), (30, None)):
+        config = run(passage_max_len=own, reader_passage_max_len=reader, eval_data=None)
+        step = train(config, console=quiet()).history.steps[0]
+        losses.append(step["loss"])
+        weights.append(step["entropy"])
+    assert weights[0] == weights[1] != weights[2], "the retriever reads passage_max_len tokens"
+    assert len(set(losses)) == 3
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_mini_batches_change_no_step(run, objective: str) -> None:
     losses = []

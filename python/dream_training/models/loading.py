@@ -31,7 +31,7 @@ def load_reader(config: TrainConfig, heads: Any, **options: Any) -> Reader:
         "mode": config.mode,
         "document_mass": config.document_mass,
         "query_max_len": config.query_max_len,
-        "passage_max_len": config.passage_max_len,
+        "passage_max_len": config.reader_passage_max_len or config.passage_max_len,
         "target_max_len": config.target_max_len,
         "injected_rows": config.injected_rows,
         "prompt": config.reader_prompt,

@@ -95,9 +95,9 @@ def build_objective(
     elif name == "emdr":
         own = EmdrLoss(model, load_reader(config, {}), temperature, mini_batch_size=size)
     else:
-        reader = load_reader(
-            config, all_heads(config), prompt=TEXT_PROMPT, target_max_len=config.passage_max_len
-        )
+        # Every text is read, and predicted, at the length that the retriever encodes.
+        lengths = dict.fromkeys(("passage_max_len", "target_max_len"), config.passage_max_len)
+        reader = load_reader(config, all_heads(config), prompt=TEXT_PROMPT, **lengths)
         own = RevelaLoss(model, reader, temperature, mini_batch_size=size)
     return Objective(own, data, collator)
 

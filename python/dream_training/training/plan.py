@@ -92,7 +92,7 @@ def make_plan(config: TrainConfig, documents_per_row: int = 1) -> Plan:
     elif config.documents_per_query is not None:
         documents_per_row = min(documents_per_row, config.documents_per_query)
     documents = config.batch_size * documents_per_row
-    read = documents * config.passage_max_len
+    read = documents * (config.reader_passage_max_len or config.passage_max_len)
     targets = config.batch_size * config.target_max_len
     suffix = config.batch_size * (config.query_max_len + _PROMPT_TOKENS) + targets
     encoded = documents * config.passage_max_len + config.batch_size * config.query_max_len
