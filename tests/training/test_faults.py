@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from soak_record import record
 from test_resume import quiet
 from transformers import TrainerCallback
 
@@ -23,6 +22,7 @@ from dream_training.training import faults
 from dream_training.training.driver import train
 from dream_training.training.faults import MemoryWatch, memory_advice
 from dream_training.training.resuming import CHECKPOINTS
+from soak_record import record
 
 
 def words(console: Console) -> str:

@@ -17,12 +17,12 @@ import torch
 from killed_run import outcome
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
-from soak_record import record
 from transformers import TrainerCallback
 
 from dream_training.config import OBJECTIVES
 from dream_training.training.driver import train
 from dream_training.training.resuming import CHECKPOINTS
+from soak_record import record
 
 SOAK = os.environ.get("DREAM_SOAK") == "1"
 
