@@ -1,8 +1,8 @@
 """JSON and YAML from anybody: a value, or a ``ValueError`` that says where it came from.
 
-Parsers raise many things for what is not well formed: nesting that ends in a ``RecursionError``,
-numbers that no ``int`` or ``float`` takes, a YAML date of month 13. And YAML's aliases let a file of
-ten lines stand for more values than memory holds. All of that ends here.
+Parsers raise many things for what is not well formed: nesting ends in a ``RecursionError``, and a
+YAML date of month 13 in an error that names no file. And YAML's aliases let ten lines stand for
+more values than memory holds. All of that ends here.
 """
 
 from __future__ import annotations
@@ -35,6 +35,26 @@ class _Short(reprlib.Repr):
 def shortened(value: object) -> str:
     """Return ``repr(value)`` of a bounded length, for messages, without going through all of it."""
     return _Short().repr(value)
+
+
+def why_not_text(text: str) -> str | None:
+    """Return why a string is none that can be written in UTF-8, or None when it can.
+
+    JSON and YAML can write half of a surrogate pair, which is no character, and which Arrow,
+    tokenizers and files refuse.
+    """
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "it contains half of a surrogate pair"
+    return None
+
+
+def why_not_name(text: str) -> str | None:
+    """Return why a string can be no id or path, or None: libraries in C end it at a NUL."""
+    return "it contains a NUL" if "\0" in text else why_not_text(text)
 
 
 def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> str:
@@ -77,9 +97,8 @@ def parse_yaml(text: str, source: str) -> Any:
     import yaml
 
     if len(text) > MAX_YAML_CHARACTERS:
-        raise ValueError(
-            f"{source}: YAML must have at most {MAX_YAML_CHARACTERS:,} characters, got {len(text):,}"
-        )
+        most = f"{MAX_YAML_CHARACTERS:,}"
+        raise ValueError(f"{source}: YAML must have at most {most} characters, got {len(text):,}")
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()

@@ -142,12 +142,16 @@ class Reader(nn.Module):
         trust_remote_code: bool = False,
         **options: Any,
     ) -> Reader:
-        """Load model and tokenizer from a folder or the hub; ``options`` as in the constructor."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        """Load model and tokenizer from a folder or the hub; ``options`` as in the constructor.
 
-        remote = {"trust_remote_code": trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(path, **remote)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **remote)
+        Raises:
+            ValueError: the model brings code and ``trust_remote_code`` is not set, or its weights
+                are pickled; or as in the constructor.
+        """
+        from dream_training.models.trust import load_language_model, load_tokenizer
+
+        tokenizer = load_tokenizer(path, trust_remote_code)
+        model = load_language_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
         return cls(model if device is None else model.to(device), tokenizer, heads, **options)
 
     def train(self, mode: bool = True) -> Reader:
