@@ -48,7 +48,9 @@ def run_mine(
     if retriever == BM25:
         rank, package = rank_bm25, "bm25s"
     else:
-        rank = dense_rank(retriever, query_max_len, passage_max_len, batch_size, device, trust_remote_code)
+        rank = dense_rank(
+            retriever, query_max_len, passage_max_len, batch_size, device, trust_remote_code
+        )
         package = "sentence-transformers"
     with console.status(f"searching {len(texts)} documents for {len(rows)} lines ..."):
         mined, counts = mine(rows, texts, rank, options)
@@ -118,9 +120,7 @@ def dense_rank(
     """Return what ranks by a sentence-transformers model, a checkpoint's folder or a hub name."""
     from dream_training.models.trust import load_sentence_transformer
 
-    retriever = load_sentence_transformer(
-        model, device=device, trust_remote_code=trust_remote_code
-    )
+    retriever = load_sentence_transformer(model, device=device, trust_remote_code=trust_remote_code)
 
     def rank(
         queries: Mapping[str, str], corpus: Mapping[str, str], k: int

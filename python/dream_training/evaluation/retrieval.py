@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from sentence_transformers.evaluation import SentenceEvaluator
 
+from dream_training.reading.text_tokens import cut_text
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
@@ -125,7 +127,7 @@ def search(
     try:
         model.max_seq_length = passage_max_len or limit
         corpus_embeddings = model.encode_document(
-            [task.corpus[d] for d in documents],
+            [cut_text(task.corpus[d], model.max_seq_length) for d in documents],
             device=list(devices) if devices else None,
             **options,
         )
@@ -134,7 +136,8 @@ def search(
         corpus_embeddings = corpus_embeddings.to(home).float()
         model.max_seq_length = query_max_len or limit
         # Few and short: the processes, whose copies have the documents' limit, are not worth it.
-        query_embeddings = model.encode_query([task.queries[q] for q in queries], **options).float()
+        texts = [cut_text(task.queries[q], model.max_seq_length) for q in queries]
+        query_embeddings = model.encode_query(texts, **options).float()
     finally:
         model.max_seq_length = limit
     hits = semantic_search(query_embeddings, corpus_embeddings, top_k=k)
