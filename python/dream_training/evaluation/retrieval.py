@@ -66,7 +66,11 @@ def score_queries(
 
     if not task.qrels:
         raise ValueError("the task has no query to average over")
-    qrels = {q: dict(relevant) for q, relevant in task.qrels.items()}
+    # pytrec_eval counts documents by grade in an array, and below -1 writes outside of it.
+    qrels = {
+        q: {document: max(grade, 0) for document, grade in relevant.items()}
+        for q, relevant in task.qrels.items()
+    }
     # A document id that is in no qrels keeps an empty result list, and so its query, in the mean.
     results = {q: dict(ranking.get(q) or {"": 0.0}) for q in qrels}
     evaluator = pytrec_eval.RelevanceEvaluator(qrels, {f"ndcg_cut.{k}", f"recall.{k}"})

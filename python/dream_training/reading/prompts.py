@@ -89,10 +89,16 @@ def load_reader_prompt(
 
 def check_reader_prompt(choice: str | os.PathLike[str]) -> None:
     """Raise ``FileNotFoundError`` if it names neither a prompt nor a file."""
-    if choice not in (PLAIN, CHAT) and not Path(choice).is_file():
+    if choice in (PLAIN, CHAT):
+        return
+    try:
+        found = Path(choice).is_file()
+    except (OSError, ValueError):  # a name too long, or none at all
+        found = False
+    if not found:
         raise FileNotFoundError(
             f"reader_prompt must be {PLAIN!r}, {CHAT!r} or a Jinja file, and there is no file "
-            f"{os.fspath(choice)!r}"
+            f"{shortened(os.fspath(choice))}"
         )
 
 
@@ -164,7 +170,8 @@ def template_prompt(
     try:
         compiled = environment.from_string(template)
     except TemplateSyntaxError as error:
-        raise ValueError(f"{name}:{error.lineno}: not a Jinja template: {error}") from error
+        reason = _reason(error)
+        raise ValueError(f"{name}:{error.lineno}: not a Jinja template: {reason}") from error
     except (RecursionError, SyntaxError, ValueError, OverflowError, MemoryError) as error:
         # SyntaxError: of the Python code that Jinja makes, which must not nest too deeply.
         raise ValueError(f"{name}: not a Jinja template: {_reason(error)}") from error
