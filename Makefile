@@ -16,7 +16,7 @@ OLD_STAMP := $(OLD_VENV)/.installed
 SANITIZED ?= build/sanitized
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZER_RUN = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib
 SANITIZER_TESTS ?= tests/kernels
 
 .PHONY: install demo test test-slow soak test-old-transformers test-sanitizers test-valgrind fuzz \
@@ -73,10 +73,13 @@ soak: $(STAMP)
 test-old-transformers: $(OLD_STAMP)
 	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -n 2 -m "not slow" tests/injection tests/training
 
-# SANITIZER_TESTS="tests/kernels -k fuzz" names fewer.
-test-sanitizers: $(STAMP)
+$(SANITIZED)/.built: $(STAMP) $(NATIVE)
 	CXXFLAGS="-O2 -g1 -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 	  $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
+	@touch $@
+
+# SANITIZER_TESTS="tests/kernels -k fuzz" names fewer.
+test-sanitizers: $(STAMP) $(SANITIZED)/.built
 	$(SANITIZER_RUN) $(BIN)/pytest -m "not slow" -p no:cacheprovider $(SANITIZER_TESTS)
 
 # Without torch, which would take hours: the script hands memory of its own to the extension.
@@ -86,10 +89,18 @@ test-valgrind: $(STAMP)
 	PYTHONMALLOC=malloc DREAM_KERNELS_CPU_ISA=avx2 valgrind --quiet --error-exitcode=1 \
 	  --suppressions=tests/native/python.supp $(BIN)/python tests/native/small_case.py
 
-# Draws new cases until FUZZ_EXAMPLES were tried.
+# Draws new cases of the kernel until FUZZ_EXAMPLES were tried; then every target of tests/fuzz for
+# FUZZ_SECONDS, the extension with sanitizers. Uses atheris where it is installed: pip install atheris
 FUZZ_EXAMPLES ?= 5000
-fuzz: $(STAMP)
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= $(basename $(notdir $(filter-out %/driver.py %/scratch.py,$(wildcard tests/fuzz/*.py))))
+fuzz: $(STAMP) $(SANITIZED)/.built
 	DREAM_KERNELS_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/kernels/test_fuzz.py
+	for target in $(filter-out native,$(FUZZ_TARGETS)); do \
+	  FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python tests/fuzz/$$target.py || exit 1; \
+	done
+	$(SANITIZER_RUN) PYTHONMALLOC=malloc DREAM_KERNELS_NATIVE=$(SANITIZED)/lib/dream_kernels \
+	  FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python tests/fuzz/native.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

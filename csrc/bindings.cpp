@@ -1,5 +1,6 @@
-// The Python module dream_kernels._native. Tensors come as (address, shape, strides in elements);
-// everything is checked here, so that a wrong call raises ValueError and never reads stray memory.
+// The Python module dream_kernels._native. Tensors come as (address, shape, strides in elements,
+// address of the memory that holds them, its size in bytes); everything is checked here, so that a
+// wrong call raises ValueError, and no element outside the memory that was named is touched.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,11 +8,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/attention.h"
@@ -25,7 +29,16 @@ namespace dream {
 namespace {
 
 using Shape = std::vector<int64_t>;
-using Array = std::tuple<uintptr_t, Shape, Shape>;
+using Array = std::tuple<uintptr_t, Shape, Shape, uintptr_t, uint64_t>;
+
+// Batch elements, heads, rows and positions are counted in 32 bits inside the kernel.
+constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();
+
+// A team of more threads than the machine runs gains nothing, and where the system refuses them the
+// OpenMP runtime ends the process. A few more are allowed, to test that their number changes nothing.
+int most_threads() {
+  return std::max(16, static_cast<int>(std::thread::hardware_concurrency()));
+}
 
 std::string to_string(const Shape& shape) {
   std::string text = "[";
@@ -35,9 +48,46 @@ std::string to_string(const Shape& shape) {
 
 [[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
+// Raises unless every element lies in the memory [memory, memory + bytes).
+void check_memory(const char* name, const Array& array, size_t element_size) {
+  const auto& [address, shape, strides, memory, bytes] = array;
+  const auto outside = [&, name = name] {
+    fail(std::string(name) + " must lie in its memory of " + std::to_string(std::get<4>(array)) +
+         " bytes, got shape " + to_string(std::get<1>(array)) + " and strides " +
+         to_string(std::get<2>(array)) + " from byte " +
+         std::to_string(static_cast<int64_t>(std::get<0>(array) - std::get<3>(array))) + " on");
+  };
+  if (address == 0 || address % element_size != 0) {
+    fail(std::string(name) + " must have a non-null, aligned address, got " +
+         std::to_string(address));
+  }
+  // Offsets of the first and the last element in memory, in elements.
+  int64_t first = 0, last = 0;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    int64_t extent;
+    int64_t& side = strides[i] < 0 ? first : last;
+    if (__builtin_mul_overflow(shape[i] - 1, strides[i], &extent) ||
+        __builtin_add_overflow(side, extent, &side)) {
+      outside();
+    }
+  }
+  const auto size = static_cast<int64_t>(element_size);
+  int64_t begin, end;
+  if (__builtin_add_overflow(last, 1, &end) || __builtin_mul_overflow(first, size, &begin) ||
+      __builtin_mul_overflow(end, size, &end)) {
+    outside();
+  }
+  if (address < memory || memory + bytes < memory) outside();
+  const uint64_t before = address - memory;
+  if (before > bytes || 0 - static_cast<uint64_t>(begin) > before ||
+      static_cast<uint64_t>(end) > bytes - before) {
+    outside();
+  }
+}
+
 // Checks what holds for every tensor, whatever its shape should be.
 Operand to_operand(const char* name, const Array& array, size_t dimensions, size_t element_size) {
-  const auto& [address, shape, strides] = array;
+  const Shape &shape = std::get<1>(array), &strides = std::get<2>(array);
   if (shape.size() != dimensions || strides.size() != dimensions) {
     fail(std::string(name) + " must have " + std::to_string(dimensions) +
          " dimensions, got shape " + to_string(shape) + " and strides " + to_string(strides));
@@ -46,50 +96,60 @@ Operand to_operand(const char* name, const Array& array, size_t dimensions, size
   bool empty = false;
   for (size_t i = 0; i < dimensions; ++i) {
     if (shape[i] < 0) fail(std::string(name) + " has a negative size: " + to_string(shape));
+    if (shape[i] > kMaxSize) {
+      fail(std::string(name) + " has a size of more than 2^31 - 1: " + to_string(shape));
+    }
     empty |= shape[i] == 0;
     operand.shape[i] = shape[i];
     operand.strides[i] = strides[i];
   }
-  if (!empty && (address == 0 || address % element_size != 0)) {
-    fail(std::string(name) + " must have a non-null, aligned address, got " +
-         std::to_string(address));
-  }
-  operand.data = reinterpret_cast<void*>(address);
+  if (!empty) check_memory(name, array, element_size);
+  operand.data = reinterpret_cast<void*>(std::get<0>(array));
   return operand;
 }
 
 Operand checked(const char* name, const Array& array, const Shape& expected, size_t element_size) {
-  const Operand operand = to_operand(name, array, expected.size(), element_size);
   if (std::get<1>(array) != expected) {
     fail(std::string(name) + " must have shape " + to_string(expected) + ", got " +
          to_string(std::get<1>(array)));
+  }
+  return to_operand(name, array, expected.size(), element_size);
+}
+
+// A tensor that is written must not overlap itself: in the order of their strides, each dimension
+// steps over all that the ones before it span.
+Operand checked_output(const char* name, const Array& array, const Shape& expected,
+                       size_t element_size) {
+  const Operand operand = checked(name, array, expected, element_size);
+  std::vector<std::pair<int64_t, int64_t>> steps;  // stride and size
+  for (size_t i = 0; i < expected.size(); ++i) {
+    if (expected[i] == 0) return operand;
+    if (expected[i] > 1) steps.emplace_back(std::abs(operand.strides[i]), expected[i]);
+  }
+  std::sort(steps.begin(), steps.end());
+  int64_t spanned = 1;  // all of it lies in memory, so none of this overflows
+  for (const auto& [stride, size] : steps) {
+    if (stride < spanned) {
+      fail(std::string(name) + " is written and must not overlap itself, got shape " +
+           to_string(expected) + " and strides " + to_string(std::get<2>(array)));
+    }
+    spanned += stride * (size - 1);
   }
   return operand;
 }
 
 Operand checked_contiguous(const char* name, const Array& array, const Shape& expected,
                            size_t element_size = sizeof(float)) {
-  const Operand operand = checked(name, array, expected, element_size);
+  const Operand operand = checked_output(name, array, expected, element_size);
   int64_t stride = 1;
   for (size_t i = expected.size(); i-- > 0;) {
-    if (expected[i] != 1 && operand.strides[i] != stride) {
+    if (expected[i] == 0) return operand;
+    if (expected[i] == 1) continue;
+    if (operand.strides[i] != stride) {
       fail(std::string(name) + " must be contiguous, got strides " +
            to_string(std::get<2>(array)));
     }
     stride *= expected[i];
-  }
-  return operand;
-}
-
-// A tensor that is written must not overlap itself.
-Operand checked_output(const char* name, const Array& array, const Shape& expected,
-                       size_t element_size) {
-  const Operand operand = checked(name, array, expected, element_size);
-  for (size_t i = 0; i < expected.size(); ++i) {
-    if (expected[i] > 1 && operand.strides[i] == 0) {
-      fail(std::string(name) + " is written and must not be expanded, got strides " +
-           to_string(std::get<2>(array)));
-    }
   }
   return operand;
 }
@@ -111,7 +171,7 @@ size_t element_size(const Problem& p) { return p.dtype == DType::kFloat32 ? 4 : 
 
 int checked_threads(int threads) {
   if (threads < 1) fail("threads must be at least 1, got " + std::to_string(threads));
-  return threads;
+  return std::min(threads, most_threads());
 }
 
 // A prefix [1 or B, Hkv, P, D]; one that the batch shares gets a batch stride of 0.
@@ -169,8 +229,8 @@ Problem make_problem(const std::string& dtype, const Array& query, const Array& 
     p.prefix_value = checked_prefix("prefix_value", *prefix_value, p, batch);
   }
   const int64_t length = p.prefix_length + p.local_length;
-  if (std::max(length, p.rows) > std::numeric_limits<int32_t>::max()) {
-    fail("more than 2^31 - 1 keys or rows are not supported");
+  if (length > kMaxSize) {
+    fail("key must have, with its prefix, at most 2^31 - 1 keys, got " + std::to_string(length));
   }
 
   p.spans = to_operand("spans", spans, 3, sizeof(int64_t));
@@ -214,7 +274,7 @@ void forward(const Problem& p, const Array& output, const Array& state,
       checked_output("output", output, shape_of(p.query, 4), element_size(p));
   const Operand saved = checked_contiguous("state", state, state_shape(p));
   void* kept = segment_outputs ? checked_segment_outputs(p, *segment_outputs).data : nullptr;
-  checked_threads(threads);
+  threads = checked_threads(threads);
   const py::gil_scoped_release release;
   cpu::forward(p, out, static_cast<float*>(saved.data), kept, threads);
 }
@@ -226,7 +286,7 @@ void backward_of_scores(const Problem& p, const Array& state, const Array& segme
   const Operand grad = checked("grad_output", grad_output, shape_of(p.query, 4), element_size(p));
   const Operand target =
       checked_output("grad_scores", scores, shape_of(p.scores, 3), sizeof(float));
-  checked_threads(threads);
+  threads = checked_threads(threads);
   const py::gil_scoped_release release;
   cpu::backward_of_scores(p, static_cast<const float*>(saved.data), kept.data, grad, target,
                           threads);
@@ -240,7 +300,7 @@ void backward(const Problem& p, const Array& state, const Array& output, const A
   const Operand saved = checked_contiguous("state", state, state_shape(p));
   const Operand out = checked("output", output, shape_of(p.query, 4), element_size(p));
   const Operand grad = checked("grad_output", grad_output, shape_of(p.query, 4), element_size(p));
-  checked_threads(threads);
+  threads = checked_threads(threads);
   const auto wanted = [&](const char* name, const std::optional<Array>& array, const Operand& like,
                           size_t dimensions, size_t size) {
     if (!array) return Operand{};
@@ -265,7 +325,7 @@ void backward(const Problem& p, const Array& state, const Array& output, const A
 void document_mass(const Problem& p, const Array& mass, int threads) {
   const Operand out = checked_contiguous(
       "mass", mass, {p.batch, p.query_heads, p.rows, p.documents});
-  checked_threads(threads);
+  threads = checked_threads(threads);
   const py::gil_scoped_release release;
   cpu::document_mass(p, static_cast<float*>(out.data), threads);
 }

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-# Address, shape, strides in elements.
-_Array = tuple[int, Sequence[int], Sequence[int]]
+# Address, shape, strides in elements; address of the memory that holds it, and its size in bytes.
+_Array = tuple[int, Sequence[int], Sequence[int], int, int]
 
 max_head_dim: int
 

@@ -30,7 +30,7 @@ SEGMENT_OUTPUT_BYTES = 32 << 20
 
 _ONLY_SCORES = Needs(False, False, False, True, False, False)
 
-_Array = tuple[int, torch.Size, tuple[int, ...]]
+_Array = tuple[int, torch.Size, tuple[int, ...], int, int]
 
 
 def native_import_error() -> str | None:
@@ -44,7 +44,8 @@ def _head_tensor(heads: tuple[bool, ...]) -> Tensor:
 
 
 def _array(tensor: Tensor) -> _Array:
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
+    memory = tensor.untyped_storage()
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), memory.data_ptr(), memory.nbytes()
 
 
 def _optional(tensor: Tensor | None) -> _Array | None:

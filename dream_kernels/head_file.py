@@ -9,13 +9,16 @@ here also say how they came about, under ``provenance``.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from dream_kernels.parsing import parse_json, parse_yaml, read_text, shortened
 
 HEADS_KEY = "attn_head_set"
 SCORES_KEY = "head_scores"
@@ -56,20 +59,26 @@ def head_name(layer: int, head: int) -> str:
 
 
 def _parse_head(name: object, source: str) -> tuple[int, int]:
-    match = re.fullmatch(r"\s*(\d+)-(\d+)\s*", name) if isinstance(name, str) else None
+    match = re.fullmatch(r"\s*(\d{1,9})-(\d{1,9})\s*", name) if isinstance(name, str) else None
     if match is None:
-        raise ValueError(f'{source}: a head must be written "layer-head", got {name!r}')
+        raise ValueError(f'{source}: a head must be written "layer-head", got {shortened(name)}')
     return int(match[1]), int(match[2])
 
 
-def _parse_names(names: Iterable[object], source: str) -> list[tuple[int, int]]:
-    heads = [_parse_head(name, source) for name in names]
+def _parse_names(names: object, source: str) -> list[tuple[int, int]]:
+    if isinstance(names, str):
+        names = names.split(",")
+    if not isinstance(names, list):
+        raise ValueError(f"{source}: heads must be a list or a text, got {type(names).__name__}")
+    heads: dict[tuple[int, int], None] = {}
+    for name in names:
+        head = _parse_head(name, source)
+        if head in heads:
+            raise ValueError(f"{source}: head {head_name(*head)} is named twice")
+        heads[head] = None
     if not heads:
         raise ValueError(f"{source}: names no head")
-    if len(set(heads)) != len(heads):
-        twice = next(head for head in heads if heads.count(head) > 1)
-        raise ValueError(f"{source}: head {head_name(*twice)} is named twice")
-    return heads
+    return list(heads)
 
 
 def _parse_scores(scores: object, source: str) -> dict[tuple[int, int], float]:
@@ -82,12 +91,35 @@ def _parse_scores(scores: object, source: str) -> dict[tuple[int, int], float]:
         raise ValueError(f"{source}: scores must map heads to numbers, got {type(scores).__name__}")
     parsed: dict[tuple[int, int], float] = {}
     for name, score in pairs:
-        if isinstance(score, bool) or not isinstance(score, (int, float)):
-            raise ValueError(f"{source}: the score of {name!r} must be a number, got {score!r}")
-        parsed[_parse_head(name, source)] = float(score)
+        head = _parse_head(name, source)
+        if not _is_number(score):
+            raise ValueError(
+                f"{source}: the score of {name!r} must be a number, got {shortened(score)}"
+            )
+        if head in parsed:
+            raise ValueError(f"{source}: head {head_name(*head)} is named twice")
+        parsed[head] = float(score)
     if not parsed:
         raise ValueError(f"{source}: names no head")
     return parsed
+
+
+def _is_number(score: object) -> bool:
+    if isinstance(score, bool) or not isinstance(score, (int, float)):
+        return False
+    try:
+        return math.isfinite(score)
+    except OverflowError:  # a whole number beyond the largest float
+        return False
+
+
+def _parse_provenance(content: Mapping[str, Any], source: str) -> dict[str, Any]:
+    provenance = content.get(PROVENANCE_KEY)
+    if provenance is None:
+        return {}
+    if not isinstance(provenance, Mapping):
+        raise ValueError(f"{source}: provenance must be a map, got {type(provenance).__name__}")
+    return dict(provenance)
 
 
 def read_heads(path: str | os.PathLike[str]) -> HeadFile:
@@ -98,36 +130,24 @@ def read_heads(path: str | os.PathLike[str]) -> HeadFile:
         ValueError: the content is neither form; the message names the file.
     """
     path = Path(path)
-    text = path.read_text(encoding="utf-8")
     source = str(path)
-    if path.suffix == ".json":
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{source}: not valid JSON: {error}") from error
-    elif path.suffix in (".yaml", ".yml"):
-        import yaml
-
-        try:
-            content = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{source}: not valid YAML: {error}") from error
-    else:
+    if path.suffix not in (".json", ".yaml", ".yml"):
         raise ValueError(f"{source}: a head file must end in .yaml, .yml or .json")
+    text = read_text(path)
+    content = parse_json(text, source) if path.suffix == ".json" else parse_yaml(text, source)
 
     provenance: dict[str, Any] = {}
     if isinstance(content, Mapping) and HEADS_KEY in content:
-        names = content[HEADS_KEY]
-        heads = _parse_names(names.split(",") if isinstance(names, str) else names, source)
+        heads = _parse_names(content[HEADS_KEY], source)
         scores = {}
         if SCORES_KEY in content:
             scores = _parse_scores(content[SCORES_KEY], source)
-        provenance = dict(content.get(PROVENANCE_KEY) or {})
+        provenance = _parse_provenance(content, source)
     elif isinstance(content, list) and content and isinstance(content[0], str):
         heads, scores = _parse_names(content, source), {}
     else:
         if isinstance(content, Mapping) and SCORES_KEY in content:
-            provenance = dict(content.get(PROVENANCE_KEY) or {})
+            provenance = _parse_provenance(content, source)
             content = content[SCORES_KEY]
         scores = _parse_scores(content, source)
         heads = sorted(scores, key=lambda head: -scores[head])

@@ -1,14 +1,16 @@
-"""Figures of long test runs, one JSON line each, in the file that DREAM_SOAK_RECORD names."""
+"""Where full runs leave their figures: JSON lines in the file that DREAM_SOAK_RECORD names."""
 
 from __future__ import annotations
 
 import json
 import os
+from typing import Any
+
+SOAK = os.environ.get("DREAM_SOAK") == "1"
 
 
-def record(what: str, **figures: object) -> None:
-    """Append the figures of one test; does nothing where no file is named."""
-    path = os.environ.get("DREAM_SOAK_RECORD")
-    if path:
+def record(what: str, **figures: Any) -> None:
+    """Append the figures, if a file is named."""
+    if path := os.environ.get("DREAM_SOAK_RECORD"):
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"what": what, "figures": figures}) + "\n")

@@ -45,7 +45,7 @@ KeyGradients::KeyGradients(const Problem& problem, const Layout& layout,
       kBufferBytes / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(buffer_size_, 1);
   parts_per_sum_ = std::max<int64_t>(
       1, std::min({most, kWantedParts / sum_count_, affordable / sum_count_}));
-  buffers_.emplace(buffer_size_ * (parts_per_sum_ > 1 ? part_count() : workers));
+  buffers_.emplace(buffer_size_, parts_per_sum_ > 1 ? part_count() : workers);
 }
 
 KeyGradients::Part KeyGradients::get_part(int64_t part) const {

@@ -74,15 +74,15 @@ Layout::Layout(const Problem& problem) : problem_(problem) {
   const int64_t group = problem.query_heads / problem.key_heads;
   const auto* receives = static_cast<const uint8_t*>(problem.heads.data);
   for (int64_t kv = 0; kv < problem.key_heads; ++kv) {
-    int64_t scored = 0;
-    for (const bool wanted : {true, false}) {
-      for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
-        if ((receives[h * problem.heads.strides[0]] != 0) != wanted) continue;
-        heads_.push_back(static_cast<int32_t>(h));
-        scored += wanted;
-      }
+    // Each is read once: the caller's other threads may write to this memory.
+    std::vector<int32_t> others;
+    const size_t first = heads_.size();
+    for (int64_t h = kv * group; h < (kv + 1) * group; ++h) {
+      const bool wanted = receives[h * problem.heads.strides[0]] != 0;
+      (wanted ? heads_ : others).push_back(static_cast<int32_t>(h));
     }
-    scored_heads_.push_back(scored);
+    scored_heads_.push_back(static_cast<int64_t>(heads_.size() - first));
+    heads_.insert(heads_.end(), others.begin(), others.end());
   }
   const int64_t merged = merged_batches();
   runs_.reserve(problem.batch);

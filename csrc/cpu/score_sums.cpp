@@ -22,7 +22,7 @@ ScoreSums::ScoreSums(const Problem& problem, const Layout& layout, bool wanted)
     : problem_(problem),
       layout_(layout),
       size_(wanted ? most_targets(problem, layout) * problem.documents : 0),
-      sums_(size_ * layout.scored_block_count()) {}
+      sums_(size_, layout.scored_block_count()) {}
 
 void ScoreSums::finish(const Operand& gradient) const {
   const int64_t documents = problem_.documents, heads = gradient.shape[1];

@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from dream_training.commands.data_app import app as data_app
-from dream_training.commands.options import Device, Output, Split, TargetFrom
+from dream_training.commands.options import Device, Output, Split, TargetFrom, TrustRemoteCode
 
 app = typer.Typer(
     help="Train dense retrievers from a frozen language model's own next-token loss.",
@@ -165,6 +165,7 @@ def heads(
         str, typer.Option(help="where loss_gradient differentiates: own or uniform weights")
     ] = "own",
     seed: Annotated[int, typer.Option(help="of the choice of examples, and of random heads")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Rank the reader's heads by how well they pass on which document is read.
 
@@ -185,6 +186,7 @@ def heads(
         token_filter=token_filter,
         point=point,
         seed=seed,
+        trust_remote_code=trust_remote_code,
     )
     if compare:
         try:
@@ -239,6 +241,7 @@ def mine(
     batch_size: Annotated[int, typer.Option(min=1, help="texts encoded at once")] = 32,
     device: Device = None,
     seed: Annotated[int, typer.Option(help="of the random choice")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Add candidates to training lines: documents that BM25 or a retriever ranks high."""
     from dream_training.commands.mine import run_mine
@@ -264,6 +267,7 @@ def mine(
         passage_max_len=passage_max_len,
         batch_size=batch_size,
         device=device,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -311,6 +315,7 @@ def evaluate(
         typer.Option(help="where sets of BEIR are kept"),
     ] = None,
     bm25: Annotated[bool, typer.Option(help="evaluate BM25 on BEIR folders as well")] = True,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Print nDCG@10 and recall@10 of retrievers on BEIR folders and mteb tasks."""
     from dream_training.commands.evaluate import choose_devices, run_evaluate
@@ -329,6 +334,7 @@ def evaluate(
             cache_dir=cache_dir,
         ),
         bm25=bm25,
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
+import re
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dream_kernels.parsing import parse_yaml, read_text, shortened, why_not_name
 from dream_training.objectives.pools import check_pool
 from dream_training.objectives.schedules import check_temperature
 from dream_training.reading.prompts import check_reader_prompt
@@ -25,6 +25,9 @@ CONTEXTS = ("independent", "joint")
 INJECTED_ROWS = ("all", "target")
 DIRECTIONS = ("teacher_student", "student_teacher")
 POSITIVES = ("first", "each")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+# Of whole numbers: what torch and the trainer can count to.
+_LARGEST = 2**53
 
 
 @dataclass
@@ -184,9 +187,15 @@ class TrainConfig:
             ("teacher", TEACHERS),
             ("teacher_direction", DIRECTIONS),
             ("train_positives", POSITIVES),
+            ("dtype", DTYPES),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+                got = shortened(getattr(self, name))
+                raise ValueError(f"{name} must be one of {choices}, got {got}")
+        if self.device is not None and not re.fullmatch(r"[a-z]{1,20}(:\d{1,2})?", self.device):
+            raise ValueError(
+                f"device must be written cpu, cuda, cuda:1, ..., got {shortened(self.device)}"
+            )
         if self.streaming and self.objective == "infonce":
             raise ValueError("objective 'infonce' needs all lines at once: set streaming: false")
         check_temperature(
@@ -244,11 +253,9 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not YAML, or holds something else.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    values = parse_yaml(read_text(path), str(path))
+    if values is None:
+        return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: must hold keys and values, got {type(values).__name__}")
     return values
@@ -260,10 +267,10 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
-            raise ValueError(f"an override must be written key=value, got {override!r}")
+            raise ValueError(f"an override must be written key=value, got {shortened(override)}")
         key = key.lstrip("-").replace("-", "_")
         check_key(key, "command line")
-        values[key] = yaml.safe_load(value)
+        values[key] = parse_yaml(value, f"command line: {key}")
     return values
 
 
@@ -286,7 +293,7 @@ def check_key(key: object, source: str) -> None:
         return
     near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{source}: unknown key {key!r}{hint}")
+    raise ValueError(f"{source}: unknown key {shortened(key)}{hint}")
 
 
 def _at_least(name: str, value: int, least: int) -> None:
@@ -305,11 +312,21 @@ def _coerce(name: str, value: Any) -> Any:
     if float in allowed and not isinstance(value, bool):
         # YAML 1.1 reads 1e-4, without a dot, as text.
         try:
-            return float(value)
-        except (TypeError, ValueError):
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
             pass
+        else:
+            if not math.isfinite(number):
+                raise ValueError(f"{name} must be a finite number, got {number}")
+            return number
     for kind in allowed:
         if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            if kind is int and abs(value) > _LARGEST:
+                raise ValueError(f"{name} must be at most {_LARGEST}, got {shortened(value)}")
+            if kind is str:
+                reason = why_not_name(value)
+                if reason is not None:
+                    raise ValueError(f"{name} must be text, and {reason}: {shortened(value)}")
             return value
     names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
-    raise ValueError(f"{name} must be {names}, got {value!r}")
+    raise ValueError(f"{name} must be {names}, got {shortened(value)}")

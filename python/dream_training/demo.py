@@ -176,9 +176,9 @@ class _DemoEvaluator(RetrievalEvaluator):
 
 def _sizes(reader: str) -> tuple[int, int]:
     """Layers of the retriever and heads of the reader, no more than the model has."""
-    from transformers import AutoConfig
+    from dream_training.models.trust import load_model_config
 
-    model = AutoConfig.from_pretrained(resolve_model(reader))
+    model = load_model_config(resolve_model(reader))
     heads = model.num_hidden_layers * model.num_attention_heads
     return min(RETRIEVER_LAYERS, model.num_hidden_layers), min(HEADS, heads)
 

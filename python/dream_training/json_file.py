@@ -7,6 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dream_kernels.parsing import parse_json, read_text
+
+# The scores of every query of many tasks.
+_MAX_BYTES = 256 << 20
+
 
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as JSON; an existing file is replaced as a whole."""
@@ -22,10 +27,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file holds something else.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    content = parse_json(read_text(path, _MAX_BYTES), str(path))
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold an object, got {type(content).__name__}")
     return content

@@ -39,7 +39,7 @@ class Array:
         for i in range(size if numbers else 0):
             self.values[i] = numbers[i % len(numbers)]
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        self.argument = (address, shape, strides)
+        self.argument = (address, shape, strides, address, size * ctypes.sizeof(kind))
 
     def check(self) -> None:
         if not all(map(math.isfinite, self.values)):

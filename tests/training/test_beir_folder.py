@@ -137,7 +137,7 @@ GOOD_QUERIES = '{"_id": "q", "text": "query"}\n'
 @pytest.mark.parametrize(
     ("corpus", "queries", "qrels", "message"),
     [
-        (GOOD_CORPUS + "{broken\n", GOOD_QUERIES, "q\td\t1\n", r"corpus\.jsonl:2: not a line"),
+        (GOOD_CORPUS + "{broken\n", GOOD_QUERIES, "q\td\t1\n", r"corpus\.jsonl:2: not valid JSON"),
         (GOOD_CORPUS + "[1]\n", GOOD_QUERIES, "q\td\t1\n", r"corpus\.jsonl:2: expected a JSON obj"),
         (GOOD_CORPUS * 2, GOOD_QUERIES, "q\td\t1\n", r"corpus\.jsonl:2: 'd' appears twice"),
         ('{"text": "x"}\n', GOOD_QUERIES, "q\td\t1\n", r"corpus\.jsonl:1: '_id'"),

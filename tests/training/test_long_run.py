@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from test_resume import SOAK, quiet
+from test_resume import quiet
 from transformers import TrainerCallback
 
 from dream_training.training.driver import train
-from soak_record import record
+from soak_record import SOAK, record
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

@@ -176,7 +176,7 @@ def test_the_reader_is_frozen_and_stays_in_eval_mode() -> None:
 @pytest.mark.parametrize("target", ("", "  \n"))
 def test_an_empty_target_is_refused(target: str) -> None:
     reader = make_reader()
-    with pytest.raises(ValueError, match=r"targets must not be empty, got .* at 1"):
+    with pytest.raises(ValueError, match=r"targets must not be blank, got .* at 1"):
         reader(reader.read(DOCUMENTS), QUERIES, ["fine", target], torch.zeros(2, 3))
 
 

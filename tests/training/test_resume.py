@@ -22,9 +22,7 @@ from transformers import TrainerCallback
 from dream_training.config import OBJECTIVES
 from dream_training.training.driver import train
 from dream_training.training.resuming import CHECKPOINTS
-from soak_record import record
-
-SOAK = os.environ.get("DREAM_SOAK") == "1"
+from soak_record import SOAK, record
 
 
 class Stop(TrainerCallback):

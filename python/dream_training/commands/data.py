@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dream_kernels.parsing import read_text
+from dream_training.config import DTYPES
 from dream_training.data.generated_targets import GenerationCounts, write_targets
 from dream_training.data.jsonl import iterate_training_rows, write_training_rows
 from dream_training.data.raw_text import TextLengths, count_tokens
@@ -28,13 +30,14 @@ def run_prepare(
     passage_len: int,
     query_len: int,
     target_len: int,
+    trust_remote_code: bool = False,
 ) -> None:
     """Run ``dream data prepare``; the arguments are its options."""
     lengths = TextLengths(
         passage_len,
         query_len,
         target_len,
-        None if tokenizer is None else count_tokens(_load_tokenizer(tokenizer)),
+        None if tokenizer is None else count_tokens(_load_tokenizer(tokenizer, trust_remote_code)),
     )
     rows = iterate_training_rows(
         source, split=split, target_from=target_from, text_lengths=lengths, streaming=True
@@ -55,16 +58,17 @@ def run_stats(
     passage_max_len: int,
     target_max_len: int,
     as_json: bool,
+    trust_remote_code: bool = False,
 ) -> None:
     """Run ``dream data stats``; the arguments are its options."""
     limits = {"query": query_max_len, "document": passage_max_len}
     lengths = []
     if reader is not None:
-        count = token_lengths(_load_tokenizer(reader))
+        count = token_lengths(_load_tokenizer(reader, trust_remote_code))
         own = {**limits, "target": target_max_len}
         lengths.append(Lengths("tokens of the reader", count, own))
     if retriever is not None:
-        tokenizer = _load_tokenizer(retriever)
+        tokenizer = _load_tokenizer(retriever, trust_remote_code)
         # A language model's tokenizer gets an end-of-sequence token as a retriever's.
         count = token_lengths(tokenizer, max(tokenizer.num_special_tokens_to_add(), 1))
         # It never sees a target.
@@ -104,29 +108,34 @@ def run_targets(
     overwrite: bool,
     dtype: str,
     device: str | None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Run ``dream data targets``; the arguments are its options."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from dream_training.models.loading import resolve_model
+    from dream_training.models.trust import load_language_model, load_tokenizer
 
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
     console = Console(soft_wrap=True)
     rows = list(islice(iterate_training_rows(source, split=split, need_target=False), limit))
     path = resolve_model(reader, dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+    model = load_language_model(
+        path,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        trust_remote_code=trust_remote_code,
     ).eval()
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     counts = GenerationCounts()
     options: dict[str, Any] = {}
     if instruction is not None:
-        options["instruction"] = instruction.read_text(encoding="utf-8")
+        options["instruction"] = read_text(instruction)
     with console.status("writing targets ...") as status:
         written = write_targets(
             rows,
             model,
-            AutoTokenizer.from_pretrained(path),
+            load_tokenizer(path, trust_remote_code),
             counts,
             passage_max_len=passage_max_len,
             max_new_tokens=max_new_tokens,
@@ -143,12 +152,11 @@ def run_targets(
     )
 
 
-def _load_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
+def _load_tokenizer(name: str, trust_remote_code: bool) -> Any:
     from dream_training.models.loading import resolve_model
+    from dream_training.models.trust import load_tokenizer
 
-    return AutoTokenizer.from_pretrained(resolve_model(name))
+    return load_tokenizer(resolve_model(name), trust_remote_code)
 
 
 def _tables(source: str, result: dict[str, Any]) -> Iterator[Table]:

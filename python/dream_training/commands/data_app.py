@@ -7,7 +7,15 @@ from typing import Annotated, Optional
 
 import typer
 
-from dream_training.commands.options import Device, Limit, Output, Source, Split, TargetFrom
+from dream_training.commands.options import (
+    Device,
+    Limit,
+    Output,
+    Source,
+    Split,
+    TargetFrom,
+    TrustRemoteCode,
+)
 
 app = typer.Typer(
     help="Look at training data, write it in the project's form, let a model write targets.",
@@ -30,6 +38,7 @@ def prepare(
     passage_len: Annotated[int, typer.Option(min=1, help="words or tokens of a document")] = 90,
     query_len: Annotated[int, typer.Option(min=1, help="words or tokens of a query")] = 16,
     target_len: Annotated[int, typer.Option(min=1, help="words or tokens of a target")] = 32,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write training data of any form as JSON lines that dream train reads.
 
@@ -48,6 +57,7 @@ def prepare(
         passage_len=passage_len,
         query_len=query_len,
         target_len=target_len,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -69,6 +79,7 @@ def stats(
     passage_max_len: Annotated[int, typer.Option(min=1, help="tokens that are left")] = 128,
     target_max_len: Annotated[int, typer.Option(min=1, help="tokens that are left")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Describe training data: lengths, what is cut, what repeats, what looks wrong."""
     from dream_training.commands.data import run_stats
@@ -84,6 +95,7 @@ def stats(
         passage_max_len=passage_max_len,
         target_max_len=target_max_len,
         as_json=as_json,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -108,6 +120,7 @@ def targets(
     ] = False,
     dtype: Annotated[str, typer.Option(help="of the weights: auto, float32, bfloat16")] = "auto",
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Let a language model write targets where lines have a query and a positive, and no answer."""
     from dream_training.commands.data import run_targets
@@ -125,4 +138,5 @@ def targets(
         overwrite=overwrite,
         dtype=dtype,
         device=device,
+        trust_remote_code=trust_remote_code,
     )

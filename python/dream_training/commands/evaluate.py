@@ -33,6 +33,7 @@ def run_evaluate(
     output: Path | None,
     options: EvaluationOptions,
     bm25: bool,
+    trust_remote_code: bool = False,
     console: Console | None = None,
 ) -> list[Evaluation]:
     """Run the command; the arguments are its own.
@@ -43,6 +44,7 @@ def run_evaluate(
         output: JSON file to write.
         options: how to evaluate.
         bm25: evaluate BM25 on folders and sets of BEIR as well.
+        trust_remote_code: run code that comes with a model.
         console: where to print.
 
     Raises:
@@ -66,7 +68,7 @@ def run_evaluate(
         )
     evaluations: list[Evaluation] = []
     for name in models:
-        model = _load(name)
+        model = _load(name, trust_remote_code)
         for task in names:
             with console.status(f"{name} on {task} ..."):
                 evaluations.append(evaluate_task(model, name, task, options))
@@ -81,11 +83,11 @@ def run_evaluate(
     return evaluations
 
 
-def _load(name: str) -> SentenceTransformer:
-    from sentence_transformers import SentenceTransformer
+def _load(name: str, trust_remote_code: bool) -> SentenceTransformer:
+    from dream_training.models.trust import load_sentence_transformer
 
     try:
-        return SentenceTransformer(name)
+        return load_sentence_transformer(name, trust_remote_code=trust_remote_code)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"model {name!r} could not be loaded: {reason}") from error

@@ -40,6 +40,7 @@ class HeadOptions:
     token_filter: bool
     point: str
     seed: int
+    trust_remote_code: bool = False
 
     def config(self) -> TrainConfig:
         """As far as the reader is concerned."""
@@ -49,6 +50,7 @@ class HeadOptions:
             context=self.context,
             passage_max_len=self.passage_max_len,
             seed=self.seed,
+            trust_remote_code=self.trust_remote_code,
         )
 
     def selection(self) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def run_mine(
     passage_max_len: int | None,
     batch_size: int,
     device: str | None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Run the command; the arguments are its options."""
     console = Console(soft_wrap=True)
@@ -47,7 +48,9 @@ def run_mine(
     if retriever == BM25:
         rank, package = rank_bm25, "bm25s"
     else:
-        rank = dense_rank(retriever, query_max_len, passage_max_len, batch_size, device)
+        rank = dense_rank(
+            retriever, query_max_len, passage_max_len, batch_size, device, trust_remote_code
+        )
         package = "sentence-transformers"
     with console.status(f"searching {len(texts)} documents for {len(rows)} lines ..."):
         mined, counts = mine(rows, texts, rank, options)
@@ -112,11 +115,12 @@ def dense_rank(
     passage_max_len: int | None,
     batch_size: int,
     device: str | None,
+    trust_remote_code: bool = False,
 ) -> Rank:
     """Return what ranks by a sentence-transformers model, a checkpoint's folder or a hub name."""
-    from sentence_transformers import SentenceTransformer
+    from dream_training.models.trust import load_sentence_transformer
 
-    retriever = SentenceTransformer(model, device=device)
+    retriever = load_sentence_transformer(model, device=device, trust_remote_code=trust_remote_code)
 
     def rank(
         queries: Mapping[str, str], corpus: Mapping[str, str], k: int

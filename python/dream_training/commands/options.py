@@ -20,6 +20,9 @@ Limit = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(min=1, help="stop after so many lines"),
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run code that comes with a model")
+]
 Device = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="cpu, cuda, ...; a GPU where there is one"),

@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from dream_kernels.parsing import parse_json, shortened, why_not_name, why_not_text
+from dream_training.data.sources import MAX_LINE
+
 logger = logging.getLogger(__name__)
 
 Corpus = dict[str, str]
@@ -21,6 +24,8 @@ _CORPUS = "corpus.jsonl"
 _QUERIES = "queries.jsonl"
 _TRAIN = "train.jsonl"
 _QRELS_HEADER = "query-id\tcorpus-id\tscore"
+# A grade; the evaluation counts gains in 32 bits.
+_MOST_RELEVANT = 2**20
 # Stands in every folder written here: such a folder may be replaced.
 _MARKER = ".dream-beir-folder"
 
@@ -175,7 +180,8 @@ def _check_qrels(
         unknown = sorted(set(used) - known.keys())
         if unknown:
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-            raise ValueError(f"qrels name unknown {kind}: {', '.join(unknown[:5])}{more}")
+            names = ", ".join(shortened(key)[1:-1] for key in unknown[:5])
+            raise ValueError(f"qrels name unknown {kind}: {names}{more}")
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -217,14 +223,20 @@ def _write_qrels(path: Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each row with its place, ``corpus.jsonl:17``; empty lines are passed over."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        number = 0
+        while line := file.readline(MAX_LINE + 1):
+            number += 1
             where = f"{path}:{number}"
-            if not line.strip():
-                continue
+            if len(line) > MAX_LINE:
+                raise ValueError(f"{where}: a line must have at most {MAX_LINE:,} bytes")
             try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{where}: not a line of JSON: {error}") from None
+                # The first line may begin with a byte order mark.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not text in UTF-8: {error}") from None
+            if not text.strip():
+                continue
+            row = parse_json(text, where)
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
             yield where, row
@@ -232,8 +244,14 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _read_qrels(path: Path) -> Qrels:
     qrels: Qrels = {}
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
+    with path.open("rb") as file:
+        number = 0
+        while content := file.readline(MAX_LINE + 1):
+            number += 1
+            try:
+                line = content.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not text in UTF-8: {error}") from None
             fields = line.rstrip("\r\n").split("\t")
             if number == 1 or not line.strip():
                 if number == 1 and len(fields) == 3 and fields[2].lstrip("-").isdigit():
@@ -242,10 +260,12 @@ def _read_qrels(path: Path) -> Qrels:
             try:
                 query, document, score = fields
                 relevance = int(score)
+                if abs(relevance) > _MOST_RELEVANT:
+                    raise ValueError(score)
             except ValueError:
                 raise ValueError(
-                    f"{path}:{number}: expected query id, document id and a whole number, "
-                    f"separated by tabs, got {line.rstrip()!r}"
+                    f"{path}:{number}: expected query id, document id and a whole number of at "
+                    f"most {_MOST_RELEVANT}, separated by tabs, got {shortened(line.rstrip())}"
                 ) from None
             _add(qrels.setdefault(query, {}), document, relevance, f"{path}:{number}")
     return qrels
@@ -257,7 +277,9 @@ def _id(row: Mapping[str, Any], where: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{where}: '_id': expected text, got {value!r}")
+        raise ValueError(f"{where}: '_id': expected text, got {shortened(value)}")
+    if (reason := why_not_name(value)) is not None:
+        raise ValueError(f"{where}: '_id' is no text: {reason}")
     return value
 
 
@@ -267,11 +289,13 @@ def _text(row: Mapping[str, Any], key: str, where: str, *, optional: bool = Fals
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {key!r}: expected text, got {value!r}")
+        raise ValueError(f"{where}: {key!r}: expected text, got {shortened(value)}")
+    if (reason := why_not_text(value)) is not None:
+        raise ValueError(f"{where}: {key!r} is no text: {reason}")
     return value
 
 
 def _add(rows: dict[str, Any], key: str, value: object, where: str) -> None:
     if key in rows:
-        raise ValueError(f"{where}: {key!r} appears twice")
+        raise ValueError(f"{where}: {shortened(key)} appears twice")
     rows[key] = value

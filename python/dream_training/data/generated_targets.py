@@ -8,6 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from dream_training.data.training_row import TrainingRow
+from dream_training.reading.text_tokens import text_tokens, without_special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,12 +105,14 @@ def _needs_target(row: TrainingRow) -> bool:
 
 
 def _prompt(row: TrainingRow, instruction: str, tokenizer: Any, passage_max_len: int) -> str:
-    document = row.documents[row.positives[0]]
-    ids = tokenizer(document, add_special_tokens=False)["input_ids"]
+    # The chat template's own tokens must be the only ones.
+    document = without_special_tokens(tokenizer, row.documents[row.positives[0]])
+    query = without_special_tokens(tokenizer, row.query)
+    ids = text_tokens(tokenizer, document, passage_max_len + 1)
     if len(ids) > passage_max_len:
         document = tokenizer.decode(ids[:passage_max_len], skip_special_tokens=True)
     # Not str.format: passages have braces of their own, and questions too.
-    around = [part.replace("{query}", row.query) for part in instruction.split("{document}")]
+    around = [part.replace("{query}", query) for part in instruction.split("{document}")]
     text = document.strip().join(around)
     if not getattr(tokenizer, "chat_template", None):
         return _PLAIN.replace("{instruction}", text)

@@ -101,8 +101,9 @@ def rows_of_text(
     """
     lengths = lengths or TextLengths()
     seen: dict[bytes, bool] = {}
-    found = False
+    found, first = False, None
     for where, text in texts:
+        first = first or where
         pieces = _pieces(text, lengths)
         # A digest by piece, since all texts of a source share the memory of what was seen.
         for piece in pieces[::2]:
@@ -125,14 +126,14 @@ def rows_of_text(
                 yield make_row(query, documents, [0], target=target, where=where)
     if not found:
         raise ValueError(
-            f"no text is long enough for a passage of {lengths.passage} and a question of "
-            f"{lengths.query + lengths.target} after it"
+            f"{first or 'texts'}: no text is long enough for a passage of {lengths.passage} and a "
+            f"question of {lengths.query + lengths.target} after it"
         )
 
 
 def _read_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not text in UTF-8: {error}") from error
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dream_kernels.parsing import parse_json
+
 PlacedRow = tuple[str, dict[str, Any]]
 
 _LINES = (".jsonl", ".ndjson", ".json")
+# A packed line of zeros unpacks to a thousand times its size; no document comes near this.
+MAX_LINE = 64 << 20
+# Characters among which the first that is no white space tells a list from lines.
+_BEGINNING = 1 << 16
+_UNREADABLE = (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error)
 _FILE_SUFFIXES = (*_LINES, ".gz", ".parquet", ".txt", ".md")
 
 
@@ -54,19 +61,20 @@ def read_rows(
 
 
 def open_text(path: str | os.PathLike[str]) -> Any:
-    """Open a text file for reading, unpacked if its name ends in ``.gz``."""
+    """Open a text file for reading, unpacked if its name ends in ``.gz``.
+
+    In UTF-8, with or without a byte order mark.
+    """
     if str(path).endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8")
-    return open(path, encoding="utf-8")
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return open(path, encoding="utf-8-sig")
 
 
 def _read_json(path: Path) -> Iterator[PlacedRow]:
     with open_text(path) as file:
         try:
-            first = file.read(1)
-            while first.isspace():
-                first = file.read(1)
-        except (UnicodeDecodeError, gzip.BadGzipFile) as error:
+            first = file.read(_BEGINNING).lstrip()[:1]
+        except _UNREADABLE as error:
             raise ValueError(f"{path}: cannot be read as text: {error}") from error
     if first == "[" and ".jsonl" not in path.name:
         yield from _read_list(path)
@@ -77,22 +85,24 @@ def _read_json(path: Path) -> Iterator[PlacedRow]:
             number += 1
             where = f"{path}:{number}"
             try:
-                line = next(lines, None)
-                if line is None:
-                    return
-                row = json.loads(line) if line.strip() else None
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{where}: not valid JSON: {error}") from error
+                line = lines.readline(MAX_LINE + 1)
+            except _UNREADABLE as error:
+                raise ValueError(f"{where}: cannot be read as text: {error}") from error
+            if not line:
+                return
+            if len(line) > MAX_LINE:
+                raise ValueError(f"{where}: a line must have at most {MAX_LINE:,} characters")
             if line.strip():
-                yield where, _object(row, where)
+                yield where, _object(parse_json(line, where), where)
 
 
 def _read_list(path: Path) -> Iterator[PlacedRow]:
     with open_text(path) as file:
         try:
-            rows = json.load(file)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from error
+            text = file.read()
+        except _UNREADABLE as error:
+            raise ValueError(f"{path}: cannot be read as text: {error}") from error
+    rows = parse_json(text, str(path))
     for index, row in enumerate(rows):
         where = f"{path}[{index}]"
         yield where, _object(row, where)
@@ -106,7 +116,6 @@ def _object(row: Any, where: str) -> dict[str, Any]:
 
 def _load(builder: str, split: str, label: str, **options: Any) -> Iterator[PlacedRow]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     try:
         data = load_dataset(builder, split=split, **options)
@@ -116,18 +125,28 @@ def _load(builder: str, split: str, label: str, **options: Any) -> Iterator[Plac
         raise FileNotFoundError(f"{label}: no such data set: {error}") from error
     except ConnectionError as error:
         raise FileNotFoundError(f"{label}: the data set cannot be reached: {error}") from error
-    except (DatasetsError, RuntimeError) as error:
-        # RuntimeError: the data set would run code of its own.
-        raise ValueError(f"{label}: cannot be loaded: {error}") from error
+    except Exception as error:
+        # Of datasets, which refuses code that a data set brings, of Arrow, or of whatever unpacks.
+        raise ValueError(f"{label}: cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def _load_saved(path: Path, split: str) -> Iterator[PlacedRow]:
     from datasets import DatasetDict, load_from_disk
 
-    data: Any = load_from_disk(str(path))
+    try:
+        data: Any = load_from_disk(str(path))
+    except Exception as error:  # each of datasets, json and Arrow raises its own
+        raise ValueError(f"{path}: cannot be loaded: {type(error).__name__}: {error}") from error
     if isinstance(data, DatasetDict):
         if split not in data:
             raise ValueError(f"{path}: has no split {split!r}; it has {', '.join(data)}")
         data = data[split]
-    for index, row in enumerate(data):
-        yield f"{path}[{index}]", dict(row)
+    rows = iter(data)
+    for index in range(len(data)):
+        try:
+            row = dict(next(rows))
+        except Exception as error:  # the rows lie in files that may be damaged
+            raise ValueError(
+                f"{path}[{index}]: cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
+        yield f"{path}[{index}]", row

@@ -13,6 +13,8 @@ from dream_training.data.sources import read_rows
 from dream_training.data.training_row import (
     TrainingRow,
     answers_of,
+    id_text,
+    keys_of,
     normalised,
     target_of,
 )
@@ -120,13 +122,13 @@ def _read_targets(path: Path) -> tuple[dict[str, _Target], dict[str, _Target]]:
         answers = answers_of(row, where)
         target = target_of(row, where) or next(iter(answers), None)
         if target is None:
-            raise ValueError(f"{where}: has no target; its keys are {', '.join(row) or 'none'}")
-        key = row.get("query_id", row.get("_id"))
+            raise ValueError(f"{where}: has no target; its keys are {keys_of(row)}")
+        key = id_text(row.get("query_id", row.get("_id")), "query_id", where)
         query = row.get("query")
         if key is None and not isinstance(query, str):
             raise ValueError(f"{where}: has neither query_id nor query to tell whose target it is")
         if key is not None:
-            by_id.setdefault(str(key), (target, answers))
+            by_id.setdefault(key, (target, answers))
         if isinstance(query, str):
             by_query.setdefault(normalised(query), (target, answers))
     return by_id, by_query

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dream_kernels.parsing import shortened, why_not_name, why_not_text
+
 
 @dataclass(frozen=True)
 class TrainingRow:
@@ -94,7 +96,7 @@ def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
         ValueError: there is no such key, or what it holds is no text or blank.
     """
     if key not in row:
-        raise ValueError(f"{where}: has no {key}; its keys are {', '.join(row) or 'none'}")
+        raise ValueError(f"{where}: has no {key}; its keys are {keys_of(row)}")
     return check_text(row[key], key, where)
 
 
@@ -102,10 +104,14 @@ def check_text(value: Any, name: str, where: str) -> str:
     """Return ``value`` if it is a text that is not blank.
 
     Raises:
-        ValueError: it is not; the message has ``where`` and ``name``.
+        ValueError: it is not, or has half a surrogate pair; the message has ``where`` and ``name``.
     """
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: {name} must be a text that is not empty, got {value!r}")
+        raise ValueError(
+            f"{where}: {name} must be a text that is not empty, got {shortened(value)}"
+        )
+    if (reason := why_not_text(value)) is not None:
+        raise ValueError(f"{where}: {name} is no text: {reason}")
     return value
 
 
@@ -123,14 +129,42 @@ def answers_of(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     if answers is None or (answers == [] and row.get("target") is not None):
         return ()
     if not isinstance(answers, list) or not answers:
-        raise ValueError(f"{where}: answers must be a list of at least one text, got {answers!r}")
+        short = shortened(answers)
+        raise ValueError(f"{where}: answers must be a list of at least one text, got {short}")
     return tuple(check_text(text, f"answers[{i}]", where) for i, text in enumerate(answers))
 
 
-def query_id_of(row: Mapping[str, Any]) -> str | None:
-    """Return the id under ``query_id``, as text, or None."""
-    value = row.get("query_id")
-    return None if value is None else str(value)
+def query_id_of(row: Mapping[str, Any], where: str) -> str | None:
+    """Return the id under ``query_id``, as text, or None where the row has none.
+
+    Raises:
+        ValueError: it is neither text nor a number.
+    """
+    return id_text(row.get("query_id"), "query_id", where)
+
+
+def id_text(value: Any, name: str, where: str) -> str | None:
+    """Return an id as text: ``value`` itself, the digits of a number, or None of None.
+
+    Raises:
+        ValueError: it is neither, or no text; the message has ``where`` and ``name``.
+    """
+    if value is None:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {name} must be text or a number, got {shortened(value)}")
+    if (reason := why_not_name(value)) is not None:
+        raise ValueError(f"{where}: {name} is no text: {reason}")
+    return value
+
+
+def keys_of(row: Mapping[str, Any]) -> str:
+    """Return the names of a row's keys, for messages."""
+    names = [shortened(key)[1:-1] if len(key) > 40 else key for key in list(row)[:20]]
+    more = f" and {len(row) - 20} more" if len(row) > 20 else ""
+    return (", ".join(names) or "none") + more
 
 
 def documents_of(row: Mapping[str, Any], key: str, where: str, *, least: int = 1) -> list[str]:
@@ -145,7 +179,7 @@ def documents_of(row: Mapping[str, Any], key: str, where: str, *, least: int = 1
         return []
     if not isinstance(values, list) or len(values) < least:
         expected = "a list of at least one candidate" if least else "a list"
-        raise ValueError(f"{where}: {key} must be {expected}, got {_short(values)}")
+        raise ValueError(f"{where}: {key} must be {expected}, got {shortened(values)}")
     return [document_text(value, f"{key}[{i}]", where) for i, value in enumerate(values)]
 
 
@@ -165,7 +199,7 @@ def relevant_first(
         range(len(known)),
         target=target_of(row, where),
         answers=answers,
-        query_id=query_id_of(row),
+        query_id=query_id_of(row, where),
         where=where,
     )
 
@@ -177,11 +211,9 @@ def document_text(value: Any, name: str, where: str) -> str:
         ValueError: it is neither, or blank; the message has ``where`` and ``name``.
     """
     if isinstance(value, dict):
-        title, text = value.get("title") or "", value.get("text") or ""
+        title, text = (
+            check_text(value[key], f"{name}[{key!r}]", where) if value.get(key) else ""
+            for key in ("title", "text")
+        )
         value = f"{title}\n{text}" if title and text else title or text
     return check_text(value, name, where)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dream_kernels.parsing import shortened
 from dream_training.evaluation.retrieval import TOP_K, RetrievalTask, average
 from dream_training.json_file import read_json, write_json
 
 FILE_NAME = "evaluation.json"
+_LARGEST = 1e15
 _NDCG, _RECALL = f"ndcg_at_{TOP_K}", f"recall_at_{TOP_K}"
 
 
@@ -98,11 +99,32 @@ def _parse(row: Any, where: str) -> Evaluation:
     try:
         evaluation = Evaluation(**row)
     except TypeError as error:
-        raise ValueError(f"{where}: {str(error).removeprefix('Evaluation.__init__() ')}") from None
+        reason = str(error).removeprefix("Evaluation.__init__() ")
+        raise ValueError(f"{where}: {reason[:200]}") from None
+    for name in ("model", "task"):
+        value = getattr(evaluation, name)
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {name} must be a text, got {shortened(value)}")
+    for name in ("ndcg_at_10", "recall_at_10", "documents"):
+        value = getattr(evaluation, name)
+        if not _is_number(value):
+            raise ValueError(f"{where}: {name} must be a number, got {shortened(value)}")
+    if not isinstance(evaluation.settings, dict):
+        got = shortened(evaluation.settings)
+        raise ValueError(f"{where}: settings must be an object, got {got}")
     queries = evaluation.query_ndcg_at_10
     if not isinstance(queries, dict) or not queries:
         raise ValueError(f"{where}: query_ndcg_at_10 must hold at least one query")
     for query, value in queries.items():
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{where}: nDCG@10 of query {query!r} must be a number, got {value!r}")
+        if not _is_number(value):
+            raise ValueError(
+                f"{where}: nDCG@10 of query {shortened(query)} must be a number, "
+                f"got {shortened(value)}"
+            )
     return evaluation
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < _LARGEST  # not of NaN; JSON knows no limit of whole numbers

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from sentence_transformers.evaluation import SentenceEvaluator
 
+from dream_training.reading.text_tokens import cut_text
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
@@ -64,7 +66,11 @@ def score_queries(
 
     if not task.qrels:
         raise ValueError("the task has no query to average over")
-    qrels = {q: dict(relevant) for q, relevant in task.qrels.items()}
+    # pytrec_eval counts documents by grade in an array, and below -1 writes outside of it.
+    qrels = {
+        q: {document: max(grade, 0) for document, grade in relevant.items()}
+        for q, relevant in task.qrels.items()
+    }
     # A document id that is in no qrels keeps an empty result list, and so its query, in the mean.
     results = {q: dict(ranking.get(q) or {"": 0.0}) for q in qrels}
     evaluator = pytrec_eval.RelevanceEvaluator(qrels, {f"ndcg_cut.{k}", f"recall.{k}"})
@@ -125,7 +131,7 @@ def search(
     try:
         model.max_seq_length = passage_max_len or limit
         corpus_embeddings = model.encode_document(
-            [task.corpus[d] for d in documents],
+            [cut_text(task.corpus[d], model.max_seq_length) for d in documents],
             device=list(devices) if devices else None,
             **options,
         )
@@ -134,7 +140,8 @@ def search(
         corpus_embeddings = corpus_embeddings.to(home).float()
         model.max_seq_length = query_max_len or limit
         # Few and short: the processes, whose copies have the documents' limit, are not worth it.
-        query_embeddings = model.encode_query([task.queries[q] for q in queries], **options).float()
+        texts = [cut_text(task.queries[q], model.max_seq_length) for q in queries]
+        query_embeddings = model.encode_query(texts, **options).float()
     finally:
         model.max_seq_length = limit
     hits = semantic_search(query_embeddings, corpus_embeddings, top_k=k)

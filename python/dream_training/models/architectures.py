@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dream_training.models.trust import load_model_config
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -85,8 +87,7 @@ def model_config(name: str, *, trust_remote_code: bool = False) -> PretrainedCon
     if not Path(name).is_dir() and name in KNOWN:
         shape: dict[str, Any] = dict(KNOWN[name])
         return AutoConfig.for_model(shape.pop("model_type"), **shape)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    return config.get_text_config()
+    return load_model_config(name, trust_remote_code).get_text_config()
 
 
 def parameter_count(config: PretrainedConfig, layers: int | None = None) -> dict[str, int]:

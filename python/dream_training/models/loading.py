@@ -9,6 +9,7 @@ import torch
 from dream_training.config import TrainConfig
 from dream_training.models.retriever import build_retriever
 from dream_training.models.smollm2 import smollm2_path
+from dream_training.models.trust import load_model_config
 from dream_training.reading.reader import Reader
 
 if TYPE_CHECKING:
@@ -50,11 +51,8 @@ def load_reader(config: TrainConfig, heads: Any, **options: Any) -> Reader:
 
 def all_heads(config: TrainConfig) -> dict[int, list[int]]:
     """Every head of every layer of the reader that a config names."""
-    from transformers import AutoConfig
-
     path = resolve_model(config.reader, config.dtype)
-    settings = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    settings = settings.get_text_config()
+    settings = load_model_config(path, config.trust_remote_code).get_text_config()
     heads = list(range(settings.num_attention_heads))
     return dict.fromkeys(range(settings.num_hidden_layers), heads)
 

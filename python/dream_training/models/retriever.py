@@ -45,10 +45,13 @@ def build_retriever(
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        ValueError: ``layers`` does not fit the model.
+        ValueError: ``layers`` does not fit the model, the model brings code and
+            ``trust_remote_code`` is not set, or its weights are pickled.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import is_sentence_transformer_model
+
+    from dream_training.models.trust import guarded, load_sentence_transformer
 
     model_kwargs = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if is_sentence_transformer_model(str(path)):
@@ -57,8 +60,8 @@ def build_retriever(
                 "retriever_layers cuts a language model, and this is a sentence-transformers "
                 f"model: {path}"
             )
-        model = SentenceTransformer(
-            str(path),
+        model = load_sentence_transformer(
+            path,
             device=device,
             prompts=prompts,
             model_kwargs=model_kwargs,
@@ -66,11 +69,9 @@ def build_retriever(
         )
         model.max_seq_length = max_len
     else:
-        model = SentenceTransformer(
-            modules=_modules_of_decoder(path, layers, max_len, model_kwargs, trust_remote_code),
-            device=device,
-            prompts=prompts,
-        )
+        with guarded(path, trust_remote_code):
+            modules = _modules_of_decoder(path, layers, max_len, model_kwargs, trust_remote_code)
+        model = SentenceTransformer(modules=modules, device=device, prompts=prompts)
     if lora_r:
         _add_lora(model, lora_r, lora_alpha or 2 * lora_r)
     return model
@@ -86,6 +87,8 @@ def _modules_of_decoder(
     from sentence_transformers.models import Normalize, Pooling, Transformer
     from transformers import AutoConfig
 
+    from dream_training.models.trust import weight_options
+
     remote = {"trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(path, **remote)
     config_kwargs: dict[str, Any] = dict(remote)
@@ -100,7 +103,8 @@ def _modules_of_decoder(
     transformer = Transformer(
         str(path),
         max_seq_length=max_len,
-        model_kwargs={**model_kwargs, **remote},
+        model_kwargs={**model_kwargs, **weight_options(trust_remote_code)},
+        processor_kwargs=dict(remote),
         config_kwargs=config_kwargs,
         # A tokenizer with a chat template would wrap every text in a conversation.
         modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dream_training.objectives.pools import Candidates, build_pools, check_pool, choose_candidates
+from dream_training.reading.text_tokens import cut_text
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -95,6 +96,7 @@ class DreamCollator:
         try:
             if limit is not None:
                 self.model.max_seq_length = limit
+            texts = [cut_text(text, self.model.max_seq_length) for text in texts]
             return dict(self.model.preprocess(texts, prompt=prompt))
         finally:
             self.model.max_seq_length = previous

@@ -56,7 +56,7 @@ def target_likelihood(
     prefix = reader.read(documents, [[i] for i in range(len(documents))])
     if pools is None:
         pools = [range(len(documents))] * len(queries)
-    query_ids = [reader.query_tokens(query) for query in queries]
+    query_ids = [reader.query_tokens(query, i) for i, query in enumerate(queries)]
     target_ids = [reader.target_tokens(target, i) for i, target in enumerate(targets)]
     reader.check_context(prefix, query_ids, target_ids)
     counts = torch.tensor([len(target) for target in target_ids], device=reader.device)

@@ -8,10 +8,15 @@ are exact whatever the tokenizer merges, and a document read alone stands as it 
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from dream_kernels.parsing import read_text, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,6 +25,11 @@ PLAIN, CHAT = "plain", "chat"
 
 # Templates that print today's date would make another prompt of every day.
 _DATE = "26 Jul 2024"
+
+# Templates need milliseconds; one that needs more counts to a million, or comes to no end.
+_SECONDS = 10.0
+# Characters of a template, and of what it makes of a text.
+_MOST_CHARACTERS = 1 << 20
 
 Render = Callable[[Sequence[str], str, str], str]
 
@@ -74,15 +84,21 @@ def load_reader_prompt(
         return chat_prompt(tokenizer)
     check_reader_prompt(choice)
     path = Path(choice)
-    return template_prompt(path.read_text(encoding="utf-8"), tokenizer, str(path))
+    return template_prompt(read_text(path, _MOST_CHARACTERS), tokenizer, str(path))
 
 
 def check_reader_prompt(choice: str | os.PathLike[str]) -> None:
     """Raise ``FileNotFoundError`` if it names neither a prompt nor a file."""
-    if choice not in (PLAIN, CHAT) and not Path(choice).is_file():
+    if choice in (PLAIN, CHAT):
+        return
+    try:
+        found = Path(choice).is_file()
+    except (OSError, ValueError):  # a name too long, or none at all
+        found = False
+    if not found:
         raise FileNotFoundError(
             f"reader_prompt must be {PLAIN!r}, {CHAT!r} or a Jinja file, and there is no file "
-            f"{os.fspath(choice)!r}"
+            f"{shortened(os.fspath(choice))}"
         )
 
 
@@ -94,8 +110,7 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase) -> ReaderPrompt:
     Raises:
         ValueError: there is no chat template, or it changes the texts it is given.
     """
-    from jinja2 import TemplateError
-
+    name = "the reader's chat template"
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
             "reader_prompt 'chat' needs a tokenizer with a chat template, and "
@@ -109,14 +124,12 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase) -> ReaderPrompt:
             {"role": "user", "content": f"{plain.header}{texts}Question: {query}"},
             {"role": "assistant", "content": target},
         ]
-        try:
+        with _running(name):
             text = tokenizer.apply_chat_template(messages, tokenize=False, date_string=_DATE)
-        except TemplateError as error:
-            raise ValueError(f"the reader's chat template fails: {error}") from error
         assert isinstance(text, str)
         return text
 
-    return cut_prompt(render, "the reader's chat template", bos=False)
+    return cut_prompt(render, name, bos=False)
 
 
 def template_prompt(
@@ -128,7 +141,7 @@ def template_prompt(
     stands the same text. ``bos_token`` and ``eos_token`` are there too; a template that prints no
     beginning-of-sequence token gets it all the same. What follows the target is left out. As in
     chat templates, a line's block tags leave neither indentation nor line end, and the template
-    runs in Jinja's sandbox.
+    runs in Jinja's sandbox, for ten seconds at most.
 
     Args:
         template: its text.
@@ -138,25 +151,72 @@ def template_prompt(
     Raises:
         ValueError: it is not Jinja, or cannot be cut into pieces; the message says why.
     """
-    from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2 import StrictUndefined, TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    class Sandbox(ImmutableSandboxedEnvironment):
+        # No other operator takes hours in one step.
+        intercepted_binops = frozenset({"**"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            raise SecurityError("powers are not allowed")
+
+    environment = Sandbox(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        optimized=False,  # or what is made of constants would be worked out by the compiler
     )
     try:
         compiled = environment.from_string(template)
     except TemplateSyntaxError as error:
-        raise ValueError(f"{name}:{error.lineno}: not a Jinja template: {error}") from error
+        reason = _reason(error)
+        raise ValueError(f"{name}:{error.lineno}: not a Jinja template: {reason}") from error
+    except (RecursionError, SyntaxError, ValueError, OverflowError, MemoryError) as error:
+        # SyntaxError: of the Python code that Jinja makes, which must not nest too deeply.
+        raise ValueError(f"{name}: not a Jinja template: {_reason(error)}") from error
     tokens = {key: getattr(tokenizer, key, None) or "" for key in ("bos_token", "eos_token")}
 
     def render(documents: Sequence[str], query: str, target: str) -> str:
-        try:
+        with _running(name):
             return compiled.render(documents=list(documents), query=query, target=target, **tokens)
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"{name} fails: {error}") from error
 
     return cut_prompt(render, name)
+
+
+class _TooLong(Exception):
+    """A template has run for longer than it may."""
+
+
+@contextmanager
+def _running(name: str) -> Iterator[None]:
+    """Run a template inside.
+
+    Raises:
+        ValueError: the template fails, or takes more than :data:`_SECONDS`.
+    """
+    end = time.monotonic() + _SECONDS
+
+    def watch(frame: Any, event: str, argument: Any) -> Any:
+        if time.monotonic() > end:
+            raise _TooLong(f"it takes more than {_SECONDS:.0f} seconds")
+        return watch
+
+    # Unlike a signal, a trace stops it in any thread and on any system.
+    previous = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        yield
+    except Exception as error:  # a template can call what it likes of what it is given
+        raise ValueError(f"{name} fails: {_reason(error)}") from error
+    finally:
+        sys.settrace(previous)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(error)[:500] or type(error).__name__
 
 
 def cut_prompt(render: Render, name: str, bos: bool = True) -> ReaderPrompt:
@@ -171,7 +231,14 @@ def cut_prompt(render: Render, name: str, bos: bool = True) -> ReaderPrompt:
         ValueError: a text is left out, repeated or changed, the order is another one, or the text
             around depends on what the texts are or how many there are.
     """
-    cuts = [_cut(render(*probe), *probe, name) for probe in _probes()]
+    cuts = []
+    for probe in _probes():
+        text = render(*probe)
+        if len(text) > _MOST_CHARACTERS:
+            raise ValueError(
+                f"{name} must print at most {_MOST_CHARACTERS:,} characters, got {len(text):,}"
+            )
+        cuts.append(_cut(text, *probe, name))
     first = cuts[0]
     for cut in cuts[1:]:
         for where in ("before", "after", "behind_query"):
@@ -179,13 +246,13 @@ def cut_prompt(render: Render, name: str, bos: bool = True) -> ReaderPrompt:
             if own != other:
                 raise ValueError(
                     f"{name} must not depend on the texts or their number; {_NAMES[where]} stands "
-                    f"once {own!r} and once {other!r}"
+                    f"once {shortened(own)} and once {shortened(other)}"
                 )
     between = sorted({text for cut in cuts for text in cut.between})
     if len(between) > 1:
         raise ValueError(
             f"{name} must put the same text around every document; between two of them stands "
-            f"once {between[0]!r} and once {between[1]!r}"
+            f"once {shortened(between[0])} and once {shortened(between[1])}"
         )
     behind, ahead = _share(first.before, between[0], first.after, name)
     answer = first.behind_query.rstrip(" ")
@@ -256,12 +323,15 @@ def _share(before: str, between: str, after: str, name: str) -> tuple[str, str]:
     The first part must also begin what follows the last document, and the second part end what
     stands before the first one.
     """
-    for size in range(len(between), -1, -1):
-        behind, ahead = between[:size], between[size:]
-        if after.startswith(behind) and before.endswith(ahead):
-            return behind, ahead
+    size = next(
+        (i for i, (own, other) in enumerate(zip(between, after)) if own != other),
+        min(len(between), len(after)),
+    )
+    if before.endswith(between[size:]):
+        return between[:size], between[size:]
     raise ValueError(
         f"{name} must put the same text around every document, the first and the last too; "
-        f"{between!r} stands between two of them, {before!r} before the first and {after!r} behind "
-        "the last: separate documents by what ends each of them, not by what stands between them"
+        f"{shortened(between)} stands between two of them, {shortened(before)} before the first "
+        f"and {shortened(after)} behind the last: separate documents by what ends each of them, "
+        "not by what stands between them"
     )

@@ -17,10 +17,12 @@ from dream_kernels import (
     read_independently,
     read_jointly,
 )
+from dream_kernels.parsing import shortened, why_not_text
 from dream_training.config import CONTEXTS, INJECTED_ROWS
 from dream_training.reading.document_store import check_document_store, open_document_store
 from dream_training.reading.prompts import PLAIN, ReaderPrompt, load_reader_prompt
 from dream_training.reading.target_loss import plain_head, target_losses
+from dream_training.reading.text_tokens import text_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +48,9 @@ class Reading:
 
 class Reader(nn.Module):
     """A frozen decoder in which document scores act on some attention heads.
+
+    The prompt's special tokens are its own: their names in a document, query or target are read as
+    the characters that they are written with.
 
     Args:
         model: a transformers decoder; it is frozen and set to eval mode.
@@ -130,6 +135,7 @@ class Reader(nn.Module):
         self._header = self._header_ids()
         self._around_document = self._around(self.prompt.document, "{document}")
         self._around_query = self._around(self.prompt.query, "{query}")
+        self._around_target = self._target_pieces()
 
     @classmethod
     def from_pretrained(
@@ -142,12 +148,16 @@ class Reader(nn.Module):
         trust_remote_code: bool = False,
         **options: Any,
     ) -> Reader:
-        """Load model and tokenizer from a folder or the hub; ``options`` as in the constructor."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        """Load model and tokenizer from a folder or the hub; ``options`` as in the constructor.
 
-        remote = {"trust_remote_code": trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(path, **remote)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **remote)
+        Raises:
+            ValueError: the model brings code and ``trust_remote_code`` is not set, or its weights
+                are pickled; or as in the constructor.
+        """
+        from dream_training.models.trust import load_language_model, load_tokenizer
+
+        tokenizer = load_tokenizer(path, trust_remote_code)
+        model = load_language_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
         return cls(model if device is None else model.to(device), tokenizer, heads, **options)
 
     def train(self, mode: bool = True) -> Reader:
@@ -164,7 +174,7 @@ class Reader(nn.Module):
         """Read the documents once, without gradient.
 
         Args:
-            documents: texts, at least one, none blank.
+            documents: texts, at least one, none blank or without a token.
             pools: for each query the indices of its documents; None for one pool of all
                 documents that every query shares.
 
@@ -205,7 +215,7 @@ class Reader(nn.Module):
         Raises:
             ValueError: a target is blank, or does not fit into the reader's context.
         """
-        query_ids = [self.query_tokens(query) for query in queries]
+        query_ids = [self.query_tokens(query, i) for i, query in enumerate(queries)]
         target_ids = [self.target_tokens(target, i) for i, target in enumerate(targets)]
         self.check_context(prefix, query_ids, target_ids)
         passes = self.passes(query_ids, target_ids)
@@ -311,7 +321,7 @@ class Reader(nn.Module):
             ``input_ids`` and ``attention_mask`` ``[B, M]``, padded on the left, and
             ``row_weights`` ``[B, M]`` that average over the tokens of the query text.
         """
-        pieces = [self._query_ids(query) for query in queries]
+        pieces = [self._query_ids(query, i) for i, query in enumerate(queries)]
         ids, mask = _pad([tokens for tokens, _ in pieces], "left", self.device)
         weights = torch.zeros(ids.shape, device=self.device)
         for b, (tokens, (start, end)) in enumerate(pieces):
@@ -330,7 +340,7 @@ class Reader(nn.Module):
         """
         ids, mask = _pad(
             [
-                self.query_tokens(query) + self.target_tokens(target, i)
+                self.query_tokens(query, i) + self.target_tokens(target, i)
                 for i, (query, target) in enumerate(zip(queries, targets))
             ],
             "left",
@@ -349,34 +359,53 @@ class Reader(nn.Module):
             return header
         return [begin, *header]
 
+    def _target_pieces(self) -> tuple[list[int], list[int], str]:
+        """Tokens around a target, and the space before it, which belongs to its first word."""
+        before, after = self.prompt.target.split("{target}")
+        text = before.rstrip(" ")
+        return self._ids(text), self._ids(after), before[len(text) :]
+
     def _around(self, template: str, placeholder: str) -> tuple[list[int], list[int]]:
         before, after = template.split(placeholder)
         return self._ids(before), self._ids(after)
 
     def _document_ids(self, text: str, index: int) -> list[int]:
-        if not text.strip():
-            raise ValueError(f"documents must not be blank, got {text!r} at {index}")
         before, after = self._around_document
-        return before + self._ids(text)[: self.passage_max_len] + after
+        own = self._text_ids(text, self.passage_max_len, "documents", index)
+        return before + own + after
 
-    def query_tokens(self, query: str) -> list[int]:
-        """Token ids of a query in its prompt, cut to ``query_max_len``."""
-        return self._query_ids(query)[0]
+    def query_tokens(self, query: str, index: int = 0) -> list[int]:
+        """Token ids of query ``index`` in its prompt, cut to ``query_max_len``."""
+        return self._query_ids(query, index)[0]
 
-    def _query_ids(self, query: str) -> tuple[list[int], tuple[int, int]]:
+    def _query_ids(self, query: str, index: int = 0) -> tuple[list[int], tuple[int, int]]:
         """Tokens of the query in its prompt, and where the query's own tokens stand."""
         before, after = self._around_query
-        own = self._ids(query)[: self.query_max_len]
-        if not own:
-            raise ValueError("queries must not be empty")
+        own = self._text_ids(query, self.query_max_len, "queries", index)
         return before + own + after, (len(before), len(before) + len(own))
 
     def target_tokens(self, target: str, index: int) -> list[int]:
         """Token ids of target ``index`` in its prompt, cut to ``target_max_len``."""
-        if not target.strip():
-            raise ValueError(f"targets must not be empty, got {target!r} at {index}")
-        text = self.prompt.target.replace("{target}", target.strip())
-        return self._ids(text)[: self.target_max_len]
+        before, after, space = self._around_target
+        own = self._text_ids(target, self.target_max_len, "targets", index, space)
+        return (before + own + after)[: self.target_max_len]
+
+    def _text_ids(
+        self, text: str, limit: int, name: str, index: int, space: str | None = None
+    ) -> list[int]:
+        """Tokens of a text, none of them special; with ``space`` it is stripped and put behind it.
+
+        Raises:
+            ValueError: it is blank, no text, or has no token.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{name} must not be blank, got {shortened(text)} at {index}")
+        if (reason := why_not_text(text)) is not None:
+            raise ValueError(f"{name} must be texts, but in {name}[{index}] {reason}")
+        own = text_tokens(self.tokenizer, text if space is None else space + text.strip(), limit)
+        if not own:
+            raise ValueError(f"{name} must have a token each, got {shortened(text)} at {index}")
+        return own
 
     def check_context(
         self, prefix: Prefix, query_ids: list[list[int]], target_ids: list[list[int]]

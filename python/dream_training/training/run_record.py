@@ -111,9 +111,13 @@ class RunRecord(TrainerCallback):
             write_evaluations(self.output_dir / FILE_NAME, found, environment)
         if interrupted or not self.config.final_tasks:
             return
-        from sentence_transformers import SentenceTransformer
+        from dream_training.models.trust import load_sentence_transformer
 
-        best = SentenceTransformer(str(path), device=str(self.model.device))
+        best = load_sentence_transformer(
+            path,
+            device=str(self.model.device),
+            trust_remote_code=self.config.trust_remote_code,
+        )
         options = EvaluationOptions(
             split=self.config.eval_split,
             query_max_len=self.config.query_max_len,

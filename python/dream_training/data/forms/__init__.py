@@ -7,7 +7,7 @@ from typing import Any
 
 from dream_training.data.forms import columns as _columns
 from dream_training.data.forms import flag_embedding, own, tevatron
-from dream_training.data.training_row import TrainingRow
+from dream_training.data.training_row import TrainingRow, keys_of
 
 Parse = Callable[[Mapping[str, Any], str], TrainingRow]
 
@@ -26,6 +26,6 @@ def find_form(columns: Collection[str], where: str) -> Parse:
             return form.parse
     forms = "; ".join(f"({form.COLUMNS})" for form in _FORMS)
     raise ValueError(
-        f"{where}: its keys are {', '.join(columns) or 'none'}, which is no known form; "
+        f"{where}: its keys are {keys_of(dict.fromkeys(columns))}, which is no known form; "
         f"expected one of {forms}; or text alone, to train without questions"
     )

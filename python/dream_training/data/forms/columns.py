@@ -38,6 +38,6 @@ def parse(row: Mapping[str, Any], where: str) -> TrainingRow:
         [0],
         target=target_of(row, where),
         answers=answers_of(row, where),
-        query_id=query_id_of(row),
+        query_id=query_id_of(row, where),
         where=where,
     )

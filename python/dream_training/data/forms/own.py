@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from dream_kernels.parsing import shortened
 from dream_training.data.training_row import (
     TrainingRow,
     answers_of,
@@ -38,7 +39,7 @@ def parse(row: Mapping[str, Any], where: str) -> TrainingRow:
         _positives(row.get("positive"), len(documents), where),
         target=target_of(row, where),
         answers=answers_of(row, where),
-        query_id=query_id_of(row),
+        query_id=query_id_of(row, where),
         where=where,
     )
 
@@ -53,6 +54,6 @@ def _positives(value: Any, documents: int, where: str) -> list[int]:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < documents:
             raise ValueError(
                 f"{where}: positive must be true, false, an index in 0 .. {documents - 1} or a "
-                f"list of them, got {value!r}"
+                f"list of them, got {shortened(value)}"
             )
     return indices

@@ -1,0 +1,62 @@
+"""Every fuzz target on its seeds and some mutations of them; ``make fuzz`` goes on for longer."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fuzz.driver import try_mutations
+from soak_record import SOAK, record
+
+FOLDER = Path(__file__).resolve().parents[1] / "fuzz"
+HELPERS = {"driver", "scratch"}
+TARGETS = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in HELPERS)
+COUNT = 20_000 if SOAK else 400
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_finds_nothing(name: str) -> None:
+    target = importlib.import_module(f"fuzz.{name}")
+    count = try_mutations(target.check, target.SEEDS, count=max(COUNT, len(target.SEEDS)))
+    record(f"mutations {name}", inputs=count)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_most_seeds_are_what_the_target_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target all of whose inputs are refused would test nothing."""
+    target = importlib.import_module(f"fuzz.{name}")
+    if not hasattr(target, "refused"):
+        pytest.skip("it has no errors to catch")
+    outcomes = []
+    original = target.refused
+    monkeypatch.setattr(
+        target, "refused", lambda *args: outcomes.append(original(*args)) or outcomes[-1]
+    )
+    for seed in target.SEEDS:
+        target.check(seed)
+    assert outcomes.count(False) >= len(target.SEEDS) / 3
+
+
+def test_a_finding_is_told_with_its_input() -> None:
+    def check(data: bytes) -> None:
+        if b"needle" in data:
+            raise KeyError("found")
+
+    with pytest.raises(AssertionError, match=r"KeyError\('found'\)\ninput: b'a needle'"):
+        try_mutations(check, [b"hay", b"a needle"], count=10)
+
+
+def test_a_target_runs_by_itself() -> None:
+    process = subprocess.run(
+        [sys.executable, str(FOLDER / "native.py")],
+        env={"FUZZ_SECONDS": "0.5", "PATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "no finding" in process.stdout
