@@ -93,7 +93,17 @@ def _read_json(path: Path) -> Iterator[PlacedRow]:
             if len(line) > MAX_LINE:
                 raise ValueError(f"{where}: a line must have at most {MAX_LINE:,} characters")
             if line.strip():
-                yield where, _object(parse_json(line, where), where)
+                yield where, _object(_parse_line(line, where), where)
+
+
+def _parse_line(line: str, where: str) -> Any:
+    try:
+        return parse_json(line, where)
+    except ValueError as error:
+        if line.endswith("\n"):
+            raise
+        # Whoever wrote the file was cut off, or is still writing.
+        raise ValueError(f"{where}: the file ends in the middle of the line ({error})") from error
 
 
 def _read_list(path: Path) -> Iterator[PlacedRow]:
