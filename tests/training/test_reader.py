@@ -73,7 +73,7 @@ def test_the_loss_is_that_of_one_full_sequence() -> None:
             document_spans=prefix.spans,
         ).logits[0, len(before) - 1 : -1]
         loss = torch.nn.functional.cross_entropy(
-            logits.float(), torch.tensor(target), reduction="sum"
+            logits, torch.tensor(target), reduction="sum"
         )
         total, count = total + loss, count + len(target)
         per_query.append(loss.item() / len(target))
@@ -128,7 +128,7 @@ def test_only_the_rows_that_predict_the_target_are_injected(rows_per_pass: int) 
             document_first_row=len(before) - 1,
         ).logits[0, len(before) - 1 : -1]
         own = torch.nn.functional.cross_entropy(
-            logits.float(), torch.tensor(after), reduction="none"
+            logits, torch.tensor(after), reduction="none"
         )
         assert reading.query_losses[b].item() == pytest.approx(own.mean().item(), rel=1e-5)
         losses.append(own)

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dream_training.distributed import world
+from dream_training.distributed.sharding import whole
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
@@ -156,12 +159,16 @@ def save_retriever(model: SentenceTransformer, path: str | os.PathLike[str]) -> 
     """Save the model, adapters merged into their layers, so that it loads without its backbone.
 
     The folder appears whole or not at all: it is written beside ``path`` and then renamed. The
-    model itself is left as it is.
+    model itself is left as it is. With several processes all of them call it, for the weights may
+    be cut over them, and process 0 writes.
 
     Returns:
         The folder, for ``SentenceTransformer(path)``.
     """
     path = Path(path)
+    model = whole(model)
+    if not world.is_main():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

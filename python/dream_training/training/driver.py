@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from dream_kernels import HeadFile, read_heads, write_heads
 from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import read_training_data, stream_training_data
+from dream_training.distributed import world
+from dream_training.distributed.engine import engine_arguments
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask, sample_queries
 from dream_training.evaluation.tasks import check_tasks
 from dream_training.heads.selection import (
@@ -138,6 +140,10 @@ def train(
     ``dream report`` what :class:`~dream_training.training.run_record.RunRecord` names. Ctrl-C stops
     after the current step and keeps what there is.
 
+    Started by ``torchrun`` or ``accelerate launch``, the processes train together: each with
+    ``batch_size`` queries of its own in every step, as ``config`` says what they share. Process 0
+    writes and prints; the result is the same in all of them.
+
     Args:
         config: the run.
         data: training data; read from ``config.train_data`` by default.
@@ -153,18 +159,22 @@ def train(
         FileNotFoundError: a file of the config is missing.
         ValueError: something in config or data does not fit; the message says what.
     """
-    console = console or Console()
+    given = asdict(config)
+    config = replace(config, device=world.join(config.device, config.distributed_timeout))
+    console = (console or Console()) if world.is_main() else Console(quiet=True)
     output_dir = Path(config.output_dir)
     data = load_training_data(config) if data is None else data
-    if not _is_stream(data) and len(data) < config.batch_size:
+    lines = config.batch_size * world.size()
+    if not _is_stream(data) and len(data) < lines:
         raise ValueError(
-            f"train_data must hold at least one batch of {config.batch_size} lines, got {len(data)}"
+            f"train_data must hold at least one batch of {lines} lines, got {len(data)}"
         )
     if evaluator is None:
         evaluator = make_evaluator(config)
     check_tasks(config.final_tasks or [])
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "config.json", asdict(config))
+    if world.is_main():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / "config.json", given)
     if model is None:
         model = make_retriever(config)
     objective = build_objective(
@@ -191,11 +201,12 @@ def train(
     seconds = time.perf_counter() - start
     save_retriever(model, output_dir / "last")
     path = keeper.best_path or output_dir / "last"
-    write_json(
-        output_dir / "history.json",
-        {"steps": history.steps, "evaluations": history.evaluations},
-    )
-    plot_curve(history, output_dir / "curve.png")
+    if world.is_main():
+        write_json(
+            output_dir / "history.json",
+            {"steps": history.steps, "evaluations": history.evaluations},
+        )
+        plot_curve(history, output_dir / "curve.png")
     if interrupted:
         console.print(f"Interrupted after {len(history.steps)} steps; the retriever is in {path}")
     record.finish(path, console, interrupted)
@@ -214,14 +225,24 @@ def _choose_heads(
     console: Console,
 ) -> dict[int, list[int]]:
     """The heads that receive the scores: given, read or selected; written and drawn."""
-    if heads is None:
-        if config.heads == "auto":
-            console.print("selecting the reader's heads ...")
-        heads = find_heads(config, data)
-    if heads.scores:
-        plot_heads(heads, output_dir / "heads.png", config.top_k or len(heads.heads))
-    write_heads(output_dir / "heads.yaml", heads)
-    return heads.by_layer(config.top_k)
+
+    def choose(heads: HeadFile | None) -> list[list[Any]]:
+        if heads is None:
+            if config.heads == "auto":
+                console.print("selecting the reader's heads ...")
+            heads = find_heads(config, data)
+        if world.is_main():
+            if heads.scores:
+                plot_heads(heads, output_dir / "heads.png", config.top_k or len(heads.heads))
+            write_heads(output_dir / "heads.yaml", heads)
+        return [[layer, own] for layer, own in heads.by_layer(config.top_k).items()]
+
+    # A reader that is cut over the processes needs all of them to run.
+    if config.heads == "auto" and heads is None and config.reader_sharding == "sharded":
+        chosen = world.broadcast_json(choose(None))
+    else:
+        chosen = world.on_main(lambda: choose(heads))
+    return dict(chosen)
 
 
 def _trainer(
@@ -231,11 +252,10 @@ def _trainer(
     evaluator: RetrievalEvaluator | None,
     evaluate_first: bool,
 ) -> Any:
-    from sentence_transformers import (
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
+    from sentence_transformers import SentenceTransformerTrainingArguments
     from transformers import PrinterCallback, set_seed
+
+    from dream_training.distributed.trainer import Trainer
 
     set_seed(config.seed)
     evaluate: dict[str, Any] = {}
@@ -267,10 +287,11 @@ def _trainer(
         batch_sampler="no_duplicates" if objective.no_duplicates else "batch_sampler",
         prompts={"query": config.query_prompt, "positive": config.document_prompt},
         **evaluate,
+        **engine_arguments(config, model),
     )
     # A card without widget examples would have the trainer make some from the training columns.
     model.model_card_data.widget = [{}]
-    trainer = SentenceTransformerTrainer(
+    trainer = Trainer(
         model=model,
         args=args,
         train_dataset=objective.data,
