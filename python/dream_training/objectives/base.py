@@ -87,7 +87,9 @@ class PoolObjective(nn.Module):
         if self.temperature.changes:
             self.metrics["temperature"] = self.temperature.value
         self.metrics |= {name: n - before[name] for name, n in store_counts(self).items()}
-        return loss if world.size() == 1 else self._weighted(loss, terms, query)
+        if world.size() == 1:
+            return loss
+        return self._weighted(loss, terms, len(scores) if terms else 0, query["positives"])
 
     def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Any:
         """Return what the objective needs of the texts, without gradient."""
@@ -114,14 +116,13 @@ class PoolObjective(nn.Module):
         embeddings = nn.functional.normalize(embeddings, dim=-1)
         return embeddings if SHARE not in features else features[SHARE].gather(embeddings)
 
-    def _weighted(self, loss: Tensor, terms: int, query: dict[str, Any]) -> Tensor:
+    def _weighted(self, loss: Tensor, terms: int, rows: int, positives: Sequence[int]) -> Tensor:
         """Make metrics and loss those of all processes, see the class."""
-        queries = len(query["texts"])
         weights = {
             "loss": terms,
-            "entropy": queries,
-            "max_entropy": queries,
-            "weight_on_positive": sum(place >= 0 for place in query["positives"]),
+            "entropy": rows,
+            "max_entropy": rows,
+            "weight_on_positive": sum(place >= 0 for place in positives),
         }
         own = {name: self.metrics.pop(name) for name in _METRICS if name in self.metrics}
         own["terms"] = terms
