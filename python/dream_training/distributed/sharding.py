@@ -105,6 +105,43 @@ def shard_model(model: PreTrainedModel, device: str | torch.device) -> Pace | No
     return Pace(model)
 
 
+def shard_retriever(model: SentenceTransformer, plugin: Any) -> None:
+    """Shard a retriever over all processes (FSDP2) by its language model's layers, in place.
+
+    Args:
+        model: the retriever, whole and equal in each process.
+        plugin: accelerate's settings of FSDP; layers that they name are taken instead.
+
+    Raises:
+        ValueError: the settings are those of FSDP1.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise ValueError(
+            "FSDP must have version 2 (fsdp_version), got 1, which cannot keep adapters and frozen "
+            "weights in one unit"
+        )
+    options: dict[str, Any] = {"mp_policy": plugin.mixed_precision_policy or MixedPrecisionPolicy()}
+    if plugin.cpu_offload:
+        options["offload_policy"] = plugin.cpu_offload
+    names = _layer_classes(model)
+    if plugin.transformer_cls_names_to_wrap:
+        names, plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap, None
+    for module in list(model.modules()):
+        if type(module).__name__ in names:
+            fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, **options)
+    fully_shard(model, **options)
+
+
+def _layer_classes(model: SentenceTransformer) -> set[str]:
+    """The classes of the retriever's layers, as its language model names them."""
+    named: set[str] = set()
+    for module in model.modules():
+        named |= set(getattr(module, "_no_split_modules", None) or ())
+    return named
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether this process holds a part only of some parameters (FSDP2, ZeRO-3)."""
     from torch.distributed.fsdp import FSDPModule

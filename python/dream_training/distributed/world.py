@@ -59,10 +59,7 @@ def join(device: str | None = None, timeout_s: float = 600.0) -> str | None:
         )
     cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if cpu:
-        # Read by accelerate, which otherwise takes a GPU where there is one.
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    else:
+    if not cpu:
         torch.cuda.set_device(local)
     if not _joined():
         dist.init_process_group(

@@ -166,13 +166,13 @@ def save_retriever(model: SentenceTransformer, path: str | os.PathLike[str]) -> 
         The folder, for ``SentenceTransformer(path)``.
     """
     path = Path(path)
-    model = whole(model)
+    own = whole(model)
     if not world.is_main():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        _merged(model).save_pretrained(str(temporary / "new"))
+        _merged(own, private=own is not model).save_pretrained(str(temporary / "new"))
         if path.exists():
             path.rename(temporary / "old")
         (temporary / "new").rename(path)
@@ -181,8 +181,11 @@ def save_retriever(model: SentenceTransformer, path: str | os.PathLike[str]) -> 
     return path
 
 
-def _merged(model: SentenceTransformer) -> SentenceTransformer:
-    """Return a copy whose LoRA layers are ordinary layers; the model itself if it has none."""
+def _merged(model: SentenceTransformer, private: bool) -> SentenceTransformer:
+    """Return a copy whose LoRA layers are ordinary layers; the model itself if it has none.
+
+    A ``private`` model is nobody else's, and its modules need no copying.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from sentence_transformers import SentenceTransformer
 
@@ -190,7 +193,7 @@ def _merged(model: SentenceTransformer) -> SentenceTransformer:
         return model
     # Module by module: the model's card points to its trainer, and so to the reader.
     merged = SentenceTransformer(
-        modules=[copy.deepcopy(module) for module in model],
+        modules=list(model) if private else [copy.deepcopy(module) for module in model],
         device=str(model.device),
         prompts=model.prompts,  # type: ignore[arg-type]
         default_prompt_name=model.default_prompt_name,

@@ -16,7 +16,7 @@ from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import read_training_data, stream_training_data
 from dream_training.distributed import world
-from dream_training.distributed.engine import engine_arguments
+from dream_training.distributed.engine import check_trainer, engine_arguments
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask, sample_queries
 from dream_training.evaluation.tasks import check_tasks
 from dream_training.heads.selection import (
@@ -287,7 +287,7 @@ def _trainer(
         batch_sampler="no_duplicates" if objective.no_duplicates else "batch_sampler",
         prompts={"query": config.query_prompt, "positive": config.document_prompt},
         **evaluate,
-        **engine_arguments(config, model),
+        **engine_arguments(config),
     )
     # A card without widget examples would have the trainer make some from the training columns.
     model.model_card_data.widget = [{}]
@@ -299,6 +299,7 @@ def _trainer(
         evaluator=evaluator,
         data_collator=objective.collator,  # type: ignore[arg-type]  # duck-typed by the trainer
     )
+    check_trainer(config, trainer)
     trainer.remove_callback(PrinterCallback)
     model.model_card_data.widget = []
     return trainer
