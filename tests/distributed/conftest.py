@@ -10,8 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))  # tiny models are made there
 
-from processes import Processes
 from tiny import save_decoder
+
+from processes import Processes
 
 
 @pytest.fixture(scope="session")

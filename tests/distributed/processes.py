@@ -13,7 +13,7 @@ TIMEOUT_S = 120
 
 
 class Processes:
-    """``size`` processes of one group, each of which runs what it is told from ``cases``.
+    """``size`` processes of one group, which run what they are told from ``distributed_cases``.
 
     Args:
         size: how many.
@@ -27,7 +27,7 @@ class Processes:
         # Some Pythons give the server no other way to find modules.
         os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, sys.path)])
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        context.set_forkserver_preload(["cases"])
+        context.set_forkserver_preload(["distributed_cases"])
         self.size = size
         self.pipes, self.processes = [], []
         for rank in range(size):
@@ -41,7 +41,7 @@ class Processes:
             self.processes.append(process)
 
     def run(self, name: str, *args: Any, **options: Any) -> list[Any]:
-        """Return what ``cases.name(...)`` gives in every process, in their order."""
+        """Return what ``distributed_cases.name(...)`` gives in every process, in their order."""
         for pipe in self.pipes:
             pipe.send((name, args, options))
         results, errors = [], []
@@ -70,7 +70,7 @@ def _serve(rank: int, size: int, meeting: str, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    import cases
+    import distributed_cases
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
@@ -80,6 +80,6 @@ def _serve(rank: int, size: int, meeting: str, pipe: Any) -> None:
         except EOFError:
             return
         try:
-            pipe.send((getattr(cases, name)(*args, **options), None))
+            pipe.send((getattr(distributed_cases, name)(*args, **options), None))
         except Exception:
             pipe.send((None, traceback.format_exc()))

@@ -16,9 +16,9 @@ class Trainer(SentenceTransformerTrainer):
     Accelerate knows no layers of a sentence-transformers model, and takes its ``Normalize`` for the
     last norm of a language model, which it cannot shard; what is sharded already it leaves alone.
 
-    The library runs the evaluator in process 0 and has the others encode what that sends them, at the length
-    that their own copy of the model has, and not at that of queries or documents. With FSDP and
-    ZeRO it lets every process encode everything.
+    The library runs the evaluator in process 0 and has the others encode what that sends them, at
+    the length that their own copy of the model has, and not at that of queries or documents. With
+    FSDP and ZeRO it lets every process encode everything.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -10,7 +10,10 @@ from tiny import WORDS, make_decoder, make_tokenizer
 from torch import Tensor, nn
 
 from dream_training.distributed import world
-from dream_training.models.retriever import build_retriever
+from dream_training.distributed.gather import gather_rows
+from dream_training.distributed.pool import Share, read_each, read_pool
+from dream_training.evaluation.retrieval import RetrievalTask, search
+from dream_training.models.retriever import build_retriever, save_retriever
 from dream_training.objectives.collator import DreamCollator
 from dream_training.objectives.distillation import EmdrLoss, ReplugLoss
 from dream_training.objectives.dream import DreamLoss
@@ -189,3 +192,74 @@ def alone(
         "metrics": loss_of.metrics,
         "temperature": getattr(loss_of.temperature.log, "grad", None),
     }
+
+
+def prefixes(kind: str, lengths: list[int]) -> list[Any]:
+    """Spans, mask and keys of a pool that is read in shares, and of the pool read at once."""
+    texts = [f"{i} " + "word " * length for i, length in enumerate(lengths)]
+    reader = Reader(in_double(make_decoder()), make_tokenizer(), HEADS, impl="reference")
+    cut = len(lengths) // 3
+    share = Share((cut, len(lengths) - cut))
+    read = {"pool": read_pool, "each": read_each}[kind]
+    joined = read(reader, {"texts": texts, "share": share})
+    whole = read(reader, {"texts": texts})
+    return [
+        (prefix.spans, prefix.next_position, prefix.mask, [key for key, _ in prefix.layers])
+        for prefix in (joined, whole)
+    ]
+
+
+def gather_with_weights(rows: list[list[float]]) -> tuple[Tensor, Tensor]:
+    """The rows of both processes, and the gradient of a loss in which each weighs them its way."""
+    own = torch.tensor(rows[world.rank()], dtype=torch.float64, requires_grad=True)
+    joined = gather_rows(own, [len(part) for part in rows])
+    weights = torch.arange(1.0, len(joined) + 1, dtype=torch.float64) * 10 ** world.rank()
+    (joined * weights).sum().backward()
+    return joined.detach(), own.grad
+
+
+def search_in_shares(folder: str, corpus: dict[str, str], queries: dict[str, str]) -> list[Any]:
+    """Rankings by all processes together and by each alone."""
+    task = RetrievalTask(queries, corpus, {})
+    model = make_retriever(folder)
+    limits = {"query_max_len": 8, "passage_max_len": 12}
+    shared = search(model, task, over_ranks=True, **limits)
+    return [shared, search(model, task, **limits)]
+
+
+def saved_from_shards(folder: str, path: str) -> Tensor:
+    """Embeddings of a retriever, which is then sharded, run once, and saved."""
+    model = make_retriever(folder).float()
+    texts = ["some text", "other"]
+    before = model.encode(texts, convert_to_tensor=True)
+    sharded = wrap(model, "fsdp2")
+    sharded(dict(sharded.preprocess(texts)))["sentence_embedding"].sum().backward()
+    save_retriever(sharded, path)
+    # The sharded model goes on as it was.
+    after = sharded(dict(sharded.preprocess(texts)))["sentence_embedding"].detach()
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    return before
+
+
+def reader_shards(folder: str) -> tuple[int, int]:
+    """How many numbers of a reader's layers this process holds, of how many."""
+    reader = Reader(make_decoder(), make_tokenizer(), HEADS)
+    layers = reader.model.base_model.layers
+    whole = sum(p.numel() for p in layers.parameters())
+    reader.shard("cpu")
+    reader.read(["a text"])
+    return sum(p.to_local().numel() for p in layers.parameters()), whole
+
+
+def told_by_main(fails: bool) -> Any:
+    """What process 0 alone finds out."""
+
+    def run() -> list[int]:
+        if fails:
+            raise ValueError("no heads here")
+        return [world.rank(), 7]
+
+    try:
+        return world.on_main(run)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"

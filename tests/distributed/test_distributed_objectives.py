@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-import cases
+import distributed_cases
+from processes import Processes
+from soak_record import record
 
-ROWS = cases.make_rows(6, shared=4)
+ROWS = distributed_cases.make_rows(6, shared=4)
 # Unequal in queries, in documents and in target tokens.
 BATCHES = [ROWS[:2], ROWS[2:]]
 # The second process brings no text that the first does not bring too.
@@ -31,7 +33,7 @@ def check(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("engine", ("ddp", "fsdp2"))
 def test_a_gathered_pool_is_that_of_one_process(two, folder, engine: str, objective: str) -> None:
     options = {"objective": objective, "pool": "in_batch"}
-    expected = cases.alone(folder, [ROWS], **options)
+    expected = distributed_cases.alone(folder, [ROWS], **options)
     found = two.run("step", folder, BATCHES, engine=engine, gather_across_devices=True, **options)
     check(found, expected)
     for name, value in expected["metrics"].items():
@@ -52,13 +54,13 @@ def test_a_gathered_pool_is_that_of_one_process(two, folder, engine: str, object
 def test_pools_of_their_own_are_weighted_by_what_they_predict(
     two, folder, engine: str, objective: str
 ) -> None:
-    expected = cases.alone(folder, BATCHES, objective)
+    expected = distributed_cases.alone(folder, BATCHES, objective)
     check(two.run("step", folder, BATCHES, objective, engine=engine), expected)
 
 
 @pytest.mark.parametrize("objective", ("dream", "replug", "revela"))
 def test_a_process_may_have_nothing_of_its_own(two, folder, objective: str) -> None:
-    expected = cases.alone(folder, [REPEATED[0] + REPEATED[1]], objective)
+    expected = distributed_cases.alone(folder, [REPEATED[0] + REPEATED[1]], objective)
     options = {"engine": "ddp", "gather_across_devices": True}
     check(two.run("step", folder, REPEATED, objective, **options), expected)
 
@@ -78,7 +80,7 @@ def test_other_ways_to_read_and_train(two, folder, engine: str, options: dict) -
     plain = {k: v for k, v in options.items() if k != "gather_across_devices"}
     check(
         two.run("step", folder, BATCHES, engine=engine, **options),
-        cases.alone(folder, batches, **plain),
+        distributed_cases.alone(folder, batches, **plain),
     )
 
 
@@ -86,7 +88,7 @@ def test_other_ways_to_read_and_train(two, folder, engine: str, options: dict) -
 @pytest.mark.parametrize("gather", (True, False), ids=["gathered", "own"])
 def test_mini_batches_change_nothing(two, folder, engine: str, gather: bool) -> None:
     """The processes have unequal numbers of them."""
-    expected = cases.alone(folder, [ROWS] if gather else BATCHES)
+    expected = distributed_cases.alone(folder, [ROWS] if gather else BATCHES)
     options = {"engine": engine, "gather_across_devices": gather, "mini_batch_size": 2}
     check(two.run("step", folder, BATCHES, **options), expected)
 
@@ -96,20 +98,48 @@ def test_a_sharded_reader_reads_the_same(two, folder, objective: str) -> None:
     """Passes of one query: the second process has twice as many as the first."""
     options = {"sharded": True, "rows_per_pass": 1}
     for gather, batches in ((True, [ROWS]), (False, BATCHES)):
-        expected = cases.alone(folder, batches, objective)
+        expected = distributed_cases.alone(folder, batches, objective)
         options |= {"engine": "ddp", "gather_across_devices": gather}
         check(two.run("step", folder, BATCHES, objective, **options), expected)
 
 
 def test_a_learned_temperature_gets_the_gradient_of_all(two, folder) -> None:
-    temperature = cases.Temperature(0.1, learnable=True).double()
-    expected = cases.alone(folder, BATCHES, temperature=temperature)
+    temperature = distributed_cases.Temperature(0.1, learnable=True).double()
+    expected = distributed_cases.alone(folder, BATCHES, temperature=temperature)
     found = two.run("step", folder, BATCHES, engine="ddp", learnable=True)
     check(found, expected)
     for result in found:
         assert result["temperature"].item() == pytest.approx(
             expected["temperature"].item(), rel=1e-9
         )
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("engine", ("ddp", "fsdp2"))
+def test_four_processes_are_one_too(
+    tmp_path_factory: pytest.TempPathFactory, folder, engine: str, objective: str
+) -> None:
+    batches = [ROWS[:1], ROWS[1:3], ROWS[3:4], ROWS[4:]]
+    four = Processes(4, tmp_path_factory.mktemp("four"))
+    try:
+        for gather in (True, False):
+            expected = distributed_cases.alone(folder, [ROWS] if gather else batches, objective)
+            options = {"engine": engine, "gather_across_devices": gather}
+            found = four.run("step", folder, batches, objective, **options)
+            check(found, expected)
+            record(
+                "four processes against one",
+                objective=objective,
+                engine=engine,
+                gathered=gather,
+                relative_error_of_gradient=float(
+                    (found[0]["gradient"] - expected["gradient"]).norm()
+                    / expected["gradient"].norm()
+                ),
+            )
+    finally:
+        four.close()
 
 
 def test_pools_of_each_query_are_not_gathered(two, folder) -> None:
