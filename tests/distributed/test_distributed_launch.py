@@ -20,6 +20,36 @@ from dream_training.distributed.launch import refuse_several
 from dream_training.training.driver import train
 
 HERE = Path(__file__).parent
+_ZERO = (
+    'deepspeed={"zero_optimization": {"stage": %d}, "train_micro_batch_size_per_gpu": "auto", '
+    '"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}'
+)
+# Keys behind the command, and the environment.
+ENGINES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "ddp": ((), {}),
+    "fsdp2": (
+        ("fsdp=true", "reader_sharding=sharded", "mini_batch_size=1"),
+        {"PRETEND": "MULTI_GPU"},
+    ),
+    # What accelerate launch --use_fsdp --fsdp_version 2 sets.
+    "accelerate": (
+        (),
+        {
+            "PRETEND": "MULTI_GPU",
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+        },
+    ),
+    "zero2": ((_ZERO % 2,), {"PRETEND": "DEEPSPEED", "DS_ACCELERATOR": "cpu"}),
+    "zero3": (
+        (_ZERO % 3, "reader_sharding=sharded", "mini_batch_size=1"),
+        {"PRETEND": "DEEPSPEED", "DS_ACCELERATOR": "cpu"},
+    ),
+}
 
 
 def make_config(folder: str, tmp_path: Path, **changes: Any) -> TrainConfig:
@@ -81,22 +111,24 @@ def history(folder: Path) -> tuple[list[float], list[float], list[float]]:
 @pytest.mark.parametrize(
     "engine",
     [
-        (),
-        pytest.param(
-            ("fsdp=true", "reader_sharding=sharded", "mini_batch_size=1"), marks=pytest.mark.soak
-        ),
+        "ddp",
+        pytest.param("fsdp2", marks=pytest.mark.soak),
+        pytest.param("accelerate", marks=pytest.mark.soak),
+        pytest.param("zero2", marks=pytest.mark.soak),
+        pytest.param("zero3", marks=pytest.mark.soak),
     ],
-    ids=["ddp", "fsdp2"],
 )
-def test_two_processes_train_as_one_does(folder, tmp_path: Path, engine: tuple[str, ...]) -> None:
+def test_two_processes_train_as_one_does(folder, tmp_path: Path, engine: str) -> None:
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    keys, environment = ENGINES[engine]
     config = make_config(folder, tmp_path)
     expected = train(config)
-    module = ("-m", "dream_training.cli")
     done = torchrun(
         config,
-        *("gather_across_devices=true", "batch_size=2", f"output_dir={tmp_path / 'two'}", *engine),
-        script=(str(HERE / "engines_on_cpu.py"),) if engine else module,
-        PRETEND="MULTI_GPU",
+        *("gather_across_devices=true", "batch_size=2", f"output_dir={tmp_path / 'two'}", *keys),
+        script=(str(HERE / "engines_on_cpu.py"),) if environment else ("-m", "dream_training.cli"),
+        **environment,
     )
     assert done.returncode == 0, done.stderr
     losses, weights, scores = history(tmp_path / "two")
@@ -134,6 +166,9 @@ def test_an_engine_that_would_not_run_is_refused() -> None:
     with pytest.raises(ValueError, match="fsdp needs torchrun or accelerate launch, and GPUs"):
         check_trainer(config, trainer)
     check_trainer(TrainConfig(reader="r", train_data="t"), trainer)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="learnable_temperature must be false with FSDP and"):
+        check_trainer(TrainConfig(reader="r", train_data="t", learnable_temperature=True), trainer)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +195,6 @@ def test_the_engine_is_the_trainers_own_argument(tmp_path: Path) -> None:
     assert found["fsdp_config"] == {"version": 2, "reshard_after_forward": False}
     found = engine_arguments(TrainConfig(**base, deepspeed="zero3.json"))
     assert found["deepspeed"] == "zero3.json"
-    with pytest.raises(ValueError, match="learnable_temperature must be false with FSDP"):
-        engine_arguments(TrainConfig(**base, fsdp=True, learnable_temperature=True))
 
 
 def test_only_training_runs_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,9 +13,6 @@ def engine_arguments(config: TrainConfig) -> dict[str, Any]:
     """Return the trainer's arguments that choose the engine; DDP where nothing is chosen.
 
     ``accelerate launch`` may choose it instead, by its own options or file.
-
-    Raises:
-        ValueError: the engine cannot do what the config asks for.
     """
     arguments: dict[str, Any] = {"ddp_timeout": int(config.distributed_timeout)}
     if config.fsdp:
@@ -24,20 +20,14 @@ def engine_arguments(config: TrainConfig) -> dict[str, Any]:
         arguments["fsdp_config"] = _fsdp_config(config)
     if config.deepspeed is not None:
         arguments["deepspeed"] = config.deepspeed
-    launched_with_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if config.learnable_temperature and (config.fsdp or launched_with_fsdp):
-        raise ValueError(
-            "learnable_temperature must be false with FSDP, which takes only the retriever's own "
-            "parameters: use DDP or ZeRO-2"
-        )
     return arguments
 
 
 def check_trainer(config: TrainConfig, trainer: Any) -> None:
-    """Check that the engine that a config names is the one that trains.
+    """Check that the engine that a config names is the one that trains, and can train it.
 
     Raises:
-        ValueError: it is not, for instance because the run is on CPUs.
+        ValueError: it is not, for instance because the run is on CPUs; or it cannot.
     """
     for name, wanted, got in (
         ("fsdp", config.fsdp, trainer.is_fsdp_enabled),
@@ -48,6 +38,11 @@ def check_trainer(config: TrainConfig, trainer: Any) -> None:
                 f"{name} needs torchrun or accelerate launch, and GPUs: elsewhere accelerate "
                 f"trains without it, here on {trainer.args.device}"
             )
+    if config.learnable_temperature and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            "learnable_temperature must be false with FSDP and DeepSpeed, which take no parameters "
+            "but the retriever's own: use DDP"
+        )
 
 
 def _fsdp_config(config: TrainConfig) -> dict[str, Any]:
