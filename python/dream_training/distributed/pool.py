@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +181,7 @@ def _widened(states: Tensor, width: int, dim: int) -> Tensor:
 
 
 def mean_over_ranks(
-    metrics: dict[str, float], weights: dict[str, float], names: Sequence[str]
+    metrics: Mapping[str, float], weights: Mapping[str, float], names: Sequence[str]
 ) -> dict[str, float]:
     """Metrics of all processes together.
 

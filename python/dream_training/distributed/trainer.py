@@ -24,7 +24,7 @@ class Trainer(SentenceTransformerTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled:
-            shard_retriever(self.model, self.accelerator.state.fsdp_plugin)  # type: ignore[arg-type]
+            shard_retriever(self.model, self.accelerator.state.fsdp_plugin)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         evaluator, self.evaluator = self.evaluator, None

@@ -297,7 +297,7 @@ def _trainer(
         train_dataset=objective.data,
         loss=objective.loss,
         evaluator=evaluator,
-        data_collator=objective.collator,  # type: ignore[arg-type]  # duck-typed by the trainer
+        data_collator=objective.collator,  # duck-typed by the trainer
     )
     check_trainer(config, trainer)
     trainer.remove_callback(PrinterCallback)
