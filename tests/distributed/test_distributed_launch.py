@@ -186,13 +186,16 @@ def test_choices_that_do_not_fit_are_refused(changes: dict, message: str) -> Non
         TrainConfig(reader="r", train_data="t", **changes)
 
 
-def test_the_engine_is_the_trainers_own_argument(tmp_path: Path) -> None:
+def test_the_engine_is_the_trainers_own_argument(tmp_path: Path, monkeypatch) -> None:
+    for name in ("FSDP_VERSION", "FSDP_RESHARD_AFTER_FORWARD"):
+        monkeypatch.setenv(name, "left as it was afterwards")
     base = {"reader": "r", "train_data": "t"}
     assert engine_arguments(TrainConfig(**base)) == {"ddp_timeout": 600}
     path = tmp_path / "fsdp.json"
     path.write_text(json.dumps({"fsdp_reshard_after_forward": False}))
     found = engine_arguments(TrainConfig(**base, fsdp=True, fsdp_config=str(path)))
     assert found["fsdp_config"] == {"version": 2, "reshard_after_forward": False}
+    assert (os.environ["FSDP_VERSION"], os.environ["FSDP_RESHARD_AFTER_FORWARD"]) == ("2", "false")
     found = engine_arguments(TrainConfig(**base, deepspeed="zero3.json"))
     assert found["deepspeed"] == "zero3.json"
 

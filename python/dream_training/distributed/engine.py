@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,7 +18,10 @@ def engine_arguments(config: TrainConfig) -> dict[str, Any]:
     arguments: dict[str, Any] = {"ddp_timeout": int(config.distributed_timeout)}
     if config.fsdp:
         arguments["fsdp"] = "full_shard auto_wrap"
-        arguments["fsdp_config"] = _fsdp_config(config)
+        arguments["fsdp_config"] = settings = _fsdp_config(config)
+        # transformers 4.57 passes neither on, and accelerate would take FSDP1.
+        os.environ["FSDP_VERSION"] = str(settings["version"])
+        os.environ["FSDP_RESHARD_AFTER_FORWARD"] = str(settings["reshard_after_forward"]).lower()
     if config.deepspeed is not None:
         arguments["deepspeed"] = config.deepspeed
     return arguments
