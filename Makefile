@@ -54,7 +54,7 @@ demo: $(STAMP)
 	$(BIN)/dream demo
 
 # Two processes of one thread each: most tests are Python, not arithmetic.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not soak"
 
 test: $(STAMP)
 	$(PYTEST)
@@ -71,7 +71,7 @@ soak: $(STAMP)
 	  tests/training/test_long_run.py
 
 test-old-transformers: $(OLD_STAMP)
-	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -n 2 -m "not slow" tests/injection tests/training
+	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -n 2 -m "not slow and not soak" tests/injection tests/training
 
 $(SANITIZED)/.built: $(STAMP) $(NATIVE)
 	CXXFLAGS="-O2 -g1 -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
@@ -80,7 +80,7 @@ $(SANITIZED)/.built: $(STAMP) $(NATIVE)
 
 # SANITIZER_TESTS="tests/kernels -k fuzz" names fewer.
 test-sanitizers: $(STAMP) $(SANITIZED)/.built
-	$(SANITIZER_RUN) $(BIN)/pytest -m "not slow" -p no:cacheprovider $(SANITIZER_TESTS)
+	$(SANITIZER_RUN) $(BIN)/pytest -m "not slow and not soak" -p no:cacheprovider $(SANITIZER_TESTS)
 
 # Without torch, which would take hours: the script hands memory of its own to the extension.
 test-valgrind: $(STAMP)

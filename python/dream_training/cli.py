@@ -14,6 +14,7 @@ import typer
 
 from dream_training.commands.data_app import app as data_app
 from dream_training.commands.options import Device, Output, Split, TargetFrom, TrustRemoteCode
+from dream_training.distributed.launch import refuse_several
 
 app = typer.Typer(
     help="Train dense retrievers from a frozen language model's own next-token loss.",
@@ -77,11 +78,14 @@ def train(
 
         rehearse(settings, Console())
         return
+    from dream_training.distributed import world
     from dream_training.training.driver import train as run
 
     result = run(settings, resume=resume, overwrite=overwrite)
-    typer.echo(f'\nThe retriever: SentenceTransformer("{result.path}")')
-    typer.echo(f"The curve:     {Path(settings.output_dir) / 'curve.png'}")
+    if world.is_main():
+        typer.echo(f'\nThe retriever: SentenceTransformer("{result.path}")')
+        typer.echo(f"The curve:     {Path(settings.output_dir) / 'curve.png'}")
+    world.leave()
     if result.interrupted:
         raise typer.Exit(128 + (result.signal or signal.SIGINT))
 
@@ -402,6 +406,8 @@ def main() -> None:
     """Run the command; mistakes of the user end in one line, not in a traceback."""
     _quieten_libraries()
     try:
+        if sys.argv[1:2] != ["train"] or "--dry-run" in sys.argv:
+            refuse_several(" ".join(["dream", *sys.argv[1:2]]))
         app()
     except _EXPECTED as error:
         if os.environ.get("DREAM_TRACEBACK"):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dream_kernels.parsing import parse_yaml, read_text, shortened, why_not_name
+from dream_training.distributed.launch import READER_SHARDINGS, check_engine
 from dream_training.objectives.pools import check_pool
 from dream_training.objectives.schedules import check_temperature
 from dream_training.reading.prompts import check_reader_prompt
@@ -84,7 +85,7 @@ class TrainConfig:
             document of each query of the batch; ``mined``, its own candidates.
         documents_per_query: candidates of a query that are drawn for a step, the relevant one
             always among them where it is known; None for all.
-        batch_size: queries per step.
+        batch_size: queries per step; with several processes, of each.
         mini_batch_size: texts that the retriever embeds at once, so that large pools fit into
             memory; None for all of a step. Changes no result and costs one more forward pass.
         query_max_len: tokens of a query, for retriever and reader.
@@ -111,7 +112,19 @@ class TrainConfig:
         log_steps: steps between printed lines where there is no terminal.
         seed: of weights, data order and head selection.
         dtype: of reader and backbone weights, ``auto`` as stored.
-        device: ``cpu``, ``cuda``, ...; None for a GPU where there is one.
+        device: ``cpu``, ``cuda``, ...; None for a GPU where there is one, and with several
+            processes for one each.
+        gather_across_devices: with several processes, let a query compete over the documents of
+            all of them, each embedded and read once; else over those of its own process. Not with
+            pool ``mined``.
+        reader_sharding: with several processes, ``replicated``, a whole reader in each; or
+            ``sharded``, its layers cut over them and fetched as they run.
+        fsdp: with several processes, shard the retriever with FSDP2; its gradients alone are
+            shared where no engine is chosen (DDP).
+        fsdp_config: settings of FSDP2, or a JSON file of them, as the trainer's ``fsdp_config``.
+        deepspeed: configuration of DeepSpeed, or a JSON file of it, as the trainer's ``deepspeed``;
+            its ``zero_optimization.stage`` chooses ZeRO-2 or ZeRO-3.
+        distributed_timeout: seconds that a process waits for the others before the run fails.
         output_dir: where models, metrics and plots go.
         trust_remote_code: run code that comes with a model.
     """
@@ -173,6 +186,12 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "auto"
     device: str | None = None
+    gather_across_devices: bool = False
+    reader_sharding: str = "replicated"
+    fsdp: bool = False
+    fsdp_config: dict | str | None = None
+    deepspeed: dict | str | None = None
+    distributed_timeout: float = 600.0
     output_dir: str = "runs/train"
     trust_remote_code: bool = False
 
@@ -188,6 +207,7 @@ class TrainConfig:
             ("teacher_direction", DIRECTIONS),
             ("train_positives", POSITIVES),
             ("dtype", DTYPES),
+            ("reader_sharding", READER_SHARDINGS),
         ):
             if getattr(self, name) not in choices:
                 got = shortened(getattr(self, name))
@@ -210,6 +230,7 @@ class TrainConfig:
             )
         check_reader_prompt(self.reader_prompt)
         check_pool(self.pool, self.documents_per_query)
+        check_engine(self)
         if self.document_store is not None:
             from dream_training.reading.document_store import check_document_store
 

@@ -34,7 +34,7 @@ def make_reader(heads=None, **options) -> Reader:
 def plain_log_probabilities(reader: Reader, context: list[int], target: list[int]) -> Tensor:
     """Log-probabilities of the target tokens in one stock forward pass."""
     ids = torch.tensor([context + target])
-    logits = reader.model(input_ids=ids).logits[0].float().log_softmax(-1)
+    logits = reader.model(input_ids=ids).logits[0].log_softmax(-1)
     places = torch.arange(len(context) - 1, ids.shape[1] - 1)
     return logits[places, torch.tensor(target)].detach()
 

@@ -96,25 +96,29 @@ def restore_optimizer(
     set_optimizer_state_dict(loss, optimizer, whole, options=options)
 
 
-def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The states of Python's, NumPy's and PyTorch's generators, accelerators' included."""
+def random_state() -> dict[str, Any]:
+    """The states of Python's, NumPy's and PyTorch's generators, accelerators' included.
+
+    In a form that JSON can hold.
+    """
     numpy_state: Any = np.random.get_state()
     kind, keys, *rest = numpy_state
     version, internal, gauss = random.getstate()
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.tensor(keys.tolist())}
-    if torch.cuda.is_available():
-        for device, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"cuda{device}"] = state
-    return tensors, {"python": [version, list(internal), gauss], "numpy": [kind, *rest]}
+    accelerators = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": [state.tolist() for state in accelerators],
+    }
 
 
-def restore_random(tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+def restore_random(state: Mapping[str, Any]) -> None:
     """Put back what :func:`random_state` returned."""
-    version, internal, gauss = content["python"]
+    version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    kind, *rest = content["numpy"]
-    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(tensors["torch"])
-    for device in range(torch.cuda.device_count()):
-        if f"cuda{device}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"cuda{device}"], device)
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    for device, own in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(torch.tensor(own, dtype=torch.uint8), device)

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from sentence_transformers.evaluation import SentenceEvaluator
 
+from dream_training.distributed import world
+from dream_training.distributed.gather import gather_rows
+from dream_training.distributed.pool import share_of
+from dream_training.distributed.sharding import whole
 from dream_training.reading.text_tokens import cut_text
 
 if TYPE_CHECKING:
@@ -109,8 +113,12 @@ def search(
     batch_size: int = 32,
     devices: Sequence[str] | None = None,
     k: int = TOP_K,
+    over_ranks: bool = False,
 ) -> Ranking:
     """Return the ``k`` nearest documents of every query by cosine similarity.
+
+    With ``over_ranks`` every process of a training encodes its share of queries and documents and
+    searches the latter for all queries; the nearest of all shares are then the same everywhere.
 
     Args:
         model: the retriever.
@@ -121,18 +129,27 @@ def search(
         devices: encode the documents with one process for each of these devices, such as
             ``["cuda:0", "cuda:1"]`` or ``["cpu", "cpu"]``; None for this process alone.
         k: documents per query.
+        over_ranks: share the work between the processes of a training; all of them call it, and
+            ``devices`` is None.
     """
     from sentence_transformers.util import semantic_search
 
     documents, queries = list(task.corpus), list(task.queries)
+    own, asked = range(len(documents)), range(len(queries))
+    shared = over_ranks and world.size() > 1
+    if shared:
+        own, asked = share_of(len(documents)), share_of(len(queries))
+        model = whole(model)
     limit, home = model.max_seq_length, model.device
+    # Where the library would let other processes encode, those have lengths of their own.
+    alone = str(home) if getattr(model, "_distributed_inference", None) else None
     options: dict[str, Any] = {"batch_size": batch_size, "convert_to_tensor": True}
     options |= {"show_progress_bar": False, "normalize_embeddings": True}
     try:
         model.max_seq_length = passage_max_len or limit
         corpus_embeddings = model.encode_document(
-            [cut_text(task.corpus[d], model.max_seq_length) for d in documents],
-            device=list(devices) if devices else None,
+            [cut_text(task.corpus[documents[i]], model.max_seq_length) for i in own],
+            device=list(devices) if devices else alone,
             **options,
         )
         # Several processes leave the model, and its embeddings, on the CPU.
@@ -140,15 +157,32 @@ def search(
         corpus_embeddings = corpus_embeddings.to(home).float()
         model.max_seq_length = query_max_len or limit
         # Few and short: the processes, whose copies have the documents' limit, are not worth it.
-        texts = [cut_text(task.queries[q], model.max_seq_length) for q in queries]
-        query_embeddings = model.encode_query(texts, **options).float()
+        query_embeddings = model.encode_query(
+            [cut_text(task.queries[queries[i]], model.max_seq_length) for i in asked],
+            device=alone,
+            **options,
+        ).float()
     finally:
         model.max_seq_length = limit
-    hits = semantic_search(query_embeddings, corpus_embeddings, top_k=k)
-    return {
-        q: {documents[int(hit["corpus_id"])]: float(hit["score"]) for hit in found}
-        for q, found in zip(queries, hits)
-    }
+    if shared:
+        # Embeddings of no text have no width.
+        width = world.max_over_ranks(query_embeddings.shape[-1])
+        counts = [len(share_of(len(queries), process)) for process in range(world.size())]
+        query_embeddings = gather_rows(query_embeddings.reshape(-1, width), counts)
+    found: list[list[dict[str, Any]]] = [[] for _ in queries]
+    if own:
+        found = semantic_search(query_embeddings, corpus_embeddings, top_k=k)
+    best = [[(float(hit["score"]), own[int(hit["corpus_id"])]) for hit in hits] for hits in found]
+    if shared:
+        best = _nearest_of_all(best, k)
+    return {q: {documents[i]: score for score, i in hits} for q, hits in zip(queries, best)}
+
+
+def _nearest_of_all(best: list[list[tuple[float, int]]], k: int) -> list[list[tuple[float, int]]]:
+    """The ``k`` best hits of every query among those of all processes, best first."""
+    parts = world.gather_json(best)
+    joined = [[(score, i) for hits in of_query for score, i in hits] for of_query in zip(*parts)]
+    return [sorted(hits, key=lambda hit: -hit[0])[:k] for hits in joined]
 
 
 def search_bm25(task: RetrievalTask, k: int = TOP_K) -> Ranking:
@@ -219,4 +253,5 @@ class RetrievalEvaluator(SentenceEvaluator):
             passage_max_len=self.passage_max_len,
             batch_size=self.batch_size,
             devices=self.devices,
+            over_ranks=getattr(model, "_distributed_inference", None) is None,
         )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dream_training.config import TrainConfig
+from dream_training.distributed.sharding import loaded_whole
 from dream_training.models.retriever import build_retriever
 from dream_training.models.smollm2 import smollm2_path
 from dream_training.models.trust import load_model_config
@@ -39,14 +40,18 @@ def load_reader(config: TrainConfig, heads: Any, **options: Any) -> Reader:
         "document_store": config.document_store,
         "document_store_gb": config.document_store_gb,
     }
-    return Reader.from_pretrained(
-        resolve_model(config.reader, config.dtype),
-        heads,
-        dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-        device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        trust_remote_code=config.trust_remote_code,
-        **{**settings, **options},
-    )
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sharded = config.reader_sharding == "sharded"
+    with loaded_whole():
+        reader = Reader.from_pretrained(
+            resolve_model(config.reader, config.dtype),
+            heads,
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            device="cpu" if sharded else device,
+            trust_remote_code=config.trust_remote_code,
+            **{**settings, **options},
+        )
+    return reader.shard(device) if sharded else reader
 
 
 def all_heads(config: TrainConfig) -> dict[int, list[int]]:
@@ -60,14 +65,15 @@ def all_heads(config: TrainConfig) -> dict[int, list[int]]:
 def make_retriever(config: TrainConfig) -> SentenceTransformer:
     """Build the untrained retriever of a config."""
     torch.manual_seed(config.seed)
-    return build_retriever(
-        resolve_model(config.retriever, config.dtype),
-        layers=config.retriever_layers,
-        lora_r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        max_len=config.passage_max_len,
-        dtype=config.dtype,
-        device=config.device,
-        prompts={"query": config.query_prompt, "document": config.document_prompt},
-        trust_remote_code=config.trust_remote_code,
-    )
+    with loaded_whole():
+        return build_retriever(
+            resolve_model(config.retriever, config.dtype),
+            layers=config.retriever_layers,
+            lora_r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            max_len=config.passage_max_len,
+            dtype=config.dtype,
+            device=config.device,
+            prompts={"query": config.query_prompt, "document": config.document_prompt},
+            trust_remote_code=config.trust_remote_code,
+        )

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dream_training.distributed import world
+from dream_training.distributed.sharding import whole
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
@@ -160,16 +163,20 @@ def save_retriever(model: SentenceTransformer, path: str | os.PathLike[str]) -> 
     """Save the model, adapters merged into their layers, so that it loads without its backbone.
 
     The folder appears whole or not at all: it is written beside ``path`` and then renamed. The
-    model itself is left as it is.
+    model itself is left as it is. With several processes all of them call it, for the weights may
+    be cut over them, and process 0 writes.
 
     Returns:
         The folder, for ``SentenceTransformer(path)``.
     """
     path = Path(path)
+    own = whole(model)
+    if not world.is_main():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        _merged(model).save_pretrained(str(temporary / "new"))
+        _merged(own, private=own is not model).save_pretrained(str(temporary / "new"))
         if path.exists():
             path.rename(temporary / "old")
         (temporary / "new").rename(path)
@@ -190,8 +197,11 @@ def recover_folder(path: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _merged(model: SentenceTransformer) -> SentenceTransformer:
-    """Return a copy whose LoRA layers are ordinary layers; the model itself if it has none."""
+def _merged(model: SentenceTransformer, private: bool) -> SentenceTransformer:
+    """Return a copy whose LoRA layers are ordinary layers; the model itself if it has none.
+
+    A ``private`` model is nobody else's, and its modules need no copying.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from sentence_transformers import SentenceTransformer
 
@@ -199,7 +209,7 @@ def _merged(model: SentenceTransformer) -> SentenceTransformer:
         return model
     # Module by module: the model's card points to its trainer, and so to the reader.
     merged = SentenceTransformer(
-        modules=[copy.deepcopy(module) for module in model],
+        modules=list(model) if private else [copy.deepcopy(module) for module in model],
         device=str(model.device),
         prompts=model.prompts,  # type: ignore[arg-type]
         default_prompt_name=model.default_prompt_name,

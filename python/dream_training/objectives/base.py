@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dream_training.distributed import world
+from dream_training.distributed.pool import SHARE, gather_pool, mean_over_ranks
 from dream_training.objectives.embedding import check_mini_batch_size, embed
 from dream_training.objectives.pools import pool_scores
 from dream_training.objectives.temperature import Temperature, as_temperature
+from dream_training.reading.target_loss import at_least_float32
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+# What a batch may have in some process, so that all of them speak of the same.
+_METRICS = (
+    *("loss", "entropy", "max_entropy", "weight_on_positive"),
+    *("tokens", "store_hits", "store_misses"),
+)
 
 
 class PoolObjective(nn.Module):
@@ -22,12 +31,17 @@ class PoolObjective(nn.Module):
     The batch comes from :class:`~dream_training.objectives.collator.DreamCollator`. A subclass says
     what is read without a graph (:meth:`read`) and what the scores make of it (:meth:`loss`).
 
+    In several processes the loss is weighted so that its mean over them is the mean over the
+    target tokens, or queries, of all of them; the metrics are those of all of them together.
+
     Args:
         model: the retriever.
         temperature: divides the cosine similarities, a number or a
             :class:`~dream_training.objectives.temperature.Temperature`.
         mini_batch_size: texts that the retriever embeds at once, see
             :func:`~dream_training.objectives.embedding.embed`; None for the whole batch.
+        gather_across_devices: let the queries of all processes compete over the documents of all
+            of them.
 
     Attributes:
         metrics: of the last batch, as floats: ``loss``, ``weight_on_positive`` (mean softmax
@@ -47,8 +61,10 @@ class PoolObjective(nn.Module):
         model: SentenceTransformer,
         temperature: float | Temperature,
         mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
     ) -> None:
         super().__init__()
+        self.gather_across_devices = gather_across_devices
         check_mini_batch_size(mini_batch_size)
         self.mini_batch_size = mini_batch_size
         self.model = model
@@ -59,16 +75,21 @@ class PoolObjective(nn.Module):
         self, sentence_features: list[dict[str, Any]], labels: Tensor | None = None
     ) -> Tensor:
         query, pool = features_of(sentence_features, type(self).__name__)
+        if self.gather_across_devices:
+            query, pool = gather_pool(query, pool)
         before = store_counts(self)
         # Read before encoding: it needs no graph, so its peak memory comes first.
         evidence = self.read(query, pool)
         scores = self.scores(query, pool)
         loss = self.loss(scores, evidence, query, pool)
         self._record(loss, scores, query, pool)
+        terms = self.terms(evidence, query, pool)
         if self.temperature.changes:
             self.metrics["temperature"] = self.temperature.value
         self.metrics |= {name: n - before[name] for name, n in store_counts(self).items()}
-        return loss
+        if world.size() == 1:
+            return loss
+        return self._weighted(loss, terms, len(scores) if terms else 0, query["positives"])
 
     def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Any:
         """Return what the objective needs of the texts, without gradient."""
@@ -80,15 +101,35 @@ class PoolObjective(nn.Module):
         """Return the loss of scores ``[B, C]``; a document outside a query's pool has ``-inf``."""
         raise NotImplementedError
 
+    def terms(self, evidence: Any, query: dict[str, Any], pool: dict[str, Any]) -> int:
+        """Of how many things the loss is the mean: queries, unless a subclass says otherwise."""
+        return len(query["texts"])
+
     def scores(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
         """Cosine similarities over the temperature, ``[B, C]`` float32."""
         similarity = self.embed(query) @ self.embed(pool).T
         return pool_scores(similarity / self.temperature(), query.get("pools"))[0]
 
     def embed(self, features: dict[str, Any]) -> Tensor:
-        """Embeddings of length 1, ``[N, D]`` float32."""
-        embeddings = embed(self.model, features, self.mini_batch_size).float()
-        return nn.functional.normalize(embeddings, dim=-1)
+        """Embeddings of length 1, ``[N, D]`` float32 or wider, those of a pool of all its texts."""
+        embeddings = at_least_float32(embed(self.model, features, self.mini_batch_size))
+        embeddings = nn.functional.normalize(embeddings, dim=-1)
+        return embeddings if SHARE not in features else features[SHARE].gather(embeddings)
+
+    def _weighted(self, loss: Tensor, terms: int, rows: int, positives: Sequence[int]) -> Tensor:
+        """Make metrics and loss those of all processes, see the class."""
+        weights = {
+            "loss": terms,
+            "entropy": rows,
+            "max_entropy": rows,
+            "weight_on_positive": sum(place >= 0 for place in positives),
+        }
+        own = {name: self.metrics.pop(name) for name in _METRICS if name in self.metrics}
+        own["terms"] = terms
+        metrics = mean_over_ranks(own, weights, [*_METRICS, "terms"])
+        share = terms * world.size() / metrics.pop("terms")
+        self.metrics |= metrics
+        return loss * share
 
     @torch.no_grad()
     def _record(

@@ -57,7 +57,11 @@ def build_objective(
     Raises:
         ValueError: the objective needs labels that the data does not have.
     """
-    name, size = config.objective, config.mini_batch_size
+    name = config.objective
+    options: dict[str, Any] = {
+        "mini_batch_size": config.mini_batch_size,
+        "gather_across_devices": config.gather_across_devices,
+    }
     collator = DreamCollator(
         model,
         config.query_max_len,
@@ -77,11 +81,11 @@ def build_objective(
         all_candidates = config.pool == "both" and config.documents_per_query is None
         if all_candidates and not temperature.changes:
             return _library_infonce(config, model, data)
-        own = PoolInfoNCELoss(model, temperature, mini_batch_size=size)
+        own = PoolInfoNCELoss(model, temperature, **options)
         data = labelled(data)
     elif name == "dream":
         reader = load_reader(config, choose_heads())
-        own = DreamLoss(model, reader, temperature, mini_batch_size=size)
+        own = DreamLoss(model, reader, temperature, **options)
     elif name == "replug":
         own = ReplugLoss(
             model,
@@ -90,15 +94,15 @@ def build_objective(
             teacher=config.teacher,
             teacher_temperature=config.teacher_temperature,
             direction=config.teacher_direction,
-            mini_batch_size=size,
+            **options,
         )
     elif name == "emdr":
-        own = EmdrLoss(model, load_reader(config, {}), temperature, mini_batch_size=size)
+        own = EmdrLoss(model, load_reader(config, {}), temperature, **options)
     else:
         # Every text is read, and predicted, at the length that the retriever encodes.
         lengths = dict.fromkeys(("passage_max_len", "target_max_len"), config.passage_max_len)
         reader = load_reader(config, all_heads(config), prompt=TEXT_PROMPT, **lengths)
-        own = RevelaLoss(model, reader, temperature, mini_batch_size=size)
+        own = RevelaLoss(model, reader, temperature, **options)
     return Objective(own, data, collator)
 
 
@@ -109,12 +113,17 @@ def _library_infonce(config: TrainConfig, model: SentenceTransformer, data: Data
         MultipleNegativesRankingLoss,
     )
 
-    scale, size = 1.0 / config.temperature, config.mini_batch_size
+    options: dict[str, Any] = {
+        "scale": 1.0 / config.temperature,
+        "gather_across_devices": config.gather_across_devices,
+    }
     loss: Any
-    if size is None:
-        loss = MultipleNegativesRankingLoss(model, scale=scale)
+    if config.mini_batch_size is None:
+        loss = MultipleNegativesRankingLoss(model, **options)
     else:
-        loss = CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=size)
+        loss = CachedMultipleNegativesRankingLoss(
+            model, mini_batch_size=config.mini_batch_size, **options
+        )
     return Objective(loss, labelled_columns(data), None, no_duplicates=True)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dream_training.config import DIRECTIONS, TEACHERS
+from dream_training.distributed.pool import read_each
 from dream_training.objectives.base import PoolObjective, check_choice, check_positive
 from dream_training.reading.likelihood import TargetLikelihood, target_likelihood
 
@@ -27,13 +28,18 @@ class _TaughtByLikelihood(PoolObjective):
         reader: Reader,
         temperature: float | Temperature,
         mini_batch_size: int | None,
+        gather_across_devices: bool,
     ) -> None:
-        super().__init__(model, temperature, mini_batch_size)
+        super().__init__(model, temperature, mini_batch_size, gather_across_devices)
         self.reader = reader
 
     def read(self, query: dict[str, Any], pool: dict[str, Any]) -> TargetLikelihood:
         return target_likelihood(
-            self.reader, pool["texts"], query["texts"], query["targets"], query.get("pools")
+            self.reader,
+            read_each(self.reader, pool),
+            query["texts"],
+            query["targets"],
+            query.get("pools"),
         )
 
 
@@ -61,6 +67,7 @@ class ReplugLoss(_TaughtByLikelihood):
         direction: ``"student_teacher"`` is :math:`\mathrm{KL}(P_R \| Q)`, ``"teacher_student"``
             the other one.
         mini_batch_size: texts that the retriever embeds at once; None for the whole batch.
+        gather_across_devices: with several processes, compete over the documents of all of them.
 
     Raises:
         ValueError: an argument is out of range.
@@ -78,8 +85,9 @@ class ReplugLoss(_TaughtByLikelihood):
         teacher_temperature: float = 0.1,
         direction: str = "teacher_student",
         mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
     ) -> None:
-        super().__init__(model, reader, temperature, mini_batch_size)
+        super().__init__(model, reader, temperature, mini_batch_size, gather_across_devices)
         self.teacher = check_choice("teacher", teacher, TEACHERS)
         self.teacher_temperature = check_positive("teacher_temperature", teacher_temperature)
         self.direction = check_choice("direction", direction, DIRECTIONS)
@@ -127,6 +135,7 @@ class EmdrLoss(_TaughtByLikelihood):
         reader: the frozen language model; its injected heads do not matter.
         temperature: divides the cosine similarities.
         mini_batch_size: texts that the retriever embeds at once; None for the whole batch.
+        gather_across_devices: with several processes, compete over the documents of all of them.
 
     Raises:
         ValueError: ``temperature`` is not positive, or ``mini_batch_size`` below 1.
@@ -141,8 +150,12 @@ class EmdrLoss(_TaughtByLikelihood):
         temperature: float | Temperature = 0.05,
         *,
         mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
     ) -> None:
-        super().__init__(model, reader, temperature, mini_batch_size)
+        super().__init__(model, reader, temperature, mini_batch_size, gather_across_devices)
+
+    def terms(self, evidence: TargetLikelihood, query: dict[str, Any], pool: dict[str, Any]) -> int:
+        return int(evidence.token_mask.sum())
 
     def loss(
         self,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dream_kernels import Prefix
+from dream_training.distributed.pool import read_pool, tokens_read
 from dream_training.objectives.base import PoolObjective
 from dream_training.objectives.temperature import Temperature
 from dream_training.reading.reader import Reader
@@ -45,6 +46,8 @@ class DreamLoss(PoolObjective):
         mini_batch_size: texts that the retriever embeds at once, see
             :func:`~dream_training.objectives.embedding.embed`; it bounds memory, for one more
             forward pass, and changes no result. None keeps the activations of the whole batch.
+        gather_across_devices: with several processes, let a query compete over the documents of
+            all of them.
 
     Attributes:
         metrics: of the last batch, as floats: ``loss`` (nats per target token),
@@ -65,13 +68,16 @@ class DreamLoss(PoolObjective):
         reader: Reader,
         temperature: float | Temperature = 0.05,
         mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
     ) -> None:
-        super().__init__(model, temperature, mini_batch_size)
+        super().__init__(model, temperature, mini_batch_size, gather_across_devices)
         self.reader = reader
-        self._read_tokens = 0
+        self._target_tokens = self._read_tokens = 0
 
     def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Prefix:
-        return self.reader.read(pool["texts"], query.get("pools"))
+        if query.get("pools") is not None:
+            return self.reader.read(pool["texts"], query["pools"])
+        return read_pool(self.reader, pool)
 
     def loss(
         self, scores: Tensor, evidence: Prefix, query: dict[str, Any], pool: dict[str, Any]
@@ -80,8 +86,12 @@ class DreamLoss(PoolObjective):
             # The reader knows from the spans which documents are absent; what scores them is moot.
             scores = scores.masked_fill(scores.isneginf(), 0.0)
         reading = self.reader(evidence, query["texts"], query["targets"], scores)
-        self._read_tokens = reading.target_tokens + evidence.tokens
+        self._target_tokens = reading.target_tokens
+        self._read_tokens = reading.target_tokens + tokens_read(evidence, self.reader, pool)
         return reading.loss
+
+    def terms(self, evidence: Prefix, query: dict[str, Any], pool: dict[str, Any]) -> int:
+        return self._target_tokens
 
     @torch.no_grad()
     def _record(

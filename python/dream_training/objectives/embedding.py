@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dream_training.distributed import world
+from dream_training.distributed.sharding import is_sharded
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 # What a collator brings along for objective and reader; the retriever does not take it.
-_NOT_OF_THE_MODEL = ("texts", "targets", "positives", "pools")
+_NOT_OF_THE_MODEL = ("texts", "targets", "positives", "pools", "share")
 
 
 def embed(
@@ -26,7 +29,8 @@ def embed(
     Gradient caching (Gao et al. 2021, arXiv 2101.06983): each mini-batch is embedded without
     keeping activations, and is embedded once more when the gradient in its embeddings arrives.
     The state of the random generators is kept, so that dropout draws the same masks again. The
-    objective on top sees ordinary tensors and needs to know nothing of it.
+    objective on top sees ordinary tensors and needs to know nothing of it. A sharded retriever
+    embeds as many mini-batches in every process, for each fetches weights from all of them.
 
     Args:
         model: the retriever.
@@ -52,12 +56,17 @@ def embed(
             f"{', '.join(inputs)}: packed inputs cannot be cut"
         )
     parts = []
-    for begin in range(0, len(mask), mini_batch_size):
+    begins = list(range(0, len(mask), mini_batch_size))
+    most = world.max_over_ranks(len(begins)) if is_sharded(model) else len(begins)
+    for index in range(most):
+        begin = begins[min(index, len(begins) - 1)]
         part = _cut(inputs, slice(begin, begin + mini_batch_size), mask.shape)
+        embedding = _Embedding(model)
         if torch.is_grad_enabled():
-            parts.append(checkpoint(_embed, model, part, use_reentrant=False))
+            embedded = checkpoint(embedding, part, use_reentrant=False)
         else:
-            parts.append(_embed(model, part))
+            embedded = embedding(part)
+        parts.append(embedded if index < len(begins) else embedded[:0])
     return torch.cat(parts)
 
 
@@ -67,9 +76,20 @@ def check_mini_batch_size(mini_batch_size: int | None) -> None:
         raise ValueError(f"mini_batch_size must be at least 1, got {mini_batch_size}")
 
 
-def _embed(model: SentenceTransformer, inputs: dict[str, Any]) -> Tensor:
-    # A copy, for the modules of a model add what they compute to the features.
-    return model(dict(inputs))["sentence_embedding"]
+class _Embedding:
+    """Embeds one mini-batch, perhaps again when its gradient arrives.
+
+    DDP and DeepSpeed prepare for a backward in the forward of their wrapper, and must not do so
+    in the middle of one; so the second time the model itself is called.
+    """
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self._model: Any = model
+
+    def __call__(self, inputs: dict[str, Any]) -> Tensor:
+        model, self._model = self._model, getattr(self._model, "module", self._model)
+        # A copy, for the modules of a model add what they compute to the features.
+        return model(dict(inputs))["sentence_embedding"]
 
 
 def _cut(inputs: dict[str, Any], rows: slice, shape: torch.Size) -> dict[str, Any]:

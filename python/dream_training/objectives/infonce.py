@@ -30,6 +30,7 @@ class PoolInfoNCELoss(PoolObjective):
         model: the retriever.
         temperature: divides the cosine similarities, a number or a ``Temperature``.
         mini_batch_size: texts that the retriever embeds at once; None for the whole batch.
+        gather_across_devices: with several processes, compete over the documents of all of them.
 
     Raises:
         ValueError: an argument is out of range; in training, a query has no known positive.
@@ -43,8 +44,9 @@ class PoolInfoNCELoss(PoolObjective):
         temperature: float | Temperature = 0.05,
         *,
         mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
     ) -> None:
-        super().__init__(model, temperature, mini_batch_size)
+        super().__init__(model, temperature, mini_batch_size, gather_across_devices)
 
     def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
         unknown = [text for text, place in zip(query["texts"], query["positives"]) if place < 0]

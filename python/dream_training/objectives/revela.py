@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dream_kernels import Prefix
+from dream_training.distributed.pool import SHARE, read_pool
 from dream_training.objectives.base import PoolObjective, weight_metrics
 from dream_training.reading.prompts import ReaderPrompt
 
@@ -46,6 +47,8 @@ class RevelaLoss(PoolObjective):
             :data:`TEXT_PROMPT` and targets as long as its documents.
         temperature: divides the cosine similarities; the source uses 1e-4.
         mini_batch_size: texts that the retriever embeds at once; None for the whole batch.
+        gather_across_devices: with several processes, the documents of all of them attend to each
+            other, and each process predicts its share.
 
     Raises:
         ValueError: an argument is out of range; in training, a batch has one document only.
@@ -60,30 +63,41 @@ class RevelaLoss(PoolObjective):
         temperature: float | Temperature = 1e-4,
         *,
         mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
     ) -> None:
-        super().__init__(model, temperature, mini_batch_size)
+        super().__init__(model, temperature, mini_batch_size, gather_across_devices)
         self.reader = reader
+        self._target_tokens = 0
 
     def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Prefix:
         if len(pool["texts"]) < 2:
             raise ValueError("objective 'revela' needs at least two documents in a batch")
-        return without_own(self.reader.read(pool["texts"]))
+        return without_own(read_pool(self.reader, pool), predicted_rows(pool))
 
     def scores(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
         embeddings = self.embed(pool)
-        return embeddings @ embeddings.T / self.temperature()
+        return embeddings[list(predicted_rows(pool))] @ embeddings.T / self.temperature()
 
     def loss(
         self, scores: Tensor, evidence: Prefix, query: dict[str, Any], pool: dict[str, Any]
     ) -> Tensor:
-        texts = pool["texts"]
-        return self.reader(evidence, [_BEFORE_TEXT] * len(texts), texts, scores).loss
+        texts = [pool["texts"][i] for i in predicted_rows(pool)]
+        reading = self.reader(evidence, [_BEFORE_TEXT] * len(texts), texts, scores)
+        self._target_tokens = reading.target_tokens
+        return reading.loss
+
+    def terms(self, evidence: Prefix, query: dict[str, Any], pool: dict[str, Any]) -> int:
+        # An empty share predicts one document of another process, which does not count.
+        share = pool.get(SHARE)
+        return 0 if share is not None and not share.rows else self._target_tokens
 
     @torch.no_grad()
     def _record(
         self, loss: Tensor, scores: Tensor, query: dict[str, Any], pool: dict[str, Any]
     ) -> None:
-        others = scores.clone().fill_diagonal_(-torch.inf)
+        rows = predicted_rows(pool)
+        others = scores.clone()
+        others[range(len(rows)), list(rows)] = -torch.inf
         self.metrics = {
             "loss": loss.item(),
             **weight_metrics(others, [-1] * len(scores)),
@@ -91,10 +105,23 @@ class RevelaLoss(PoolObjective):
         }
 
 
-def without_own(prefix: Prefix) -> Prefix:
-    """Hide document ``i`` of a shared pool from row ``i``; as padding it counts as absent."""
+def predicted_rows(pool: dict[str, Any]) -> range:
+    """The places of the documents that this process predicts, at least one."""
+    share = pool.get(SHARE)
+    return range(len(pool["texts"])) if share is None else share.rows or range(1)
+
+
+def without_own(prefix: Prefix, rows: range | None = None) -> Prefix:
+    """Hide from each row of a shared pool a document of its own; as padding it counts as absent.
+
+    Args:
+        prefix: of the pool.
+        rows: the document of each row, by default all documents in order.
+    """
     places = torch.arange(prefix.length, device=prefix.spans.device)
     begin, end = prefix.spans[0].unbind(-1)
     own = (begin[:, None] <= places) & (places < end[:, None])  # [C, P]
+    if rows is not None:
+        own = own[list(rows)]
     mask = ~own if prefix.mask is None else prefix.mask & ~own
     return replace(prefix, mask=mask)

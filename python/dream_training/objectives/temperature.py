@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dream_training.distributed.gather import replicated
 from dream_training.objectives.schedules import CONSTANT, LEARNABLE_RANGE, check_temperature
 
 
@@ -58,7 +59,7 @@ class Temperature(nn.Module):
         # Kept in range before it is used: a bound inside the graph would end its gradient for good.
         with torch.no_grad():
             self.log.clamp_(*map(math.log, LEARNABLE_RANGE))
-        return self.log.exp()
+        return replicated(self.log).exp()
 
     @property
     def value(self) -> float:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dream_kernels import Prefix
+
 if TYPE_CHECKING:
     from dream_training.reading.reader import Reader
 
@@ -18,8 +20,8 @@ class TargetLikelihood:
     """Log-probabilities of target tokens, one document in the reader's context at a time.
 
     Attributes:
-        log_probabilities: ``[B, C, T]`` float32 in nats, ``log p(y_t | y_<t, q, d_c)``; 0 at the
-            padding behind a shorter target and for a document outside the query's pool.
+        log_probabilities: ``[B, C, T]`` float32 or wider, in nats, ``log p(y_t | y_<t, q, d_c)``; 0
+            at the padding behind a shorter target and for a document outside the query's pool.
         token_mask: ``[B, T]`` bool, true for the tokens of each target.
     """
 
@@ -34,7 +36,7 @@ class TargetLikelihood:
 @torch.no_grad()
 def target_likelihood(
     reader: Reader,
-    documents: Sequence[str],
+    documents: Sequence[str] | Prefix,
     queries: Sequence[str],
     targets: Sequence[str],
     pools: Sequence[Sequence[int]] | None = None,
@@ -45,7 +47,7 @@ def target_likelihood(
 
     Args:
         reader: the frozen language model; its injected heads do not matter here.
-        documents: the texts of the pool.
+        documents: the texts of the pool, or a prefix with one of them in each row.
         queries: ``B`` texts.
         targets: ``B`` texts.
         pools: for each query the indices of its ``C`` documents; None for all of them.
@@ -53,18 +55,25 @@ def target_likelihood(
     Raises:
         ValueError: a text is blank, or does not fit into the reader's context.
     """
-    prefix = reader.read(documents, [[i] for i in range(len(documents))])
+    if isinstance(documents, Prefix):
+        prefix = documents
+    else:
+        prefix = reader.read(documents, [[i] for i in range(len(documents))])
     if pools is None:
-        pools = [range(len(documents))] * len(queries)
+        pools = [range(prefix.batch)] * len(queries)
     query_ids = [reader.query_tokens(query, i) for i, query in enumerate(queries)]
     target_ids = [reader.target_tokens(target, i) for i, target in enumerate(targets)]
     reader.check_context(prefix, query_ids, target_ids)
     counts = torch.tensor([len(target) for target in target_ids], device=reader.device)
     token_mask = torch.arange(int(counts.max()), device=reader.device) < counts[:, None]
     result = torch.zeros(
-        len(queries), max(map(len, pools)), token_mask.shape[1], device=reader.device
+        len(queries),
+        max(map(len, pools)),
+        token_mask.shape[1],
+        device=reader.device,
+        dtype=reader.loss_dtype,
     )
-    for document in range(len(documents)):
+    for document in range(prefix.batch):
         places = [
             (b, list(pool).index(document)) for b, pool in enumerate(pools) if document in pool
         ]
@@ -77,8 +86,9 @@ def target_likelihood(
             losses = reader.token_losses(
                 alone, [query_ids[b] for b in rows], [target_ids[b] for b in rows], None
             )
-            own = torch.zeros(len(rows), token_mask.shape[1], device=reader.device)
+            own = result.new_zeros(len(rows), token_mask.shape[1])
             own[token_mask[rows]] = -losses
             for i, values in zip(part, own):
                 result[places[i]] = values
+    reader.catch_up()
     return TargetLikelihood(result, token_mask)

@@ -19,9 +19,10 @@ from dream_kernels import (
 )
 from dream_kernels.parsing import shortened, why_not_text
 from dream_training.config import CONTEXTS, INJECTED_ROWS
+from dream_training.distributed.sharding import Pace, shard_model
 from dream_training.reading.document_store import check_document_store, open_document_store
 from dream_training.reading.prompts import PLAIN, ReaderPrompt, load_reader_prompt
-from dream_training.reading.target_loss import plain_head, target_losses
+from dream_training.reading.target_loss import at_least_float32, plain_head, target_losses
 from dream_training.reading.text_tokens import text_tokens
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ class Reader(nn.Module):
         )
         self.store = open_document_store(document_store, self.model, document_store_gb)
         self._head = plain_head(self.model)
+        self._pace: Pace | None = None
         self._header = self._header_ids()
         self._around_document = self._around(self.prompt.document, "{document}")
         self._around_query = self._around(self.prompt.query, "{query}")
@@ -168,6 +170,31 @@ class Reader(nn.Module):
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
+    @property
+    def loss_dtype(self) -> torch.dtype:
+        """Of losses and likelihoods: float32, or that of the weights if it is wider."""
+        return torch.promote_types(self.model.get_input_embeddings().weight.dtype, torch.float32)
+
+    def shard(self, device: str | torch.device) -> Reader:
+        """Cut the layers over all processes, see ``shard_model``; the results stay the same.
+
+        From then on all processes read together: each calls :meth:`read` and :meth:`forward` as
+        often as the others, whatever it has to read.
+
+        Args:
+            device: where this process's part lives.
+
+        Raises:
+            ValueError: the model cannot be sharded; the message says why.
+        """
+        self._pace = shard_model(self.model, device)
+        return self
+
+    def catch_up(self) -> None:
+        """Wait for the other processes of a sharded reader; nothing elsewhere."""
+        if self._pace is not None:
+            self._pace.catch_up()
+
     def read(
         self, documents: Sequence[str], pools: Sequence[Sequence[int]] | None = None
     ) -> Prefix:
@@ -185,9 +212,11 @@ class Reader(nn.Module):
         if not tokens:
             raise ValueError("documents must hold at least one text, got none")
         if self.context == "independent":
-            return read_independently(
+            prefix = read_independently(
                 self.model, tokens, pools, header=self._header, store=self.store
             )
+            self.catch_up()
+            return prefix
         rows = [range(len(tokens))] if pools is None else pools
         sequences, spans = [], torch.zeros(len(rows), max(map(len, rows)), 2, dtype=torch.long)
         for b, pool in enumerate(rows):
@@ -198,7 +227,9 @@ class Reader(nn.Module):
                 spans[b, c, 1] = len(sequence)
             sequences.append(sequence)
         ids, mask = _pad(sequences, "right", self.device)
-        return read_jointly(self.model, ids, spans.to(self.device), mask)
+        prefix = read_jointly(self.model, ids, spans.to(self.device), mask)
+        self.catch_up()
+        return prefix
 
     def forward(
         self, prefix: Prefix, queries: Sequence[str], targets: Sequence[str], scores: Tensor
@@ -250,22 +281,28 @@ class Reader(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return loss and losses by query, with the gradient of the loss left in ``scores``."""
         count = sum(map(len, target_ids))
-        total = torch.zeros((), device=self.device)
+        options: Any = {"device": self.device, "dtype": self.loss_dtype}
+        total = torch.zeros((), **options)
         by_query = []
-        for rows in passes:
+        spare = 0 if self._pace is None else self._pace.spare(len(passes))
+        # What a sharded reader runs only because other processes have more to read counts nothing.
+        for index, rows in enumerate([*passes, *[passes[-1]] * spare]):
             losses = self.token_losses(
                 prefix.of_rows(torch.tensor(rows, device=self.device)),
                 [query_ids[b] for b in rows],
                 [target_ids[b] for b in rows],
                 scores[rows[0] : rows[-1] + 1],
             )
-            own = losses.sum() / count
+            counted = index < len(passes)
+            own = losses.sum() / count if counted else losses.sum() * 0.0
             if own.requires_grad:
                 own.backward()
+            if not counted:
+                continue
             total += own.detach()
             counts = torch.tensor([len(target_ids[b]) for b in rows], device=self.device)
             query = torch.repeat_interleave(counts, output_size=len(losses))
-            sums = torch.zeros(len(rows), device=self.device)
+            sums = torch.zeros(len(rows), **options)
             by_query.append(sums.index_add_(0, query, losses.detach()) / counts)
         return total, torch.cat(by_query)
 
@@ -312,7 +349,7 @@ class Reader(nn.Module):
             states = self.injection.decode(**inputs).flatten(0, 1)[of_token - 1]
             return target_losses(self._head, states, targets)
         logits = self.model(**inputs).logits.flatten(0, 1)[of_token - 1]
-        return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        return nn.functional.cross_entropy(at_least_float32(logits), targets, reduction="none")
 
     def query_rows(self, queries: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Tokenise queries alone, for head selection.

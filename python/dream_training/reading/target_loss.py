@@ -30,7 +30,8 @@ class _TargetLosses(torch.autograd.Function):
         for chunk, target in zip(states.split(rows), targets.split(rows)):
             with torch.set_grad_enabled(differentiable):
                 leaf = chunk.detach().requires_grad_(differentiable)
-                loss = nn.functional.cross_entropy(head(leaf).float(), target, reduction="none")
+                logits = at_least_float32(head(leaf))
+                loss = nn.functional.cross_entropy(logits, target, reduction="none")
                 if differentiable:
                     gradients += torch.autograd.grad(loss.sum(), leaf)
             losses.append(loss.detach())
@@ -45,8 +46,13 @@ class _TargetLosses(torch.autograd.Function):
         return gradient * grad[:, None].to(gradient.dtype), None, None, None
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """``values`` in float32, or in what they are if that is wider."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def target_losses(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross entropy of every row, in nats and float32.
+    """Return the cross entropy of every row, in nats, float32 or wider.
 
     Args:
         head: the frozen language-model head; gets no gradient.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from dream_training.data.jsonl import (
     read_training_data,
     stream_training_data,
 )
+from dream_training.distributed import world
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask, sample_queries
 from dream_training.evaluation.tasks import check_tasks
 from dream_training.heads.selection import (
@@ -161,6 +162,10 @@ def train(
     SIGINT (Ctrl-C) and SIGTERM stop after the current step and keep what there is; a second one
     stops at once.
 
+    Started by ``torchrun`` or ``accelerate launch``, the processes train together: each with
+    ``batch_size`` queries of its own in every step, as ``config`` says what they share. Process 0
+    writes and prints; the result is the same in all of them.
+
     Args:
         config: the run.
         data: training data; read from ``config.train_data`` by default.
@@ -184,27 +189,31 @@ def train(
         MemoryError: memory did not suffice; the message says what to lower, and by how much.
         OSError: ``output_dir`` cannot be written.
     """
-    console = console or Console()
+    given = asdict(config)
+    config = replace(config, device=world.join(config.device, config.distributed_timeout))
+    console = (console or Console()) if world.is_main() else Console(quiet=True)
     output_dir = Path(config.output_dir)
     if not resume and not overwrite:
         check_unused(output_dir / CHECKPOINTS)
     own_data = data is None
     data = load_training_data(config) if data is None else data
-    if not _is_stream(data) and len(data) < config.batch_size:
+    lines = config.batch_size * world.size()
+    if not _is_stream(data) and len(data) < lines:
         raise ValueError(
-            f"train_data must hold at least one batch of {config.batch_size} lines, got {len(data)}"
+            f"train_data must hold at least one batch of {lines} lines, got {len(data)}"
         )
     if evaluator is None:
         evaluator = make_evaluator(config)
     check_tasks(config.final_tasks or [])
-    _prepare_folder(output_dir)
+    world.on_main(lambda: _prepare_folder(output_dir))
     identity = identity_of(config, data)
     checkpoint = find_checkpoint(output_dir / CHECKPOINTS, console) if resume else None
-    if checkpoint is None:
-        shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)
-    else:
+    if checkpoint is not None:
         check_identity(checkpoint, identity, config)
-    write_json(output_dir / "config.json", asdict(config))
+    if world.is_main():
+        if checkpoint is None:
+            shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)
+        write_json(output_dir / "config.json", given)
     if model is None:
         model = make_retriever(config)
 
@@ -228,7 +237,6 @@ def train(
     keeper = KeepBestCallback(model, history, output_dir, console)
     guard = StepGuard(objective.loss, output_dir, config.max_skipped_steps, console)
     watch = MemoryWatch(model.device)
-    signals = StopSignals(checkpoints=config.save_steps != 0)
     parts: dict[str, Stateful] = {"history": history, "keeper": keeper, "record": record}
     parts["guard"] = guard
     store = getattr(getattr(objective.loss, "reader", None), "store", None)
@@ -247,6 +255,7 @@ def train(
         guard=guard,
         console=console,
     )
+    signals = StopSignals(checkpoints=trainer.writes_checkpoints)
     for callback in (watch, progress, keeper, record, signals, *callbacks):
         trainer.add_callback(callback)
     temperature = getattr(objective.loss, "temperature", None)
@@ -277,8 +286,9 @@ def train(
     seconds = time.perf_counter() - start
     save_retriever(model, output_dir / "last")
     path = keeper.best_path or output_dir / "last"
-    write_json(output_dir / "history.json", history.state())
-    plot_curve(history, output_dir / "curve.png")
+    if world.is_main():
+        write_json(output_dir / "history.json", history.state())
+        plot_curve(history, output_dir / "curve.png")
     if interrupted:
         console.print(f"Interrupted after {len(history.steps)} steps; the retriever is in {path}")
         _say_how_to_go_on(trainer, console)
@@ -299,7 +309,9 @@ def _prepare_folder(output_dir: Path) -> None:
 
 
 def _say_how_to_go_on(trainer: RunTrainer, console: Console) -> None:
-    if trainer.checkpoint is None:
+    if not trainer.writes_checkpoints:
+        console.print("Without checkpoints there is nothing to go on from.")
+    elif trainer.checkpoint is None:
         console.print("There is no checkpoint yet: --resume would begin anew.")
     else:
         console.print(
@@ -321,11 +333,21 @@ def _choose_heads(
     console: Console,
 ) -> dict[int, list[int]]:
     """The heads that receive the scores: given, read or selected; written and drawn."""
-    if heads is None:
-        if config.heads == "auto":
-            console.print("selecting the reader's heads ...")
-        heads = find_heads(config, data)
-    if heads.scores:
-        plot_heads(heads, output_dir / "heads.png", config.top_k or len(heads.heads))
-    write_heads(output_dir / "heads.yaml", heads)
-    return heads.by_layer(config.top_k)
+
+    def choose(heads: HeadFile | None) -> list[list[Any]]:
+        if heads is None:
+            if config.heads == "auto":
+                console.print("selecting the reader's heads ...")
+            heads = find_heads(config, data)
+        if world.is_main():
+            if heads.scores:
+                plot_heads(heads, output_dir / "heads.png", config.top_k or len(heads.heads))
+            write_heads(output_dir / "heads.yaml", heads)
+        return [[layer, own] for layer, own in heads.by_layer(config.top_k).items()]
+
+    # A reader that is cut over the processes needs all of them to run.
+    if config.heads == "auto" and heads is None and config.reader_sharding == "sharded":
+        chosen = world.broadcast_json(choose(None))
+    else:
+        chosen = world.on_main(lambda: choose(heads))
+    return dict(chosen)

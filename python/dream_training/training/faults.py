@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dream_training.data.jsonl import write_json_lines
+from dream_training.distributed import world
 
 if TYPE_CHECKING:
     from dream_training.config import TrainConfig
@@ -81,7 +82,8 @@ class StepGuard:
         return False
 
     def _write(self, step: int, inputs: Mapping[str, Any]) -> Path:
-        path = self.folder / f"step-{step}.jsonl"
+        part = f"-process-{world.rank()}" if world.size() > 1 else ""
+        path = self.folder / f"step-{step}{part}.jsonl"
         try:
             write_json_lines(path, batch_rows(inputs))
         except OSError as error:  # a full disk shall not end a run that can go on
@@ -112,13 +114,8 @@ def _all_finite(loss: Tensor, model: nn.Module) -> bool:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     parts = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
     finite = torch.stack([loss.detach().isfinite().all(), *(g.isfinite().all() for g in parts)])
-    all_of_them = finite.all()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # All ranks skip a step, or none does.
-        flag = all_of_them.int()
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
-        return bool(flag)
-    return bool(all_of_them)
+    # All processes skip a step, or none does.
+    return not world.max_over_ranks(int(not finite.all()))
 
 
 class MemoryWatch(TrainerCallback):

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from dream_training.checkpointing.folder import Checkpoint, has_checkpoints, newest_checkpoint
 from dream_training.config import TrainConfig
+from dream_training.distributed import world
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -22,7 +23,7 @@ _MAY_CHANGE = frozenset(
     {
         *("output_dir", "log_steps", "eval_steps", "save_steps", "keep_checkpoints"),
         *("final_tasks", "max_steps", "max_skipped_steps", "mini_batch_size", "device"),
-        *("dataloader_workers", "document_store_gb"),
+        *("dataloader_workers", "document_store_gb", "distributed_timeout"),
     }
 )
 # In output_dir.
@@ -33,7 +34,11 @@ _ROWS = 10_000
 
 def identity_of(config: TrainConfig, data: Dataset | IterableDataset) -> dict[str, Any]:
     """What a checkpoint must share with the run that goes on from it."""
-    return {"config": asdict(config), "data": data_digest(config, data)}
+    return {
+        "config": asdict(config),
+        "data": data_digest(config, data),
+        "processes": world.size(),
+    }
 
 
 def data_digest(config: TrainConfig, data: Dataset | IterableDataset) -> str:
@@ -95,7 +100,13 @@ def check_identity(
             f"{key} is {now!r}, and {checkpoint.path} was written with {before!r}: go on with "
             "that, or start anew in another output_dir"
         )
-    if checkpoint.document("run")["data"] != identity["data"]:
+    kept = checkpoint.document("run")
+    if kept["processes"] != identity["processes"]:
+        raise ValueError(
+            f"{checkpoint.path} was written by {kept['processes']} processes, and these are "
+            f"{identity['processes']}: launch as many as before"
+        )
+    if kept["data"] != identity["data"]:
         raise ValueError(
             f"train_data {config.train_data} has changed since {checkpoint.path} was written: "
             "bring the old data back, or start anew in another output_dir"

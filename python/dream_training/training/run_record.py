@@ -10,6 +10,8 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dream_training.config import TrainConfig
+from dream_training.distributed import world
+from dream_training.distributed.sharding import loaded_whole, whole
 from dream_training.environment import describe_environment
 from dream_training.evaluation import Evaluation, RetrievalEvaluator, expand_tasks
 from dream_training.evaluation.results import FILE_NAME, write_evaluations
@@ -31,7 +33,8 @@ class RunRecord(TrainerCallback):
     ``environment.json`` at once; ``examples.json`` (see :class:`TrainingExamples`) and
     ``evaluation.json`` by :meth:`finish`. The latter holds the scores of every query, of the
     untrained and of the best model as the evaluations during training found them, and of the best
-    model on ``final_tasks``.
+    model on ``final_tasks``. With several processes all of them measure, and process 0 writes and
+    evaluates on ``final_tasks``.
 
     Args:
         config: the run.
@@ -60,9 +63,10 @@ class RunRecord(TrainerCallback):
         self._taken: Any = None
         if history.evaluations:
             self._take(0)
-        for name in (EXAMPLES, FILE_NAME):  # of an earlier run with other settings
-            (self.output_dir / name).unlink(missing_ok=True)
-        write_json(self.output_dir / ENVIRONMENT, describe_environment(model.device))
+        if world.is_main():
+            for name in (EXAMPLES, FILE_NAME):  # of an earlier run with other settings
+                (self.output_dir / name).unlink(missing_ok=True)
+            write_json(self.output_dir / ENVIRONMENT, describe_environment(model.device))
         self.examples: TrainingExamples | None = None
         if config.report_queries:
             self.examples = TrainingExamples(
@@ -104,6 +108,9 @@ class RunRecord(TrainerCallback):
         """
         if self.examples is not None:
             self._measure("after")
+        if not world.is_main():
+            return
+        if self.examples is not None:
             write_json(self.output_dir / EXAMPLES, self.examples.content())
         found = self._evaluations(path)
         environment = describe_environment(self.model.device)
@@ -113,11 +120,12 @@ class RunRecord(TrainerCallback):
             return
         from dream_training.models.trust import load_sentence_transformer
 
-        best = load_sentence_transformer(
-            path,
-            device=str(self.model.device),
-            trust_remote_code=self.config.trust_remote_code,
-        )
+        with loaded_whole():
+            best = load_sentence_transformer(
+                path,
+                device=str(self.model.device),
+                trust_remote_code=self.config.trust_remote_code,
+            )
         options = EvaluationOptions(
             split=self.config.eval_split,
             query_max_len=self.config.query_max_len,
@@ -182,5 +190,8 @@ class RunRecord(TrainerCallback):
         temperature = getattr(self.loss, "temperature", self.config.temperature)
         temperature = getattr(temperature, "value", temperature)
         self.examples.measure(
-            name, self.model, reader if isinstance(reader, Reader) else None, float(temperature)
+            name,
+            whole(self.model),
+            reader if isinstance(reader, Reader) else None,
+            float(temperature),
         )

@@ -10,8 +10,9 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dream_training.distributed import world
 
 _STANDARD_ERROR = 2
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -57,19 +58,8 @@ class StopSignals(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._any_rank():
+        # Whichever process was told to stop: all of them do, after the same step.
+        if world.max_over_ranks(int(self.received is not None)):
+            self.received = self.received or signal.SIGTERM
             control.should_save = self.checkpoints
             control.should_training_stop = True
-
-    def _any_rank(self) -> bool:
-        """Whether any rank was told to stop: all of them do, after the same step."""
-        own = self.received is not None
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return own
-        backend = torch.distributed.get_backend()
-        device = "cuda" if backend == "nccl" else "cpu"
-        flag = torch.tensor(int(own), device=device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        if flag and not own:
-            self.received = signal.SIGTERM
-        return bool(flag)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch.utils.data import RandomSampler
 from transformers import PrinterCallback, set_seed
+from transformers.trainer_utils import SaveStrategy
 
 from dream_training.checkpointing.folder import Checkpoint, prune_checkpoints, write_checkpoint
 from dream_training.checkpointing.state import (
@@ -22,6 +23,9 @@ from dream_training.checkpointing.state import (
     restore_weights,
     trained_weights,
 )
+from dream_training.distributed import world
+from dream_training.distributed.engine import check_trainer, engine_arguments
+from dream_training.distributed.trainer import Trainer
 from dream_training.training.resuming import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -47,7 +51,7 @@ class Stateful(Protocol):
         """Put back what :meth:`state` returned."""
 
 
-class RunTrainer(SentenceTransformerTrainer):
+class RunTrainer(Trainer):
     """Trains, and writes checkpoints of its own form instead of the trainer's pickles.
 
     Args:
@@ -74,6 +78,11 @@ class RunTrainer(SentenceTransformerTrainer):
         self.checkpoint: Checkpoint | None = None
 
     @property
+    def writes_checkpoints(self) -> bool:
+        """Whether there are any: none if the run wants none, and none with DeepSpeed."""
+        return self.args.save_strategy != "no"
+
+    @property
     def folder(self) -> Path:
         """Where the checkpoints are."""
         return Path(str(self.args.output_dir)) / CHECKPOINTS
@@ -92,6 +101,11 @@ class RunTrainer(SentenceTransformerTrainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.guard.accepts(loss, model, self.state.global_step + 1, inputs):
             return loss
+        if self.is_deepspeed_enabled:
+            raise FloatingPointError(
+                f"loss or gradient of step {self.state.global_step + 1} are not finite, and "
+                "DeepSpeed, which holds the gradients, cannot skip a step"
+            )
         # Without gradients the optimiser leaves weights and averages alone.
         model.zero_grad(set_to_none=True)
         return torch.zeros_like(loss)
@@ -112,9 +126,9 @@ class RunTrainer(SentenceTransformerTrainer):
         # Of what is sharded, every rank holds a part.
         moments, optimizer = optimizer_state(self._objective, _inner(self.optimizer))
         weights = trained_weights(self._objective)
-        if not self.args.should_save:
+        random = world.gather_json(random_state())
+        if not world.is_main():
             return
-        generators, random = random_state()
         step = self.state.global_step
         try:
             documents = {
@@ -127,7 +141,7 @@ class RunTrainer(SentenceTransformerTrainer):
                     "parts": {name: part.state() for name, part in self.parts.items()},
                 },
             }
-            tensors = {"weights": weights, "optimizer": moments, "random": generators}
+            tensors = {"weights": weights, "optimizer": moments}
             self.checkpoint = write_checkpoint(self.folder, step, tensors, documents)
             prune_checkpoints(self.folder, self.keep_checkpoints)
         except OSError as error:
@@ -165,7 +179,7 @@ class RunTrainer(SentenceTransformerTrainer):
         if checkpoint is None:
             return
         assert self.checkpoint is not None
-        restore_random(self.checkpoint.tensors("random"), self.checkpoint.document("random"))
+        restore_random(self.checkpoint.document("random")[world.rank()])
 
 
 class ShuffledBatchSampler(DefaultBatchSampler):
@@ -246,6 +260,7 @@ def build_trainer(
         batch_sampler="no_duplicates" if objective.no_duplicates else "batch_sampler",
         prompts={"query": config.query_prompt, "positive": config.document_prompt},
         **arguments,
+        **engine_arguments(config),
     )
     # A card without widget examples would have the trainer make some from the training columns.
     model.model_card_data.widget = [{}]
@@ -259,6 +274,10 @@ def build_trainer(
         keep_checkpoints=config.keep_checkpoints,
         **options,
     )
+    check_trainer(config, trainer)
+    if trainer.is_deepspeed_enabled and trainer.writes_checkpoints:
+        trainer.console.print("DeepSpeed: no checkpoints are written, for it would pickle them")
+        trainer.args.save_strategy = SaveStrategy.NO
     trainer.remove_callback(PrinterCallback)
     model.model_card_data.widget = []
     return trainer
