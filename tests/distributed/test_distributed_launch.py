@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from dream_training.config import TrainConfig
 from dream_training.distributed.engine import check_trainer, engine_arguments
 from dream_training.distributed.launch import refuse_several
 from dream_training.training.driver import train
+from dream_training.training.resuming import CHECKPOINTS
 
 HERE = Path(__file__).parent
 _ZERO = (
@@ -142,6 +144,29 @@ def test_two_processes_train_as_one_does(folder, tmp_path: Path, engine: str) ->
     loaded = SentenceTransformer(str(tmp_path / "two" / "last"), device="cpu")
     texts = ["a text", "another"]
     assert loaded.encode(texts) == pytest.approx(expected.model.encode(texts), abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.soak)])
+def test_two_processes_go_on_where_they_stopped(folder, tmp_path: Path, engine: str) -> None:
+    """From the middle of a run whose last checkpoints are lost, to the same bits."""
+    keys, environment = ENGINES[engine]
+    script = (str(HERE / "engines_on_cpu.py"),) if environment else ("-m", "dream_training.cli")
+    options = {"max_steps": 4, "save_steps": 1, "keep_checkpoints": 4, "batch_size": 2}
+    config = make_config(folder, tmp_path, **options)
+    done = torchrun(config, *keys, script=script, **environment)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "one"
+    expected, weights = history(out), (out / "last" / "model.safetensors").read_bytes()
+    for step in (3, 4):
+        shutil.rmtree(out / CHECKPOINTS / f"step-{step:08d}")
+    shutil.rmtree(out / "last")
+    done = torchrun(config, *keys, "--resume", script=script, **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("going on after step 2") == 1, done.stdout
+    assert history(out) == expected and len(expected[0]) == 4
+    assert (out / "last" / "model.safetensors").read_bytes() == weights
+    with pytest.raises(ValueError, match="was written by 2 processes, and these are 1"):
+        train(config, resume=True)
 
 
 @pytest.mark.soak

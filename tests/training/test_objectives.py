@@ -165,12 +165,12 @@ def test_revela_hides_a_text_from_itself() -> None:
     texts = ["The apple is red.", "A river runs to the sea.", "Stones are hard things."]
     scores = torch.randn(3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     prefix = without_own(reader.read(texts))
-    together = reader(prefix, ["\n\n"] * 3, texts, scores)
+    together = reader(prefix, None, texts, scores)
     for i, text in enumerate(texts):
         others = [j for j in range(3) if j != i]
         alone = reader.read([texts[j] for j in others])
         alone.next_position.fill_(int(prefix.next_position[0]))
-        reading = reader(alone, ["\n\n"], [text], scores[i : i + 1, others])
+        reading = reader(alone, None, [text], scores[i : i + 1, others])
         torch.testing.assert_close(together.query_losses[i], reading.query_losses[0])
 
 

@@ -68,11 +68,12 @@ def optimizer_state(
     state: Any = get_optimizer_state_dict(loss, optimizer, options=_OPTIONS)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
-    for parameter, kept in state["state"].items():
+    # Where weights are gathered, process 0 alone has them.
+    for parameter, kept in state.get("state", {}).items():
         for name, value in kept.items():
             group = tensors if isinstance(value, Tensor) else numbers
             group[f"{parameter}{_BETWEEN}{name}"] = value
-    return tensors, {"numbers": numbers, "groups": state["param_groups"]}
+    return tensors, {"numbers": numbers, "groups": state.get("param_groups", [])}
 
 
 def restore_optimizer(

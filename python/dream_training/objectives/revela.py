@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from dream_training.objectives.temperature import Temperature
     from dream_training.reading.reader import Reader
 
-# What stands before a text in the reader's prompt, as between two documents.
-_BEFORE_TEXT = "\n\n"
-TEXT_PROMPT = ReaderPrompt(query="{query}", target="{target}")
+# A text stands behind the others as they stand behind each other; there is no query.
+TEXT_PROMPT = ReaderPrompt(query="\n\n{query}", target="{target}")
 
 
 class RevelaLoss(PoolObjective):
@@ -82,7 +81,7 @@ class RevelaLoss(PoolObjective):
         self, scores: Tensor, evidence: Prefix, query: dict[str, Any], pool: dict[str, Any]
     ) -> Tensor:
         texts = [pool["texts"][i] for i in predicted_rows(pool)]
-        reading = self.reader(evidence, [_BEFORE_TEXT] * len(texts), texts, scores)
+        reading = self.reader(evidence, None, texts, scores)
         self._target_tokens = reading.target_tokens
         return reading.loss
 

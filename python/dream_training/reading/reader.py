@@ -232,13 +232,13 @@ class Reader(nn.Module):
         return prefix
 
     def forward(
-        self, prefix: Prefix, queries: Sequence[str], targets: Sequence[str], scores: Tensor
+        self, prefix: Prefix, queries: Sequence[str] | None, targets: Sequence[str], scores: Tensor
     ) -> Reading:
         """Predict every target from its query and the scored documents.
 
         Args:
             prefix: the documents, from :meth:`read`; one pool, or one for each query.
-            queries: ``B`` texts.
+            queries: ``B`` texts, none blank; None for the prompt's own text around a query alone.
             targets: ``B`` texts, none blank.
             scores: ``[B, C]`` logits over the documents, any device; gradients flow into them. Or
                 ``[B, Hq, C]`` or ``[B, layers, Hq, C]``, where heads differ.
@@ -246,7 +246,11 @@ class Reader(nn.Module):
         Raises:
             ValueError: a target is blank, or does not fit into the reader's context.
         """
-        query_ids = [self.query_tokens(query, i) for i, query in enumerate(queries)]
+        if queries is None:
+            before, after = self._around_query
+            query_ids = [before + after] * len(targets)
+        else:
+            query_ids = [self.query_tokens(query, i) for i, query in enumerate(queries)]
         target_ids = [self.target_tokens(target, i) for i, target in enumerate(targets)]
         self.check_context(prefix, query_ids, target_ids)
         passes = self.passes(query_ids, target_ids)
