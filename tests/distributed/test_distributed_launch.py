@@ -165,8 +165,9 @@ def test_two_processes_go_on_where_they_stopped(folder, tmp_path: Path, engine: 
     assert done.stdout.count("going on after step 2") == 1, done.stdout
     assert history(out) == expected and len(expected[0]) == 4
     assert (out / "last" / "model.safetensors").read_bytes() == weights
-    with pytest.raises(ValueError, match="was written by 2 processes, and these are 1"):
-        train(config, resume=True)
+    if engine == "ddp":
+        with pytest.raises(ValueError, match="was written by 2 processes, and these are 1"):
+            train(config, resume=True)
 
 
 @pytest.mark.soak

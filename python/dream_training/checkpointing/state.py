@@ -27,15 +27,21 @@ _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_froze
 def trained_weights(loss: nn.Module) -> dict[str, Tensor]:
     """Parameters that are trained, and buffers, of the retriever and the objective.
 
-    Sharded ones come whole: every rank must call this. On the CPU.
+    Sharded ones come whole, and to process 0 alone: every process must call this. On the CPU.
 
     Args:
         loss: the objective, which holds the retriever.
     """
-    state = get_model_state_dict(loss, options=_OPTIONS)
-    # The reader is frozen, and its buffers with it.
     return {
         name: value.clone()
+        for name, value in _own(get_model_state_dict(loss, options=_OPTIONS)).items()
+    }
+
+
+def _own(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Without the reader, which is frozen, and its buffers with it."""
+    return {
+        name: value
         for name, value in state.items()
         if isinstance(value, Tensor) and not name.startswith("reader.")
     }
@@ -47,7 +53,8 @@ def restore_weights(loss: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: the weights belong to another retriever.
     """
-    now = trained_weights(loss)
+    here = get_model_state_dict(loss, options=StateDictOptions(ignore_frozen_params=True))
+    now = _own(here)
     for name in sorted(now.keys() ^ weights.keys()):
         where = "the checkpoint" if name in weights else "the retriever of this run"
         raise CheckpointError(f"only {where} has the weight {name!r}")
