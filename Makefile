@@ -64,11 +64,13 @@ test-slow: $(STAMP)
 
 # Everything of docs/reliability.md in full; its figures go to SOAK_RECORD.
 SOAK_RECORD ?= benchmarks/results/soak.jsonl
+SOAK_TESTS ?= tests/training/test_checkpoint_folder.py tests/training/test_resume.py \
+  tests/training/test_faults.py tests/training/test_long_run.py tests/distributed tests/hostile \
+  tests/kernels/test_context_parallel.py
 soak: $(STAMP)
 	rm -f $(SOAK_RECORD)
 	DREAM_SOAK=1 DREAM_SOAK_RECORD=$(abspath $(SOAK_RECORD)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
-	  tests/training/test_checkpoint_folder.py tests/training/test_resume.py tests/training/test_faults.py \
-	  tests/training/test_long_run.py
+	  -m "not slow" $(SOAK_TESTS)
 
 test-old-transformers: $(OLD_STAMP)
 	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -n 2 -m "not slow and not soak" tests/injection tests/training

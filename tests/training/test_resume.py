@@ -78,6 +78,17 @@ def test_what_changes_over_a_run_goes_on(run, tmp_path: Path, changes: dict) -> 
     assert first == second
 
 
+def test_mined_pools_are_drawn_alike(run, tmp_path: Path) -> None:
+    """Each query's own candidates, of which two are drawn for a step."""
+    data = Path(run().train_data)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["documents"] += [rows[(i + k) % len(rows)]["documents"][0] for k in (3, 7, 11)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    first, second = both(run, tmp_path, 7, pool="mined", documents_per_query=2)
+    assert first == second
+
+
 def test_dropout_draws_the_same_masks(run, tmp_path: Path, monkeypatch) -> None:
     """The retriever gets a layer that draws, so that the generators' state matters."""
     from dream_training.models import loading
