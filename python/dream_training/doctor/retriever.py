@@ -200,7 +200,7 @@ def steps(patient: Patient) -> list[Check]:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     history = _train(patient, gradients)
-    return [_of_gradients(gradients, trainable), _of_cost(patient, history)]
+    return [_of_gradients(gradients, trainable, history), _of_cost(patient, history)]
 
 
 def _train(patient: Patient, gradients: _Gradients) -> History:
@@ -228,11 +228,12 @@ def _train(patient: Patient, gradients: _Gradients) -> History:
         ).history
 
 
-def _of_gradients(gradients: _Gradients, trainable: int) -> Check:
+def _of_gradients(gradients: _Gradients, trainable: int, history: History) -> Check:
     first = gradients.norms[0] if gradients.norms else 0.0
     figure = f"norm {first:.3g} at the first step, {trainable:,} trainable weights"
-    if not all(map(math.isfinite, gradients.norms)):
-        return Check("gradient", FAULT, figure, "not finite: use dtype float32, or a lower rate")
+    if any("skipped" in step for step in history.steps):
+        figure = f"not finite in one of {len(history.steps)} steps"
+        return Check("gradient", FAULT, figure, "use dtype float32, or a higher temperature")
     if first == 0:
         return Check("gradient", FAULT, figure, "no gradient reaches the retriever")
     if gradients.none:
