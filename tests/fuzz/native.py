@@ -82,7 +82,8 @@ class Block:
 def _distort(draws: Draws, block: Block) -> None:
     """Change what is said of a tensor, or its place."""
     kind = draws.below(7)
-    at = draws.below(max(1, len(block.shape)))
+    # An earlier distortion may have given it more sizes than strides.
+    at = draws.below(max(1, min(len(block.shape), len(block.strides))))
     if kind == 0:
         block.shape[at] = draws.choice_of_extremes()
     elif kind == 1:
