@@ -63,7 +63,7 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 # Everything of docs/reliability.md in full; its figures go to SOAK_RECORD.
-SOAK_RECORD ?= benchmarks/results/soak.jsonl
+SOAK_RECORD ?= docs/soak.jsonl
 SOAK_TESTS ?= tests/training/test_checkpoint_folder.py tests/training/test_resume.py \
   tests/training/test_faults.py tests/training/test_long_run.py tests/distributed tests/hostile \
   tests/kernels/test_context_parallel.py
