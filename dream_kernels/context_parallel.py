@@ -298,18 +298,17 @@ def _head_rows(problem: Problem) -> Tensor:
     return _fold(problem, heads[None, :, None, None])
 
 
-def _present_scores(problem: Problem) -> Tensor:
+def _present_scores(problem: Problem, absent: float = -torch.inf) -> Tensor:
+    """``[B, 1 or Hq, C]``: the scores, and ``absent`` where there is no document."""
     start, end = problem.spans.unbind(-1)
-    return problem.scores.masked_fill((end <= start)[:, None, :], -torch.inf)
+    return problem.scores.masked_fill((end <= start)[:, None, :], absent)
 
 
 def _biased(problem: Problem, lse: Tensor) -> Tensor:
     """``[B, Hkv, R, C]``: the documents' log-sum-exps, with the scores where ``bias`` adds them."""
     if problem.mode == "reweight":
         return lse[..., :-1]
-    start, end = problem.spans.unbind(-1)
-    scores = problem.scores.masked_fill((end <= start)[:, None, :], 0.0)
-    added = _fold(problem, scores[:, :, None, :])
+    added = _fold(problem, _present_scores(problem, 0.0)[:, :, None, :])
     return lse[..., :-1] + torch.where(_head_rows(problem), added, 0.0)
 
 
@@ -442,13 +441,12 @@ def _backward(
     def of_part(part: _Part, keys: bool, values: bool) -> tuple[Tensor | None, ...]:
         """Gradients that one part gives to the queries, and those of its own keys and values."""
         g = grad @ part.value.transpose(-1, -2)
-        grad_logits = part.times(mix.factors, mix.norms) * g + part.times(offsets, mix.norms)
-        grad_logits = problem.scale * grad_logits
-        coefficients = part.times(mix.factors, mix.norms) if values else None
+        coefficients = part.times(mix.factors, mix.norms)
+        grad_logits = problem.scale * (coefficients * g + part.times(offsets, mix.norms))
         return (
             grad_logits @ part.key if needs[0] else None,
             grad_logits.transpose(-1, -2) @ query if keys else None,
-            None if coefficients is None else coefficients.transpose(-1, -2) @ grad,
+            coefficients.transpose(-1, -2) @ grad if values else None,
         )
 
     grad_query = torch.zeros_like(query) if needs[0] else None

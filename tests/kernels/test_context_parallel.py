@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,13 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dream_kernels.context_parallel as context_parallel
 from cases import GRADIENTS, Case, Inputs, make_inputs
 from dream_kernels import context_parallel_attention, document_attention
-from soak_record import record
+from soak_record import SOAK, record
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo"
 )
 
-WORLDS = (2, 4) if os.environ.get("DREAM_SOAK") == "1" else (2,)
+WORLDS = (2, 4) if SOAK else (2,)
 TOLERANCE = 1e-9
 SPANS = ((2, 7), (7, 12), (14, 17), (19, 28), (30, 38))
 # Where the prefix is cut, by the number of ranks. Every cut falls between documents.

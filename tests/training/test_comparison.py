@@ -13,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 from rich.console import Console
+from tiny import quiet
 
 from dream_training.plots import plot_comparison
 from dream_training.training.comparison import (
@@ -27,10 +28,6 @@ def write_config(run, path: Path, section: dict | None, **changes) -> Path:
     values = asdict(run(max_steps=1, eval_steps=9, **changes))
     path.write_text(yaml.safe_dump({**values, **({"compare": section} if section else {})}))
     return path
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=200)
 
 
 def test_every_objective_trains_on_the_same_data(run, tmp_path: Path) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
+from tiny import quiet
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dream_training.config import load_config
@@ -19,17 +18,13 @@ from dream_training.training.plan import make_plan, measured_rate
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=160)
-
-
 def test_the_papers_three_sizes_have_recipes() -> None:
     assert [p.stem for p in RECIPES] == ["llama-3.2-1b", "llama-3.2-3b", "qwen2.5-0.5b"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_runs_in_small(recipe: Path) -> None:
-    console = quiet()
+    console = quiet(160)
     plan = dry_run(load_config(recipe, ["device=cpu"]), console)
     printed = console.file.getvalue()
     assert "2 steps of dream with tiny random weights" in printed and "losses" in printed
@@ -92,7 +87,7 @@ def test_the_plan_knows_pools_and_mini_batches(run) -> None:
 
 
 def test_a_dry_run_leaves_no_documents_behind(run, tmp_path: Path) -> None:
-    dry_run(run(document_store=str(tmp_path / "store"), reader_prompt="chat"), quiet())
+    dry_run(run(document_store=str(tmp_path / "store"), reader_prompt="chat"), quiet(160))
     assert not (tmp_path / "store").exists()
 
 
@@ -121,12 +116,12 @@ def test_data_at_fault_stops_a_dry_run(run, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"target": "t", "documents": ["d"]}\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl:1"):
-        dry_run(run(train_data=str(bad)), quiet())
+        dry_run(run(train_data=str(bad)), quiet(160))
 
 
 def test_a_head_file_at_fault_stops_a_dry_run(run, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        dry_run(run(heads=str(tmp_path / "none.yaml")), quiet())
+        dry_run(run(heads=str(tmp_path / "none.yaml")), quiet(160))
 
 
 def test_the_rate_is_that_of_this_machine() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from test_resume import quiet
+from tiny import quiet
 from transformers import TrainerCallback
 
 from dream_training.checkpointing import folder as checkpoint_folder
@@ -185,7 +185,7 @@ def test_too_little_memory_says_what_to_lower(run, monkeypatch) -> None:
     monkeypatch.setattr(DreamLoss, "forward", forward)
     monkeypatch.setattr(MemoryWatch, "capacity", lambda self: 8 * 2**30)
     monkeypatch.setattr(MemoryWatch, "highest", lambda self: 7 * 2**30)
-    monkeypatch.setattr(MemoryWatch, "_now", lambda self: 3 * 2**30)
+    monkeypatch.setattr(faults, "used_memory", lambda device: 3 * 2**30)
     with pytest.raises(MemoryError) as error:
         train(run(batch_size=8, documents_per_query=9, eval_data=None), console=quiet())
     text = str(error.value)

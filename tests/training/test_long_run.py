@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_resume import quiet
+from tiny import quiet
 from transformers import TrainerCallback
 
 from dream_training.training.driver import train

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -15,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from killed_run import outcome
-from rich.console import Console
 from sentence_transformers import SentenceTransformer
+from tiny import quiet
 from transformers import TrainerCallback
 
 from dream_training.config import OBJECTIVES
@@ -34,10 +33,6 @@ class Stop(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step + 1 == self.step:
             os.kill(os.getpid(), self.number)
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=300)
 
 
 def both(run, tmp_path: Path, stop: int, number: int = signal.SIGTERM, **changes):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from pathlib import Path
@@ -11,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from sentence_transformers import SentenceTransformer
-from tiny import make_rows
+from tiny import make_rows, quiet
 
 from dream_kernels import HeadFile, read_heads, write_heads
 from dream_training.config import OBJECTIVES, TrainConfig
@@ -22,10 +20,6 @@ from dream_training.data.jsonl import to_training_data
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask
 from dream_training.objectives.dream import DreamLoss
 from dream_training.training.driver import train
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=200)
 
 
 def test_a_run_leaves_everything_behind(run, tmp_path: Path) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dream_training.data.beir_folder import write_beir_folder
 from dream_training.data.docstrings import RetrievalSplit
+
+
+def quiet(width: int = 300) -> Console:
+    """A console that keeps what it is told, in ``file``."""
+    return Console(file=io.StringIO(), width=width)
+
 
 WORDS = ("apple", "river", "stone", "cloud", "tiger", "lemon", "piano", "rocket", "garden")
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dream_training.json_file import read_json
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -113,12 +115,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
             names it.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(path / MANIFEST)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: it has no {MANIFEST}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: not valid JSON: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if manifest.get("format") != _FORMAT:
         raise CheckpointError(f"{path / MANIFEST}: must be a {_FORMAT!r}")
     digest = manifest.pop("digest", None)
     if digest != _digest_of(manifest) or f"step-{manifest['step']:08d}" != path.name:
@@ -176,10 +178,15 @@ def _paths(folder: Path) -> Iterator[Path]:
 
 def _describe(file: Path) -> dict[str, Any]:
     digest = hashlib.blake2b()
+    return {"bytes": add_file(digest, file), "blake2b": digest.hexdigest()}
+
+
+def add_file(digest: Any, file: Path) -> int:
+    """Add the content of a file to a digest; return its length in bytes."""
     with file.open("rb") as content:
         while block := content.read(1 << 20):
             digest.update(block)
-        return {"bytes": content.tell(), "blake2b": digest.hexdigest()}
+        return content.tell()
 
 
 def _digest_of(manifest: Mapping[str, Any]) -> str:

@@ -220,54 +220,52 @@ def _write_qrels(path: Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
                 file.write(f"{query}\t{document}\t{score}\n")
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each row with its place, ``corpus.jsonl:17``; empty lines are passed over."""
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE + 1):
-            number += 1
-            where = f"{path}:{number}"
-            if len(line) > MAX_LINE:
-                raise ValueError(f"{where}: a line must have at most {MAX_LINE:,} bytes")
-            try:
-                # The first line may begin with a byte order mark.
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not text in UTF-8: {error}") from None
-            if not text.strip():
-                continue
-            row = parse_json(text, where)
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
-            yield where, row
-
-
-def _read_qrels(path: Path) -> Qrels:
-    qrels: Qrels = {}
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield each line with its place, ``corpus.jsonl:17``."""
     with path.open("rb") as file:
         number = 0
         while content := file.readline(MAX_LINE + 1):
             number += 1
+            where = f"{path}:{number}"
+            if len(content) > MAX_LINE:
+                raise ValueError(f"{where}: a line must have at most {MAX_LINE:,} bytes")
             try:
-                line = content.decode("utf-8-sig" if number == 1 else "utf-8")
+                # The first line may begin with a byte order mark.
+                yield where, content.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not text in UTF-8: {error}") from None
-            fields = line.rstrip("\r\n").split("\t")
-            if number == 1 or not line.strip():
-                if number == 1 and len(fields) == 3 and fields[2].lstrip("-").isdigit():
-                    raise ValueError(f"{path}:1: expected the header {_QRELS_HEADER!r}")
-                continue
-            try:
-                query, document, score = fields
-                relevance = int(score)
-                if abs(relevance) > _MOST_RELEVANT:
-                    raise ValueError(score)
-            except ValueError:
-                raise ValueError(
-                    f"{path}:{number}: expected query id, document id and a whole number of at "
-                    f"most {_MOST_RELEVANT}, separated by tabs, got {shortened(line.rstrip())}"
-                ) from None
-            _add(qrels.setdefault(query, {}), document, relevance, f"{path}:{number}")
+                raise ValueError(f"{where}: not text in UTF-8: {error}") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each row with its place; empty lines are passed over."""
+    for where, text in _lines(path):
+        if not text.strip():
+            continue
+        row = parse_json(text, where)
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+        yield where, row
+
+
+def _read_qrels(path: Path) -> Qrels:
+    qrels: Qrels = {}
+    for number, (where, line) in enumerate(_lines(path), start=1):
+        fields = line.rstrip("\r\n").split("\t")
+        if number == 1 or not line.strip():
+            if number == 1 and len(fields) == 3 and fields[2].lstrip("-").isdigit():
+                raise ValueError(f"{where}: expected the header {_QRELS_HEADER!r}")
+            continue
+        try:
+            query, document, score = fields
+            relevance = int(score)
+            if abs(relevance) > _MOST_RELEVANT:
+                raise ValueError(score)
+        except ValueError:
+            raise ValueError(
+                f"{where}: expected query id, document id and a whole number of at most "
+                f"{_MOST_RELEVANT}, separated by tabs, got {shortened(line.rstrip())}"
+            ) from None
+        _add(qrels.setdefault(query, {}), document, relevance, where)
     return qrels
 
 

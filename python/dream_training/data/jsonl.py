@@ -101,28 +101,18 @@ def stream_training_data(
             "positive": Value("int64"),
         }
     )
-    if endless_seed is not None:
+    options: dict[str, Any] = {
+        "source": str(source),
+        "split": split,
+        "target_from": target_from,
+        "positives": positives,
+    }
+    if endless_seed is None:
         return IterableDataset.from_generator(
-            _again_and_again,
-            features=features,
-            gen_kwargs={
-                "source": str(source),
-                "seed": endless_seed,
-                "split": split,
-                "target_from": target_from,
-                "positives": positives,
-            },
+            _columns, features=features, gen_kwargs={**options, "streaming": True}
         )
     return IterableDataset.from_generator(
-        _columns,
-        features=features,
-        gen_kwargs={
-            "source": str(source),
-            "split": split,
-            "target_from": target_from,
-            "positives": positives,
-            "streaming": True,
-        },
+        _again_and_again, features=features, gen_kwargs={**options, "seed": endless_seed}
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import re
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from dream_training.doctor.check import FAULT, OK, WARNING, Check
+from dream_training.memory import peak_memory, total_memory
 
 if TYPE_CHECKING:
     from dream_training.doctor.diagnosis import Patient
@@ -257,7 +257,9 @@ def _of_cost(patient: Patient, history: History) -> Check:
         # at the start, at every eval_steps, and at the end
         evaluations = 1 + -(-config.max_steps // config.eval_steps)
         evaluation = evaluations * _seconds_of_evaluation(patient)
-    peak, total, kind = _memory()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak, total = peak_memory(device), total_memory(device)
+    kind = "GPU memory" if device.type == "cuda" else "memory"
     figure = (
         f"{step:.2f} s a step, {_duration(training)} for {config.max_steps} steps"
         + (f" and {_duration(evaluation)} for {evaluations} evaluations" if evaluations else "")
@@ -281,20 +283,6 @@ def _seconds_of_evaluation(patient: Patient) -> float:
     patient.model.encode_document(texts, show_progress_bar=False)
     each = (time.perf_counter() - begin) / len(texts)
     return each * (len(corpus) + len(queries) * config.query_max_len / config.passage_max_len)
-
-
-def _memory() -> tuple[float, float, str]:
-    """The most bytes that this process has used, how many there are, and of what."""
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        return torch.cuda.max_memory_allocated(), total, "GPU memory"
-    import resource
-    import sys
-
-    # in KiB, but on macOS in bytes
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return peak, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "memory"
 
 
 def _duration(seconds: float) -> str:

@@ -38,7 +38,8 @@ def check_model_folder(path: str | os.PathLike[str], trust_remote_code: bool = F
     folder = Path(path)
     if not folder.is_dir():
         return
-    for part in (folder, *(child for child in folder.iterdir() if child.is_dir())):
+    parts = [folder, *(child for child in folder.iterdir() if child.is_dir())]
+    for part in parts:
         pickled = [file for pattern in _PICKLED_WEIGHTS for file in part.glob(pattern)]
         if pickled and not any(part.glob("*.safetensors")):
             raise ValueError(f"{pickled[0]} {_PICKLED}")
@@ -55,7 +56,7 @@ def check_model_folder(path: str | os.PathLike[str], trust_remote_code: bool = F
                     f"{modules} names {shortened(name)}, which is code from outside of "
                     f"sentence-transformers; {_HOW_TO_ALLOW}"
                 )
-    for part in (folder, *(child for child in folder.iterdir() if child.is_dir())):
+    for part in parts:
         config = part / "config.json"
         if config.is_file():
             content = parse_json(read_text(config), str(config))

@@ -149,8 +149,8 @@ class KeepBestCallback(TrainerCallback):
     def __init__(self, model: Any, history: History, output_dir: Path, console: Console) -> None:
         self.model, self.history, self.console = model, history, console
         self.output_dir = output_dir
-        self.best = max((e["ndcg_at_10"] for e in history.evaluations), default=float("-inf"))
         self.best_path: Path | None = None
+        self.restore(False)
 
     def state(self) -> bool:
         """Whether there is a best model; how good it is stands in the history."""

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dream_training.data.jsonl import write_json_lines
 from dream_training.distributed import world
+from dream_training.memory import peak_memory, total_memory, used_memory
 
 if TYPE_CHECKING:
     from dream_training.config import TrainConfig
@@ -133,7 +134,7 @@ class MemoryWatch(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.resting = self._now()
+        self.resting = used_memory(self.device)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -144,20 +145,11 @@ class MemoryWatch(TrainerCallback):
 
     def highest(self) -> int:
         """Most bytes in use since the step began; on a CPU, since the process did."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return _process_memory("VmHWM")
+        return peak_memory(self.device)
 
     def capacity(self) -> int:
         """Bytes that there are."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_properties(self.device).total_memory
-        return _machine_memory()
-
-    def _now(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(self.device)
-        return _process_memory("VmRSS")
+        return total_memory(self.device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -225,22 +217,3 @@ def _asked(error: BaseException) -> int:
         return 0
     unit = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": _GIB}[found[2].lower()]
     return int(float(found[1]) * unit)
-
-
-def _process_memory(field: str) -> int:
-    """A field of the process's status in bytes, 0 where the system does not tell."""
-    try:
-        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return 0
-    found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
-
-
-def _machine_memory() -> int:
-    import os
-
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 0

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dream_training.checkpointing.folder import Checkpoint, has_checkpoints, newest_checkpoint
+from dream_training.checkpointing.folder import (
+    Checkpoint,
+    add_file,
+    has_checkpoints,
+    newest_checkpoint,
+)
 from dream_training.config import TrainConfig
 from dream_training.distributed import world
 
@@ -49,9 +54,7 @@ def data_digest(config: TrainConfig, data: Dataset | IterableDataset) -> str:
     digest = hashlib.blake2b(digest_size=16)
     path = Path(config.train_data)
     if path.is_file():
-        with path.open("rb") as content:
-            while block := content.read(1 << 20):
-                digest.update(block)
+        add_file(digest, path)
     if hasattr(data, "__len__"):
         count = len(data)
         digest.update(str(count).encode())
@@ -83,7 +86,7 @@ def has_checkpoint_of(config: TrainConfig) -> bool:
     checkpoint = newest_checkpoint(Path(config.output_dir) / CHECKPOINTS, lambda reason: None)
     if checkpoint is None or checkpoint.step > config.max_steps:
         return False
-    return not _differing(checkpoint, asdict(config))
+    return not _differing(checkpoint.document("run")["config"], asdict(config))
 
 
 def check_identity(
@@ -95,12 +98,12 @@ def check_identity(
         ValueError: a config key that decides the result differs, or the training data, or the
             checkpoint has more steps than the run.
     """
-    for key, (before, now) in _differing(checkpoint, identity["config"]).items():
+    kept = checkpoint.document("run")
+    for key, (before, now) in _differing(kept["config"], identity["config"]).items():
         raise ValueError(
             f"{key} is {now!r}, and {checkpoint.path} was written with {before!r}: go on with "
             "that, or start anew in another output_dir"
         )
-    kept = checkpoint.document("run")
     if kept["processes"] != identity["processes"]:
         raise ValueError(
             f"{checkpoint.path} was written by {kept['processes']} processes, and these are "
@@ -118,9 +121,9 @@ def check_identity(
         )
 
 
-def _differing(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys that decide a run's result and differ: their values in the checkpoint, and now."""
-    before, now = checkpoint.document("run")["config"], json.loads(json.dumps(config))
+def _differing(before: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys that decide a run and differ: their values in a checkpoint, and now."""
+    now = json.loads(json.dumps(config))
     return {
         key: (before.get(key), now.get(key))
         for key in sorted(now.keys() | before.keys())

@@ -149,22 +149,26 @@ class RunRecord(TrainerCallback):
         scores = getattr(self.evaluator, "query_scores", None)
         if scores and scores is not self._taken:
             self._scores[step] = self._taken = scores
-            self._scores = {s: self._scores[s] for s in self._scores if s in self._needed(step)}
+            # Of the others, none is written any more.
+            needed = {0, self._best_step(), step}
+            self._scores = {s: kept for s, kept in self._scores.items() if s in needed}
 
-    def _needed(self, newest: int) -> set[int]:
-        """Evaluations whose scores may still be written: first, best and newest."""
-        trained = {e["step"]: e["ndcg_at_10"] for e in self.history.evaluations if e["step"] > 0}
-        best = max(trained, key=lambda step: trained[step], default=0.0)
-        return {0, int(best), newest}
+    def _trained(self) -> dict[int, float]:
+        """nDCG@10 by step, after the first step."""
+        found = {int(e["step"]): e["ndcg_at_10"] for e in self.history.evaluations}
+        return {step: ndcg for step, ndcg in found.items() if step > 0}
+
+    def _best_step(self) -> int:
+        """The step of the best evaluation after the first step, -1 if there is none."""
+        trained = self._trained()
+        return max(trained, key=lambda step: trained[step], default=-1)
 
     def _evaluations(self, path: Path) -> list[Evaluation]:
         if self.evaluator is None:
             return []
-        evaluations = {int(e["step"]): e["ndcg_at_10"] for e in self.history.evaluations}
-        trained = {step: ndcg for step, ndcg in evaluations.items() if step > 0}
-        best = max(trained, key=lambda step: trained[step], default=-1)
+        best = self._best_step()
         if path.name != "best":  # nothing was better than the untrained one: the last model counts
-            best = len(self.history.steps) if len(self.history.steps) in trained else -1
+            best = len(self.history.steps) if len(self.history.steps) in self._trained() else -1
         found = []
         for step, name in ((0, UNTRAINED), (best, str(path))):
             if step in self._scores:

@@ -1,0 +1,43 @@
+"""How much memory a device has, and how much of it this process uses."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that there are; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes that are in use now; on a CPU, where the system does not tell, 0."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    found = re.search(r"^VmRSS:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that were in use: since the peak was reset, or on a CPU, since the start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    # in KiB, but on macOS in bytes
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
