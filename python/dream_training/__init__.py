@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dream_training.models.retriever import build_retriever, save_retriever
     from dream_training.objectives.collator import DreamCollator
     from dream_training.objectives.distillation import EmdrLoss, ReplugLoss
+    from dream_training.objectives.distilled_dream import DistilledDreamLoss
     from dream_training.objectives.dream import DreamLoss
     from dream_training.objectives.infonce import PoolInfoNCELoss
     from dream_training.objectives.revela import RevelaLoss
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Imported when first used, so that `dream --help` need not wait for torch.
 _HOMES = {
+    "DistilledDreamLoss": "objectives.distilled_dream",
     "DreamCollator": "objectives.collator",
     "DreamLoss": "objectives.dream",
     "EmdrLoss": "objectives.distillation",
@@ -38,6 +40,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "DistilledDreamLoss",
     "DreamCollator",
     "DreamLoss",
     "EmdrLoss",

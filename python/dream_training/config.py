@@ -20,6 +20,7 @@ from dream_training.objectives.schedules import check_temperature
 from dream_training.reading.prompts import check_reader_prompt
 
 HEAD_CRITERIA = ("qr_mass", "qr_ndcg", "loss_gradient", "random")
+TEACHINGS = ("direct", "distilled")
 OBJECTIVES = ("dream", "infonce", "replug", "emdr", "revela")
 TEACHERS = ("mean_log_probability", "probability")
 CONTEXTS = ("independent", "joint")
@@ -77,9 +78,13 @@ class TrainConfig:
         temperature_end: where a schedule leads, from ``temperature`` at the first step.
         temperature_schedule: ``constant``, ``linear``, ``cosine`` or ``exponential``.
         learnable_temperature: learn the temperature, from ``temperature`` on.
+        teaching: of ``dream``, how the reader's loss reaches the retriever: ``direct``, its own
+            gradient in the scores; or ``distilled``, see
+            :class:`~dream_training.objectives.distilled_dream.DistilledDreamLoss`.
         teacher: of ``replug``, ``mean_log_probability`` or ``probability`` of the target.
-        teacher_temperature: of ``replug``, divides the teacher's scores.
-        teacher_direction: of ``replug``, ``teacher_student`` for KL(teacher || retriever), or
+        teacher_temperature: of ``replug`` and of distilled ``dream``, divides the teacher's scores;
+            None for 0.1 nats per target token and 3 nats per target.
+        teacher_direction: of both, ``teacher_student`` for KL(teacher || retriever), or
             ``student_teacher``.
         pool: what a query competes over: ``both``, all candidates of the batch; ``in_batch``, one
             document of each query of the batch; ``mined``, its own candidates.
@@ -159,8 +164,9 @@ class TrainConfig:
     temperature_end: float | None = None
     temperature_schedule: str = "constant"
     learnable_temperature: bool = False
+    teaching: str = "direct"
     teacher: str = "mean_log_probability"
-    teacher_temperature: float = 0.1
+    teacher_temperature: float | None = None
     teacher_direction: str = "teacher_student"
     pool: str = "both"
     documents_per_query: int | None = None
@@ -203,6 +209,7 @@ class TrainConfig:
             ("objective", OBJECTIVES),
             ("context", CONTEXTS),
             ("injected_rows", INJECTED_ROWS),
+            ("teaching", TEACHINGS),
             ("teacher", TEACHERS),
             ("teacher_direction", DIRECTIONS),
             ("train_positives", POSITIVES),
@@ -224,7 +231,7 @@ class TrainConfig:
             self.temperature_schedule,
             self.learnable_temperature,
         )
-        if not self.teacher_temperature > 0:
+        if self.teacher_temperature is not None and not self.teacher_temperature > 0:
             raise ValueError(
                 f"teacher_temperature must be positive, got {self.teacher_temperature}"
             )

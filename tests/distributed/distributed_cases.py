@@ -16,6 +16,7 @@ from dream_training.evaluation.retrieval import RetrievalTask, search
 from dream_training.models.retriever import build_retriever, save_retriever
 from dream_training.objectives.collator import DreamCollator
 from dream_training.objectives.distillation import EmdrLoss, ReplugLoss
+from dream_training.objectives.distilled_dream import DistilledDreamLoss
 from dream_training.objectives.dream import DreamLoss
 from dream_training.objectives.infonce import PoolInfoNCELoss
 from dream_training.objectives.revela import TEXT_PROMPT, RevelaLoss
@@ -84,6 +85,8 @@ def make_loss(model: Any, objective: str, *, sharded: bool = False, **options: A
         return PoolInfoNCELoss(model, temperature, **options)
     if objective == "dream":
         return DreamLoss(model, reader(HEADS), temperature, **options)
+    if objective == "distilled":
+        return DistilledDreamLoss(model, reader(HEADS), temperature, **options)
     if objective == "replug":
         return ReplugLoss(model, reader(HEADS), temperature, **options)
     if objective == "emdr":

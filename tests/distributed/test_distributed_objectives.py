@@ -15,7 +15,7 @@ ROWS = distributed_cases.make_rows(6, shared=4)
 BATCHES = [ROWS[:2], ROWS[2:]]
 # The second process brings no text that the first does not bring too.
 REPEATED = [ROWS[:4], [{**row, "query": f"and {row['query']}"} for row in ROWS[1:3]]]
-OBJECTIVES = ("dream", "replug", "emdr", "revela", "infonce")
+OBJECTIVES = ("dream", "distilled", "replug", "emdr", "revela", "infonce")
 
 
 def check(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
@@ -45,6 +45,7 @@ def test_a_gathered_pool_is_that_of_one_process(two, folder, engine: str, object
     "engine,objective",
     [
         ("ddp", "dream"),
+        ("ddp", "distilled"),
         ("ddp", "emdr"),
         ("ddp", "revela"),
         ("fsdp2", "dream"),

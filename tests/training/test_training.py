@@ -125,11 +125,12 @@ def test_the_reader_may_read_more_of_a_document_than_the_retriever(run) -> None:
     assert len(set(losses)) == 3
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "distilled"])
 def test_mini_batches_change_no_step(run, objective: str) -> None:
     losses = []
+    own = {"teaching": objective} if objective == "distilled" else {"objective": objective}
     for size in (None, 3):
-        changes = {"objective": objective, "mini_batch_size": size, "eval_data": None}
+        changes = {**own, "mini_batch_size": size, "eval_data": None}
         history = train(run(**changes), console=quiet()).history
         losses.append([s["loss"] for s in history.steps])
     assert losses[0][0] != losses[0][-1]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dream_training.models.loading import all_heads, load_reader
 from dream_training.objectives.collator import DreamCollator
 from dream_training.objectives.distillation import EmdrLoss, ReplugLoss
+from dream_training.objectives.distilled_dream import DistilledDreamLoss
 from dream_training.objectives.dream import DreamLoss
 from dream_training.objectives.infonce import PoolInfoNCELoss
 from dream_training.objectives.revela import TEXT_PROMPT, RevelaLoss
@@ -85,15 +86,17 @@ def build_objective(
         data = labelled(data)
     elif name == "dream":
         reader = load_reader(config, choose_heads())
-        own = DreamLoss(model, reader, temperature, **options)
+        if config.teaching == "direct":
+            own = DreamLoss(model, reader, temperature, **options)
+        else:
+            own = DistilledDreamLoss(model, reader, temperature, **_teacher(config), **options)
     elif name == "replug":
         own = ReplugLoss(
             model,
             load_reader(config, {}),
             temperature,
             teacher=config.teacher,
-            teacher_temperature=config.teacher_temperature,
-            direction=config.teacher_direction,
+            **_teacher(config),
             **options,
         )
     elif name == "emdr":
@@ -104,6 +107,14 @@ def build_objective(
         reader = load_reader(config, all_heads(config), prompt=TEXT_PROMPT, **lengths)
         own = RevelaLoss(model, reader, temperature, **options)
     return Objective(own, data, collator)
+
+
+def _teacher(config: TrainConfig) -> dict[str, Any]:
+    """The options of what learns from a teacher; its temperature where the config has one."""
+    options: dict[str, Any] = {"direction": config.teacher_direction}
+    if config.teacher_temperature is not None:
+        options["teacher_temperature"] = config.teacher_temperature
+    return options
 
 
 def _library_infonce(config: TrainConfig, model: SentenceTransformer, data: Dataset) -> Objective:

@@ -102,14 +102,7 @@ class ReplugLoss(_TaughtByLikelihood):
         taught = evidence.mean()
         if self.teacher == "probability":
             taught = taught.exp()
-        # Documents outside a query's pool have no weight on either side.
-        outside = scores.isneginf()
-        taught = (taught / self.teacher_temperature).masked_fill(outside, -torch.inf)
-        first, second = torch.log_softmax(taught, -1), torch.log_softmax(scores, -1)
-        if self.direction == "student_teacher":
-            first, second = second, first
-        difference = (first - second).masked_fill(outside, 0.0)
-        return (first.exp() * difference).sum(-1).mean()
+        return divergence(taught / self.teacher_temperature, scores, self.direction)
 
     def get_config_dict(self) -> dict[str, Any]:
         return {
@@ -118,6 +111,25 @@ class ReplugLoss(_TaughtByLikelihood):
             "teacher_temperature": self.teacher_temperature,
             "direction": self.direction,
         }
+
+
+def divergence(teacher: Tensor, scores: Tensor, direction: str) -> Tensor:
+    r"""Mean over the queries of the KL divergence between two softmaxes over the documents.
+
+    Args:
+        teacher: ``[B, C]`` logits :math:`t`; what they are outside a query's pool does not matter.
+        scores: ``[B, C]`` logits :math:`s` of the retriever, ``-inf`` outside a query's pool.
+        direction: ``"teacher_student"`` for :math:`\mathrm{KL}(\mathrm{softmax}(t) \,\|\,
+            \mathrm{softmax}(s))`, ``"student_teacher"`` for the other one.
+    """
+    # Documents outside a query's pool have no weight on either side.
+    outside = scores.isneginf()
+    first = torch.log_softmax(teacher.masked_fill(outside, -torch.inf), -1)
+    second = torch.log_softmax(scores, -1)
+    if direction == "student_teacher":
+        first, second = second, first
+    difference = (first - second).masked_fill(outside, 0.0)
+    return (first.exp() * difference).sum(-1).mean()
 
 
 class EmdrLoss(_TaughtByLikelihood):

@@ -11,13 +11,74 @@ from dream_kernels import Prefix
 from dream_training.distributed.pool import read_pool, tokens_read
 from dream_training.objectives.base import PoolObjective
 from dream_training.objectives.temperature import Temperature
-from dream_training.reading.reader import Reader
+from dream_training.reading.reader import Reader, Reading
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-class DreamLoss(PoolObjective):
+class PoolReading(PoolObjective):
+    """An objective whose reader predicts the targets from the pool, in its injected heads.
+
+    Args:
+        model: the retriever.
+        reader: the frozen language model.
+        temperature: divides the cosine similarities.
+        mini_batch_size: as in :class:`DreamLoss`.
+        gather_across_devices: as there.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        reader: Reader,
+        temperature: float | Temperature,
+        mini_batch_size: int | None,
+        gather_across_devices: bool,
+    ) -> None:
+        super().__init__(model, temperature, mini_batch_size, gather_across_devices)
+        self.reader = reader
+        self._read_tokens = 0
+
+    def read_documents(self, query: dict[str, Any], pool: dict[str, Any]) -> Prefix:
+        """Read the documents of the batch once, without gradient."""
+        if query.get("pools") is not None:
+            return self.reader.read(pool["texts"], query["pools"])
+        return read_pool(self.reader, pool)
+
+    def predict(
+        self, prefix: Prefix, scores: Tensor, query: dict[str, Any], pool: dict[str, Any]
+    ) -> Reading:
+        """Predict the targets of the batch, its documents scored with ``[B, C]``."""
+        reading = self.reader(prefix, query["texts"], query["targets"], scores)
+        self._read_tokens = reading.target_tokens + tokens_read(prefix, self.reader, pool)
+        return reading
+
+    @torch.no_grad()
+    def _record(
+        self, loss: Tensor, scores: Tensor, query: dict[str, Any], pool: dict[str, Any]
+    ) -> None:
+        super()._record(loss, scores, query, pool)
+        self.metrics["tokens"] += self._read_tokens
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What the model card says of the loss."""
+        return {
+            **self.temperature.describe(),
+            "context": self.reader.context,
+            "heads": {layer: list(h) for layer, h in self.reader.injection.heads.items()},
+        }
+
+    @property
+    def citation(self) -> str:
+        return (
+            "@misc{tang2026dream, title={DREAM: Dense Retrieval Embeddings via Autoregressive "
+            "Modeling}, author={Tang and Yang}, year={2026}, eprint={2606.24667}, "
+            "archivePrefix={arXiv}}"
+        )
+
+
+class DreamLoss(PoolReading):
     r"""The DREAM objective as a sentence-transformers loss.
 
     The candidates' similarities to the query, over a temperature, decide how much attention the
@@ -70,14 +131,11 @@ class DreamLoss(PoolObjective):
         mini_batch_size: int | None = None,
         gather_across_devices: bool = False,
     ) -> None:
-        super().__init__(model, temperature, mini_batch_size, gather_across_devices)
-        self.reader = reader
-        self._target_tokens = self._read_tokens = 0
+        super().__init__(model, reader, temperature, mini_batch_size, gather_across_devices)
+        self._target_tokens = 0
 
     def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Prefix:
-        if query.get("pools") is not None:
-            return self.reader.read(pool["texts"], query["pools"])
-        return read_pool(self.reader, pool)
+        return self.read_documents(query, pool)
 
     def loss(
         self, scores: Tensor, evidence: Prefix, query: dict[str, Any], pool: dict[str, Any]
@@ -85,33 +143,9 @@ class DreamLoss(PoolObjective):
         if query.get("pools") is not None:
             # The reader knows from the spans which documents are absent; what scores them is moot.
             scores = scores.masked_fill(scores.isneginf(), 0.0)
-        reading = self.reader(evidence, query["texts"], query["targets"], scores)
+        reading = self.predict(evidence, scores, query, pool)
         self._target_tokens = reading.target_tokens
-        self._read_tokens = reading.target_tokens + tokens_read(evidence, self.reader, pool)
         return reading.loss
 
     def terms(self, evidence: Prefix, query: dict[str, Any], pool: dict[str, Any]) -> int:
         return self._target_tokens
-
-    @torch.no_grad()
-    def _record(
-        self, loss: Tensor, scores: Tensor, query: dict[str, Any], pool: dict[str, Any]
-    ) -> None:
-        super()._record(loss, scores, query, pool)
-        self.metrics["tokens"] += self._read_tokens
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """What the model card says of the loss."""
-        return {
-            **self.temperature.describe(),
-            "context": self.reader.context,
-            "heads": {layer: list(h) for layer, h in self.reader.injection.heads.items()},
-        }
-
-    @property
-    def citation(self) -> str:
-        return (
-            "@misc{tang2026dream, title={DREAM: Dense Retrieval Embeddings via Autoregressive "
-            "Modeling}, author={Tang and Yang}, year={2026}, eprint={2606.24667}, "
-            "archivePrefix={arXiv}}"
-        )

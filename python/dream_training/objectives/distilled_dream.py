@@ -1,0 +1,107 @@
+"""DREAM's reading as a teacher: what each document would be worth, from one backward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dream_training.config import DIRECTIONS
+from dream_training.objectives.base import check_choice, check_positive
+from dream_training.objectives.distillation import divergence
+from dream_training.objectives.dream import PoolReading
+from dream_training.objectives.temperature import Temperature
+from dream_training.reading.reader import Reader
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+class DistilledDreamLoss(PoolReading):
+    r"""DREAM, with the reader's gradient in the weights as a teacher of the retriever's scores.
+
+    The loss of :class:`~dream_training.objectives.dream.DreamLoss` reaches a score through
+    :math:`\partial L / \partial s_d = w_d (G_d - \sum_e w_e G_e)`, :math:`G_d = \partial L /
+    \partial w_d`: a relevant document that the retriever overlooks, with a small :math:`w_d`, is
+    hardly ever corrected, and a query whose loss moves little counts little. Here the reader reads
+    with the same weight on each of the :math:`C` documents, and one backward pass tells how
+    :math:`T_b L_b`, the loss summed over a query's target tokens, would change with the weight of
+    each:
+
+    .. math:: u_d = -T_b \Big(\frac{\partial L_b}{\partial w_d} -
+              \frac{1}{C} \sum_e \frac{\partial L_b}{\partial w_e}\Big)
+              = -C\, T_b \frac{\partial L_b}{\partial s_d}
+
+    To first order :math:`u_d` is how much more likely, in nats, the target becomes when document
+    :math:`d` alone is read. The retriever learns the distribution that follows,
+
+    .. math:: L = \frac{1}{B} \sum_b \mathrm{KL}\big(\mathrm{softmax}(u / \tau_u) \,\|\,
+              \mathrm{softmax}(\cos(q, \cdot) / \tau)\big)
+
+    as in RePlug, whose teacher takes :math:`B \cdot C` readings where this one takes :math:`B`.
+    There are no relevance labels. The reading does not depend on the retriever.
+
+    Source: the attention is that of Tang & Yang 2026 (arXiv 2606.24667), the divergence that of
+    Izacard et al. 2022 (arXiv 2208.03299); their combination is this project's own. What it gains
+    is in ``docs/experiments.md``.
+
+    Args:
+        model: the retriever.
+        reader: the frozen language model, with the heads that receive the weights. In mode
+            ``"bias"`` it reads as it would without scores, and :math:`s_d` is what would be added
+            to the attention logits.
+        temperature: :math:`\tau`, as in :class:`~dream_training.objectives.dream.DreamLoss`.
+        teacher_temperature: :math:`\tau_u`, in nats.
+        direction: ``"teacher_student"``, as above, or ``"student_teacher"``, the other divergence.
+        mini_batch_size: as in :class:`~dream_training.objectives.dream.DreamLoss`.
+        gather_across_devices: as there.
+
+    Attributes:
+        metrics: as there, but ``loss`` is the divergence, in nats per query.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        reader: Reader,
+        temperature: float | Temperature = 0.05,
+        *,
+        teacher_temperature: float = 3.0,
+        direction: str = "teacher_student",
+        mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__(model, reader, temperature, mini_batch_size, gather_across_devices)
+        self.teacher_temperature = check_positive("teacher_temperature", teacher_temperature)
+        self.direction = check_choice("direction", direction, DIRECTIONS)
+
+    def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
+        """What each document is worth to the reader, ``[B, C]`` in nats, without a graph."""
+        prefix = self.read_documents(query, pool)
+        starts, ends = prefix.spans.unbind(-1)
+        documents = (ends > starts).sum(-1, keepdim=True)  # [1 or B, 1]
+        shape = (len(query["texts"]), prefix.spans.shape[1])
+        options: Any = {"device": self.reader.device, "dtype": self.reader.loss_dtype}
+        equal = torch.zeros(shape, **options, requires_grad=True)
+        with torch.enable_grad():
+            reading = self.predict(prefix, equal, query, pool)
+            (gradient,) = torch.autograd.grad(reading.loss, equal)
+        return -gradient * reading.target_tokens * documents
+
+    def loss(
+        self, scores: Tensor, evidence: Tensor, query: dict[str, Any], pool: dict[str, Any]
+    ) -> Tensor:
+        return divergence(evidence / self.teacher_temperature, scores, self.direction)
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """What the model card says of the loss."""
+        return {
+            **super().get_config_dict(),
+            "teaching": "distilled",
+            "teacher_temperature": self.teacher_temperature,
+            "direction": self.direction,
+        }
