@@ -176,7 +176,7 @@ def save_retriever(model: SentenceTransformer, path: str | os.PathLike[str]) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        _merged(own, private=own is not model).save_pretrained(str(temporary / "new"))
+        merged(own, private=own is not model).save_pretrained(str(temporary / "new"))
         if path.exists():
             path.rename(temporary / "old")
         (temporary / "new").rename(path)
@@ -197,10 +197,14 @@ def recover_folder(path: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _merged(model: SentenceTransformer, private: bool) -> SentenceTransformer:
+def merged(model: SentenceTransformer, private: bool = False) -> SentenceTransformer:
     """Return a copy whose LoRA layers are ordinary layers; the model itself if it has none.
 
-    A ``private`` model is nobody else's, and its modules need no copying.
+    This is what :func:`save_retriever` writes, and it embeds about twice as fast.
+
+    Args:
+        model: the retriever.
+        private: it is nobody else's, and its modules need no copying.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from sentence_transformers import SentenceTransformer
@@ -208,20 +212,20 @@ def _merged(model: SentenceTransformer, private: bool) -> SentenceTransformer:
     if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         return model
     # Module by module: the model's card points to its trainer, and so to the reader.
-    merged = SentenceTransformer(
+    copied = SentenceTransformer(
         modules=list(model) if private else [copy.deepcopy(module) for module in model],
         device=str(model.device),
         prompts=model.prompts,  # type: ignore[arg-type]
         default_prompt_name=model.default_prompt_name,
         similarity_fn_name=model.similarity_fn_name,
     )
-    for name, module in list(merged.named_modules()):
+    for name, module in list(copied.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")
-            setattr(merged.get_submodule(parent), child, module.get_base_layer())
-    backbone: Any = merged[0].auto_model
+            setattr(copied.get_submodule(parent), child, module.get_base_layer())
+    backbone: Any = copied[0].auto_model
     backbone._hf_peft_config_loaded = False
     if hasattr(backbone, "peft_config"):
         del backbone.peft_config
-    return merged
+    return copied

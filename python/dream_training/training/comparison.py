@@ -240,6 +240,7 @@ def _measure(
 ) -> None:
     """Train once, evaluate before and after on every data set, and write the result."""
     from dream_training.models.loading import make_retriever
+    from dream_training.models.retriever import merged
     from dream_training.training.driver import make_evaluator, train
     from dream_training.training.resuming import CHECKPOINTS, has_checkpoint_of
 
@@ -251,10 +252,15 @@ def _measure(
         evaluators[_short(folder)] = evaluator
     # Runs that differ only in how they train start from the same retriever.
     start = tuple(str(getattr(config, key)) for key in _START)
+    if config.lora_r:
+        # An adapter begins as nothing: all seeds start from the same retriever.
+        start = tuple(value for key, value in zip(_START, start) if key != "seed")
     before = untrained.setdefault(start, {})
+    untouched = merged(model)
     for name, evaluator in evaluators.items():
         if name not in before:
-            before[name] = evaluator(model)
+            before[name] = evaluator(untouched)
+    del untouched
     resume = has_checkpoint_of(config)
     trained = train(
         config,
@@ -266,8 +272,10 @@ def _measure(
     )
     if trained.interrupted:
         raise KeyboardInterrupt
+    # As it would be saved and loaded again.
+    retriever = merged(trained.model)
     scores = {
-        name: {"before": before[name][_METRIC], "after": evaluator(trained.model)[_METRIC]}
+        name: {"before": before[name][_METRIC], "after": evaluator(retriever)[_METRIC]}
         for name, evaluator in evaluators.items()
     }
     if not comparison.keep_models:
