@@ -153,7 +153,12 @@ def run_demo(
         "versions": _versions(data),
     }
     write_json(output_dir / "metrics.json", metrics)
-    plot_curve(result.history, output_dir / "curve.png", {"BM25": metrics["bm25"]["ndcg_at_10"]})
+    plot_curve(
+        result.history,
+        output_dir / "curve.png",
+        {"BM25": metrics["bm25"]["ndcg_at_10"]},
+        "A frozen language model teaches a retriever",
+    )
     _print_table(console, metrics)
     _print_examples(console, test, before, after)
     _print_files(console, output_dir, metrics)

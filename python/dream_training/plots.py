@@ -119,7 +119,10 @@ def plot_head_choices(
 
 
 def plot_curve(
-    history: History, path: str | os.PathLike[str], reference: dict[str, float] | None = None
+    history: History,
+    path: str | os.PathLike[str],
+    reference: dict[str, float] | None = None,
+    title: str = "What the retriever learned",
 ) -> Path:
     """Draw nDCG@10 and the loss over the steps.
 
@@ -127,6 +130,7 @@ def plot_curve(
         history: of the run.
         path: PNG file.
         reference: nDCG@10 of other retrievers by name, drawn as horizontal lines.
+        title: of the picture.
     """
     figure, left = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
     lines: list[Any] = []
@@ -155,8 +159,8 @@ def plot_curve(
             x[window - 1 :], smooth, color="#d08a3a", lw=2, ls="--",
             label=f"loss, mean of {window} steps (right)",
         )[0]  # fmt: skip
-        right.set_ylabel("loss of the reader, nats per target token")
-    left.set_title("A frozen language model teaches a retriever")
+        right.set_ylabel("loss of the objective, nats")
+    left.set_title(title)
     figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     left.grid(alpha=0.25)
     return _save(figure, path)

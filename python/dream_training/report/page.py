@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,12 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
+def _objective(config: Mapping[str, Any]) -> str:
+    """The objective, and how it teaches where that is a choice."""
+    name = config.get("objective", "")
+    return f"{name}, distilled" if config.get("teaching") == "distilled" else name
+
+
 def _summary(run: Run) -> dict[str, Any]:
     evaluations = run.history.evaluations
     steps = run.history.steps
@@ -98,7 +104,7 @@ def _summary(run: Run) -> dict[str, Any]:
     losses = [step["loss"] for step in steps if "loss" in step]
     tenth = max(1, len(losses) // 10)
     return {
-        "objective": run.config.get("objective", ""),
+        "objective": _objective(run.config),
         "steps": len(steps),
         "untrained": before[0] if before else None,
         "best": max(after) if after else None,
