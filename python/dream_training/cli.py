@@ -139,8 +139,8 @@ def heads(
     criterion: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            help="qr_mass, qr_ndcg, loss_gradient (needs no positives) or random; may be repeated "
-            "with --compare, where all of them are the default"
+            help="loss_gradient (the default), qr_mass, qr_ndcg (these two need positives) or "
+            "random; may be repeated with --compare, where all of them are the default"
         ),
     ] = None,
     compare: Annotated[
@@ -208,7 +208,7 @@ def heads(
         return
     if train is not None or len(criterion or []) > 1:
         raise ValueError("--train and several criteria need --compare")
-    run_heads(options, output or Path("heads.yaml"), (criterion or ["qr_mass"])[0])
+    run_heads(options, output or Path("heads.yaml"), (criterion or ["loss_gradient"])[0])
 
 
 @app.command()

@@ -39,8 +39,8 @@ class TrainConfig:
     Attributes:
         reader: folder or hub name of the frozen language model; ``smollm2`` for the packaged one.
         heads: head file, or ``auto`` to select heads on the training data first.
-        head_criterion: what ``auto`` goes by: ``qr_mass``, ``qr_ndcg``, ``loss_gradient`` (needs
-            no known positives) or ``random``.
+        head_criterion: what ``auto`` goes by: ``loss_gradient``, ``qr_mass`` or ``qr_ndcg``, which
+            need known positives, or ``random``.
         top_k: how many heads of the head file receive the scores; None for all it names.
         context: how documents are read, ``independent`` or ``joint``.
         mode: ``reweight`` or ``bias``.
@@ -137,7 +137,7 @@ class TrainConfig:
     reader: str
     train_data: str
     heads: str = "auto"
-    head_criterion: str = "qr_mass"
+    head_criterion: str = "loss_gradient"
     top_k: int | None = 16
     context: str = "independent"
     mode: str = "reweight"

@@ -78,6 +78,7 @@ def run_demo(
         train_data="documentation of the installed packages",
         # Chosen for 15 minutes on two cores: the beginnings of many documents teach more there than
         # the whole of a few.
+        head_criterion="qr_mass",
         top_k=heads,
         temperature=0.02,
         batch_size=28,

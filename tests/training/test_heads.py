@@ -73,7 +73,7 @@ def test_qr_mass_equals_that_of_attention_matrices(calibrated) -> None:
     for i, (scores, spans) in enumerate(calibrated):
         start, end = spans[_gold_place(i)]
         expected += scores[..., start:end].sum(-1) / len(EXAMPLES)
-    selected = _select()
+    selected = _select(criterion="qr_mass")
     _assert_scores(selected, expected)
     assert selected.provenance["criterion"] == "qr_mass"
     assert selected.provenance["examples"] == 5 and selected.provenance["null_query"] == "N/A"
@@ -91,7 +91,7 @@ def test_the_token_filter_drops_tokens_far_below_their_documents_mean(calibrated
                 expected[layer, head] += sum(kept) / len(EXAMPLES)
         unfiltered += own.sum(-1) / len(EXAMPLES)
     assert (expected - unfiltered).abs().max() > 1e-3
-    selected = _select(token_filter=True)
+    selected = _select(criterion="qr_mass", token_filter=True)
     _assert_scores(selected, expected)
     assert selected.provenance["token_filter"] is True
 
@@ -99,9 +99,9 @@ def test_the_token_filter_drops_tokens_far_below_their_documents_mean(calibrated
 def test_queries_in_several_passes_give_the_same_scores(monkeypatch) -> None:
     import dream_training.heads.mass as module
 
-    whole = _select(token_filter=True)
+    whole = _select(criterion="qr_mass", token_filter=True)
     monkeypatch.setattr(module, "_MASS_ELEMENTS", 1)
-    parts = _select(token_filter=True)
+    parts = _select(criterion="qr_mass", token_filter=True)
     assert parts.scores == pytest.approx(whole.scores, abs=1e-6)
 
 

@@ -100,7 +100,7 @@ def select_heads(
     reader: Reader,
     examples: Sequence[HeadExample],
     *,
-    criterion: str = "qr_mass",
+    criterion: str = "loss_gradient",
     pool_size: int = HEAD_POOL,
     null_query: str = NULL_QUERY,
     token_filter: bool = False,
