@@ -76,9 +76,9 @@ def run_demo(
         retriever=reader,
         retriever_layers=layers,
         train_data="documentation of the installed packages",
+        head_criterion="qr_mass",
         # Chosen for 15 minutes on two cores: the beginnings of many documents teach more there than
         # the whole of a few.
-        head_criterion="qr_mass",
         top_k=heads,
         temperature=0.02,
         batch_size=28,

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_losses import features
+from test_losses import features, repeated_steps
 from test_objectives import make_reader, make_retriever
 from test_pools import features as features_of
 from test_pools import with_candidates
@@ -119,16 +119,7 @@ def test_it_can_be_evaluated_without_gradients(tiny_model) -> None:
 
 
 def test_repeated_steps_on_one_batch_lower_the_loss(tiny_model) -> None:
-    loss = make_loss(tiny_model)
-    inputs = features(loss, make_rows(6))
-    optimizer = torch.optim.Adam([p for p in loss.parameters() if p.requires_grad], lr=1e-2)
-    values = []
-    for _ in range(12):
-        optimizer.zero_grad()
-        value = loss(inputs)
-        value.backward()
-        optimizer.step()
-        values.append(value.item())
+    values = repeated_steps(make_loss(tiny_model))
     assert values[-1] < 0.5 * values[0]
 
 

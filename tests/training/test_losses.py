@@ -101,8 +101,8 @@ def test_an_ordinary_trainer_learns_and_repeats_itself(tiny_model, tmp_path) -> 
     assert run_trainer(tiny_model, tmp_path) == first
 
 
-def test_repeated_steps_on_one_batch_lower_the_loss(tiny_model) -> None:
-    loss = make_loss(tiny_model)
+def repeated_steps(loss: torch.nn.Module) -> list[float]:
+    """The losses of twelve steps on one batch."""
     inputs = features(loss, make_rows(6))
     optimizer = torch.optim.Adam([p for p in loss.parameters() if p.requires_grad], lr=1e-2)
     values = []
@@ -112,6 +112,11 @@ def test_repeated_steps_on_one_batch_lower_the_loss(tiny_model) -> None:
         value.backward()
         optimizer.step()
         values.append(value.item())
+    return values
+
+
+def test_repeated_steps_on_one_batch_lower_the_loss(tiny_model) -> None:
+    values = repeated_steps(make_loss(tiny_model))
     assert values[-1] < values[0] - 0.01
 
 

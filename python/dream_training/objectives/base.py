@@ -18,6 +18,8 @@ from dream_training.reading.target_loss import at_least_float32
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from dream_training.reading.reader import Reader
+
 # What a batch may have in some process, so that all of them speak of the same.
 _METRICS = (
     *("loss", "entropy", "max_entropy", "weight_on_positive"),
@@ -144,6 +146,25 @@ class PoolObjective(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of the loss."""
         return {"objective": self.name, **self.temperature.describe()}
+
+
+class ReaderObjective(PoolObjective):
+    """An objective that a frozen language model reads for; the other arguments as there.
+
+    Args:
+        reader: the frozen language model.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        reader: Reader,
+        temperature: float | Temperature,
+        mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__(model, temperature, mini_batch_size, gather_across_devices)
+        self.reader = reader
 
 
 def weight_metrics(scores: Tensor, positives: Sequence[int]) -> dict[str, float]:

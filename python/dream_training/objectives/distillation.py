@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dream_training.config import DIRECTIONS, TEACHERS
 from dream_training.distributed.pool import read_each
-from dream_training.objectives.base import PoolObjective, check_choice, check_positive
+from dream_training.objectives.base import ReaderObjective, check_choice, check_positive
 from dream_training.reading.likelihood import TargetLikelihood, target_likelihood
 
 if TYPE_CHECKING:
@@ -19,19 +19,8 @@ if TYPE_CHECKING:
     from dream_training.reading.reader import Reader
 
 
-class _TaughtByLikelihood(PoolObjective):
+class _TaughtByLikelihood(ReaderObjective):
     """Reads every document alone, in front of every query that has it in its pool."""
-
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        reader: Reader,
-        temperature: float | Temperature,
-        mini_batch_size: int | None,
-        gather_across_devices: bool,
-    ) -> None:
-        super().__init__(model, temperature, mini_batch_size, gather_across_devices)
-        self.reader = reader
 
     def read(self, query: dict[str, Any], pool: dict[str, Any]) -> TargetLikelihood:
         return target_likelihood(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dream_kernels import Prefix
 from dream_training.distributed.pool import read_pool, tokens_read
-from dream_training.objectives.base import PoolObjective
+from dream_training.objectives.base import ReaderObjective
 from dream_training.objectives.temperature import Temperature
 from dream_training.reading.reader import Reader, Reading
 
@@ -17,28 +17,10 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-class PoolReading(PoolObjective):
-    """An objective whose reader predicts the targets from the pool, in its injected heads.
+class PoolReading(ReaderObjective):
+    """An objective whose reader predicts the targets from the pool, in its injected heads."""
 
-    Args:
-        model: the retriever.
-        reader: the frozen language model.
-        temperature: divides the cosine similarities.
-        mini_batch_size: as in :class:`DreamLoss`.
-        gather_across_devices: as there.
-    """
-
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        reader: Reader,
-        temperature: float | Temperature,
-        mini_batch_size: int | None,
-        gather_across_devices: bool,
-    ) -> None:
-        super().__init__(model, temperature, mini_batch_size, gather_across_devices)
-        self.reader = reader
-        self._read_tokens = 0
+    _read_tokens = 0
 
     def read_documents(self, query: dict[str, Any], pool: dict[str, Any]) -> Prefix:
         """Read the documents of the batch once, without gradient."""

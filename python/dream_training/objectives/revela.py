@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dream_kernels import Prefix
 from dream_training.distributed.pool import SHARE, read_pool
-from dream_training.objectives.base import PoolObjective, weight_metrics
+from dream_training.objectives.base import ReaderObjective, weight_metrics
 from dream_training.reading.prompts import ReaderPrompt
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TEXT_PROMPT = ReaderPrompt(query="\n\n{query}", target="{target}")
 
 
-class RevelaLoss(PoolObjective):
+class RevelaLoss(ReaderObjective):
     r"""Revela, as far as its definition carries over to a frozen reader.
 
     Every document :math:`i` of the batch is itself the text to predict, and attends to the other
@@ -64,8 +64,7 @@ class RevelaLoss(PoolObjective):
         mini_batch_size: int | None = None,
         gather_across_devices: bool = False,
     ) -> None:
-        super().__init__(model, temperature, mini_batch_size, gather_across_devices)
-        self.reader = reader
+        super().__init__(model, reader, temperature, mini_batch_size, gather_across_devices)
         self._target_tokens = 0
 
     def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Prefix:
