@@ -130,7 +130,7 @@ def doctor(
 def heads(
     reader: Annotated[str, typer.Option(help="folder or hub name of the language model")],
     data: Annotated[
-        Path, typer.Option(help="training JSONL; qr criteria need known positives", exists=True)
+        str, typer.Option(help="training data of any form; qr criteria need known positives")
     ],
     output: Annotated[
         Optional[Path],  # noqa: UP045
@@ -169,6 +169,8 @@ def heads(
         str, typer.Option(help="where loss_gradient differentiates: own or uniform weights")
     ] = "own",
     seed: Annotated[int, typer.Option(help="of the choice of examples, and of random heads")] = 0,
+    split: Split = "train",
+    target_from: TargetFrom = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Rank the reader's heads by how well they pass on which document is read.
@@ -190,6 +192,8 @@ def heads(
         token_filter=token_filter,
         point=point,
         seed=seed,
+        split=split,
+        target_from=target_from,
         trust_remote_code=trust_remote_code,
     )
     if compare:

@@ -146,6 +146,18 @@ def test_the_command_ranks_by_one_criterion(run, tmp_path: Path) -> None:
     assert read_heads(output).scores == {}
 
 
+def test_the_command_takes_targets_from_the_documents(run, tmp_path: Path) -> None:
+    data, output = tmp_path / "data.jsonl", tmp_path / "heads.yaml"
+    rows = [{key: row[key] for key in ("query", "documents", "positive")} for row in make_rows(8)]
+    data.write_text("\n".join(json.dumps({**row, "positive": True}) for row in rows))
+    command = ["heads", "--reader", run().reader, "--data", str(data), "--output", str(output)]
+    result = CliRunner().invoke(app, command)
+    assert "target" in str(result.exception)
+    result = CliRunner().invoke(app, [*command, "--target-from", "positive"])
+    assert result.exit_code == 0, result.output
+    assert read_heads(output).provenance["data"] == f"{data}, target_from positive"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

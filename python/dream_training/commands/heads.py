@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +22,9 @@ from dream_training.json_file import write_json
 from dream_training.models.loading import load_reader
 from dream_training.plots import plot_head_choices, plot_heads
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 _HELD_OUT = 32  # questions that the losses of a comparison are measured on
 
 
@@ -30,7 +33,7 @@ class HeadOptions:
     """The options of the command; see ``dream heads --help``."""
 
     reader: str
-    data: Path
+    data: str
     top_k: int
     examples: int
     pool_size: int
@@ -40,13 +43,21 @@ class HeadOptions:
     token_filter: bool
     point: str
     seed: int
+    split: str = "train"
+    target_from: str | None = None
     trust_remote_code: bool = False
+
+    def read(self) -> Dataset:
+        """The training data."""
+        return read_training_data(self.data, split=self.split, target_from=self.target_from)
 
     def config(self) -> TrainConfig:
         """As far as the reader is concerned."""
         return TrainConfig(
             reader=self.reader,
-            train_data=str(self.data),
+            train_data=self.data,
+            train_split=self.split,
+            target_from=self.target_from,
             context=self.context,
             passage_max_len=self.passage_max_len,
             seed=self.seed,
@@ -60,16 +71,25 @@ class HeadOptions:
             "null_query": self.null_query,
             "token_filter": self.token_filter,
             "point": self.point,
-            "data_name": str(self.data),
+            "data_name": self._data_name(),
             "reader_name": self.reader,
         }
+
+    def _data_name(self) -> str:
+        """The data with what is read of it: another split or other targets give other heads."""
+        name = self.data
+        if self.split != "train":
+            name += f", split {self.split}"
+        if self.target_from is not None:
+            name += f", target_from {self.target_from}"
+        return name
 
 
 def run_heads(options: HeadOptions, output: Path, criterion: str) -> None:
     """Select heads by one criterion; write, draw and print them."""
     console = Console()
     examples = head_examples(
-        read_training_data(options.data),
+        options.read(),
         options.examples,
         options.seed,
         labelled=criterion not in WITHOUT_LABELS,
@@ -119,7 +139,7 @@ def run_head_comparison(
                 f"{train}: the heads are those of reader {options.reader}, and the config trains "
                 f"with {training.reader}"
             )
-    data = read_training_data(options.data)
+    data = options.read()
     labelled = sum(positive >= 0 for positive in data["positive"]) >= 2
     names = comparison.usable(criteria or HEAD_CRITERIA, labelled or bool(criteria))
     drawn = head_examples(data, options.examples + _HELD_OUT, options.seed, labelled=labelled)
