@@ -137,6 +137,41 @@ def test_weights_that_cannot_learn_are_a_fault(run, temperature: float, words: s
     assert f"temperature {temperature:g}," in check.figure
 
 
+@pytest.mark.parametrize(
+    "pool, options, documents",
+    [
+        ("both", {}, 12),
+        ("both", {"documents_per_query": 2}, 8),
+        ("in_batch", {}, 4),
+        ("mined", {}, 3),
+    ],
+)
+def test_weights_are_those_of_the_pool(
+    run, tmp_path: Path, pool: str, options: dict, documents: int
+) -> None:
+    lines = [
+        {**row, "documents": [row["documents"][0], f"one beside {i}", f"another {i}"]}
+        for i, row in enumerate(make_rows(4))
+    ]
+    path = tmp_path / "candidates.jsonl"
+    path.write_text("\n".join(json.dumps({**line, "positive": True}) for line in lines))
+    config = run(objective="infonce", train_data=str(path), pool=pool, **options)
+    assert f"over {documents} documents" in by_name(diagnose(config))["weights"].figure
+
+
+def test_a_small_pool_is_measured_by_its_own_uniform_weights() -> None:
+    similarity = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, -torch.inf, -torch.inf]])
+    assert "entropy 1.00 of" in of_similarity(similarity, 0.1).figure
+    alone = torch.tensor([[0.5, 0.5], [0.5, -torch.inf]])
+    assert "entropy 1.00 of" in of_similarity(alone, 0.1).figure
+
+
+def test_a_pool_without_its_candidates_is_a_fault(run) -> None:
+    checks = diagnose(run(pool="mined"))
+    assert (checks[-1].name, checks[-1].status) == ("pool", FAULT)
+    assert "at least two candidates" in checks[-1].figure
+
+
 def test_the_temperature_that_is_named_gives_what_is_said() -> None:
     similarity = 0.3 * torch.randn(6, 12)
     named = float(of_similarity(similarity, 1e-6).advice.split()[-1])

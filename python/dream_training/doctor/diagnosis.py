@@ -115,7 +115,11 @@ def diagnose(
         add(of_reader.losses(patient.reader, examples))
         # The steps load their own, and two would count as the run's memory.
         patient = replace(patient, reader=None)
-    add(of_retriever.weights(patient))
+    try:
+        add(of_retriever.weights(patient))
+    except ValueError as error:
+        add(Check("pool", FAULT, str(error)))
+        return checks
     add(*of_retriever.steps(patient))
     return checks
 

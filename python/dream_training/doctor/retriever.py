@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from dream_training.doctor.check import FAULT, OK, WARNING, Check
 from dream_training.memory import peak_memory, total_memory
+from dream_training.objectives.pools import build_pools, choose_candidates, pool_scores
 
 if TYPE_CHECKING:
     from dream_training.doctor.diagnosis import Patient
@@ -87,16 +88,31 @@ def _of_kept(name: str, kept: dict[str, list[float]], limit: int, count: int) ->
 
 
 def weights(patient: Patient) -> Check:
-    """Whether the untrained retriever's weights are neither one-hot nor flat for ever."""
+    """Whether the untrained retriever's weights are neither one-hot nor flat for ever.
+
+    Raises:
+        ValueError: the data has not the candidates that ``config.pool`` needs.
+    """
     config = patient.config
     rows = patient.data.select(range(config.batch_size))
-    documents = list(dict.fromkeys(d for own in rows["documents"] for d in own))
-    similarity = _similarities(patient, list(rows["query"]), documents)
+    queries = list(rows["query"])
+    candidates = choose_candidates(
+        queries,
+        list(zip(rows["documents"], rows["positive"])),
+        config.pool,
+        config.documents_per_query,
+        config.seed,
+    )
+    documents, pools, _ = build_pools(candidates, config.pool)
+    similarity, _ = pool_scores(_similarities(patient, queries, documents), pools)
     return of_similarity(similarity, config.temperature)
 
 
 def of_similarity(similarity: Tensor, temperature: float) -> Check:
-    """Judge the weights of cosine similarities ``[B, C]`` at a temperature."""
+    """Judge the weights of cosine similarities ``[B, C]`` at a temperature.
+
+    Behind the end of a pool smaller than ``C`` they are -inf.
+    """
     documents = similarity.shape[1]
     share = _entropy_share(similarity, temperature)
     sensible = _temperature_for(similarity, _SENSIBLE)
@@ -118,9 +134,14 @@ def of_similarity(similarity: Tensor, temperature: float) -> Check:
 
 
 def _entropy_share(similarity: Tensor, temperature: float) -> float:
-    weights = torch.softmax(similarity.double() / temperature, -1)
-    entropy = torch.special.entr(weights).sum(-1).mean().item()
-    return entropy / math.log(similarity.shape[1]) if similarity.shape[1] > 1 else 0.0
+    """Mean of the rows' entropies over those of uniform weights, as far as there is a choice."""
+    documents = similarity.isfinite().sum(-1)
+    several = documents > 1
+    if not several.any():
+        return 0.0
+    weights = torch.softmax(similarity[several].double() / temperature, -1)
+    entropy = torch.special.entr(weights).sum(-1)
+    return (entropy / documents[several].double().log()).mean().item()
 
 
 def _temperature_for(similarity: Tensor, share: float) -> float:
