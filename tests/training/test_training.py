@@ -42,6 +42,20 @@ def test_a_run_leaves_everything_behind(run, tmp_path: Path) -> None:
     assert "entropy" in printed and "tokens/s" in printed
 
 
+def test_what_is_evaluated_is_what_is_saved(run, monkeypatch) -> None:
+    seen = []
+
+    def evaluate(self, model, *args, **kwargs):
+        seen.append(model.encode(["a", "b and c"]))
+        return {"ndcg_at_10": len(seen) / 10, "recall_at_10": 0.0}
+
+    monkeypatch.setattr(RetrievalEvaluator, "__call__", evaluate)
+    result = train(run(lora_r=2, dtype="bfloat16", learning_rate=0.1), console=quiet())
+    saved = SentenceTransformer(str(result.path), device="cpu").encode(["a", "b and c"])
+    assert np.array_equal(seen[-1], saved), "adapters were not merged, or not as they are saved"
+    assert not np.array_equal(seen[0], seen[-1])
+
+
 def test_pictures_are_not_blank(run, tmp_path: Path) -> None:
     train(run(), console=quiet())
     for name in ("heads.png", "curve.png"):

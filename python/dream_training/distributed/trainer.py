@@ -33,6 +33,10 @@ class Trainer(SentenceTransformerTrainer):
         finally:
             self.evaluator = evaluator
         if evaluator is not None:
-            metrics: Any = evaluator(self.model, steps=self.state.global_step)
+            metrics: Any = evaluator(self.evaluated(), steps=self.state.global_step)
             output.metrics.update({f"eval_{name}": value for name, value in metrics.items()})  # type: ignore[union-attr]
         return output
+
+    def evaluated(self) -> Any:
+        """What the evaluator gets; every process calls it."""
+        return self.model
