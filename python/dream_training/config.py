@@ -78,9 +78,9 @@ class TrainConfig:
         temperature_end: where a schedule leads, from ``temperature`` at the first step.
         temperature_schedule: ``constant``, ``linear``, ``cosine`` or ``exponential``.
         learnable_temperature: learn the temperature, from ``temperature`` on.
-        teaching: of ``dream``, how the reader's loss reaches the retriever: ``direct``, its own
-            gradient in the scores; or ``distilled``, see
-            :class:`~dream_training.objectives.distilled_dream.DistilledDreamLoss`.
+        teaching: of ``dream``, how the reader's loss reaches the retriever: ``distilled``, see
+            :class:`~dream_training.objectives.distilled_dream.DistilledDreamLoss`; or ``direct``,
+            its own gradient in the scores, as in the paper.
         teacher: of ``replug``, ``mean_log_probability`` or ``probability`` of the target.
         teacher_temperature: of ``replug`` and of distilled ``dream``, divides the teacher's scores;
             None for 0.1 nats per target token and 3 nats per target.
@@ -164,7 +164,7 @@ class TrainConfig:
     temperature_end: float | None = None
     temperature_schedule: str = "constant"
     learnable_temperature: bool = False
-    teaching: str = "direct"
+    teaching: str = "distilled"
     teacher: str = "mean_log_probability"
     teacher_temperature: float | None = None
     teacher_direction: str = "teacher_student"

@@ -76,7 +76,6 @@ def run_demo(
         retriever=reader,
         retriever_layers=layers,
         train_data="documentation of the installed packages",
-        head_criterion="qr_mass",
         # Chosen for 15 minutes on two cores: the beginnings of many documents teach more there than
         # the whole of a few.
         top_k=heads,

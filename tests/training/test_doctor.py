@@ -21,7 +21,7 @@ from dream_training.doctor.retriever import of_similarity, part_of
 from dream_training.heads.contrast import Contrast, measure_contrast, single_document_losses
 from dream_training.heads.selection import HeadExample
 from dream_training.models.loading import make_retriever
-from dream_training.objectives.dream import DreamLoss
+from dream_training.objectives.distilled_dream import DistilledDreamLoss
 from dream_training.reading.reader import Reader
 
 QUERIES = 8
@@ -227,8 +227,12 @@ def test_a_frozen_retriever_is_a_fault(run) -> None:
 
 
 def test_a_gradient_that_is_not_finite_is_a_fault(run, monkeypatch) -> None:
-    original = DreamLoss.forward
-    monkeypatch.setattr(DreamLoss, "forward", lambda *a, **k: original(*a, **k) * float("nan"))
+    original = DistilledDreamLoss.forward
+
+    def forward(*args, **kwargs):
+        return original(*args, **kwargs) * float("nan")
+
+    monkeypatch.setattr(DistilledDreamLoss, "forward", forward)
     check = by_name(diagnose(run()))["gradient"]
     assert check.status == FAULT and check.figure == "not finite in one of 2 steps"
 

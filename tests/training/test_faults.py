@@ -17,7 +17,7 @@ from tiny import quiet
 from transformers import TrainerCallback
 
 from dream_training.checkpointing import folder as checkpoint_folder
-from dream_training.objectives.dream import DreamLoss
+from dream_training.objectives.distilled_dream import DistilledDreamLoss
 from dream_training.training import faults
 from dream_training.training.driver import train
 from dream_training.training.faults import MemoryWatch, memory_advice
@@ -34,7 +34,7 @@ def broken_steps(monkeypatch):
     """Make the loss of chosen steps what one says, or its gradient."""
 
     def install(steps: dict[int, float], gradient_only: bool = False) -> None:
-        original, calls = DreamLoss.forward, []
+        original, calls = DistilledDreamLoss.forward, []
 
         def forward(self, *args, **kwargs):
             loss = original(self, *args, **kwargs)
@@ -47,7 +47,7 @@ def broken_steps(monkeypatch):
                 return loss
             return loss * factor
 
-        monkeypatch.setattr(DreamLoss, "forward", forward)
+        monkeypatch.setattr(DistilledDreamLoss, "forward", forward)
 
     return install
 
@@ -182,7 +182,7 @@ def test_too_little_memory_says_what_to_lower(run, monkeypatch) -> None:
     def forward(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
 
-    monkeypatch.setattr(DreamLoss, "forward", forward)
+    monkeypatch.setattr(DistilledDreamLoss, "forward", forward)
     monkeypatch.setattr(MemoryWatch, "capacity", lambda self: 8 * 2**30)
     monkeypatch.setattr(MemoryWatch, "highest", lambda self: 7 * 2**30)
     monkeypatch.setattr(faults, "used_memory", lambda device: 3 * 2**30)
@@ -226,7 +226,7 @@ def test_the_process_knows_its_memory() -> None:
 
 
 def test_a_second_signal_stops_at_once(run, monkeypatch, capfd) -> None:
-    original, calls = DreamLoss.forward, []
+    original, calls = DistilledDreamLoss.forward, []
 
     def forward(self, *args, **kwargs):
         calls.append(1)
@@ -235,7 +235,7 @@ def test_a_second_signal_stops_at_once(run, monkeypatch, capfd) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(DreamLoss, "forward", forward)
+    monkeypatch.setattr(DistilledDreamLoss, "forward", forward)
     console = Console(file=io.StringIO(), width=300)
     before = signal.getsignal(signal.SIGINT)
     result = train(run(save_steps=1, eval_data=None), console=console)

@@ -145,8 +145,8 @@ def test_queries_without_a_choice_are_refused(model) -> None:
 @pytest.mark.parametrize(
     "objective, pool",
     (
-        ("distilled", "both"),
-        ("distilled", "mined"),
+        ("direct", "both"),
+        ("direct", "mined"),
         ("dream", "both"),
         ("dream", "in_batch"),
         ("dream", "mined"),
@@ -163,8 +163,8 @@ def test_the_driver_takes_every_pool(tiny_model, tmp_path, objective: str, pool:
     config = TrainConfig(
         reader=str(tiny_model), retriever=str(tiny_model), retriever_layers=1, lora_r=2,
         train_data=str(data), top_k=4, pool=pool, batch_size=4, max_steps=2, device="cpu",
-        objective="dream" if objective == "distilled" else objective,
-        teaching="distilled" if objective == "distilled" else "direct",
+        objective="dream" if objective == "direct" else objective,
+        teaching="direct" if objective == "direct" else "distilled",
         documents_per_query=None if pool == "in_batch" else 2,
         output_dir=str(tmp_path / "out"),
     )  # fmt: skip

@@ -60,7 +60,7 @@ def test_every_objective_goes_on(run, tmp_path: Path, objective: str) -> None:
     "changes",
     [
         {"streaming": True},
-        {"teaching": "distilled"},
+        {"teaching": "direct"},
         {"document_store": "memory"},
         {"learnable_temperature": True, "mini_batch_size": 3},
         {"temperature_schedule": "linear", "temperature_end": 0.01, "lora_r": 0},

@@ -18,7 +18,7 @@ from dream_training.config import OBJECTIVES, TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import to_training_data
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask
-from dream_training.objectives.dream import DreamLoss
+from dream_training.objectives.distilled_dream import DistilledDreamLoss
 from dream_training.training.driver import train
 
 
@@ -96,7 +96,7 @@ def test_best_is_the_best_evaluation(run, tmp_path: Path, monkeypatch) -> None:
 
 
 def test_ctrl_c_keeps_the_last_model_and_says_where(run, tmp_path: Path, monkeypatch) -> None:
-    original = DreamLoss.forward
+    original = DistilledDreamLoss.forward
     calls = []
 
     def forward(self, *args, **kwargs):
@@ -105,7 +105,7 @@ def test_ctrl_c_keeps_the_last_model_and_says_where(run, tmp_path: Path, monkeyp
             raise KeyboardInterrupt
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(DreamLoss, "forward", forward)
+    monkeypatch.setattr(DistilledDreamLoss, "forward", forward)
     console = quiet()
     result = train(run(eval_data=None), console=console)
     assert result.interrupted and result.path == tmp_path / "out" / "last"
@@ -139,10 +139,10 @@ def test_the_reader_may_read_more_of_a_document_than_the_retriever(run) -> None:
     assert len(set(losses)) == 3
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES, "distilled"])
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "direct"])
 def test_mini_batches_change_no_step(run, objective: str) -> None:
     losses = []
-    own = {"teaching": objective} if objective == "distilled" else {"objective": objective}
+    own = {"teaching": objective} if objective == "direct" else {"objective": objective}
     for size in (None, 3):
         changes = {**own, "mini_batch_size": size, "eval_data": None}
         history = train(run(**changes), console=quiet()).history

@@ -91,7 +91,8 @@ def render(runs: Sequence[Run]) -> str:
 def _objective(config: Mapping[str, Any]) -> str:
     """The objective, and how it teaches where that is a choice."""
     name = config.get("objective", "")
-    return f"{name}, distilled" if config.get("teaching") == "distilled" else name
+    # Runs from before there was a choice taught directly.
+    return f"{name}, {config.get('teaching', 'direct')}" if name == "dream" else name
 
 
 def _summary(run: Run) -> dict[str, Any]:
