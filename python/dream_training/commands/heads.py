@@ -56,8 +56,6 @@ class HeadOptions:
         return TrainConfig(
             reader=self.reader,
             train_data=self.data,
-            train_split=self.split,
-            target_from=self.target_from,
             context=self.context,
             passage_max_len=self.passage_max_len,
             seed=self.seed,

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from dream_training.doctor.check import FAULT, OK, WARNING, Check
 from dream_training.memory import peak_memory, total_memory
-from dream_training.objectives.pools import build_pools, choose_candidates, pool_scores
+from dream_training.objectives.pools import pool_scores
 
 if TYPE_CHECKING:
     from dream_training.doctor.diagnosis import Patient
@@ -93,18 +93,13 @@ def weights(patient: Patient) -> Check:
     Raises:
         ValueError: the data has not the candidates that ``config.pool`` needs.
     """
+    from dream_training.objectives.build import build_collator
+
     config = patient.config
-    rows = patient.data.select(range(config.batch_size))
-    queries = list(rows["query"])
-    candidates = choose_candidates(
-        queries,
-        list(zip(rows["documents"], rows["positive"])),
-        config.pool,
-        config.documents_per_query,
-        config.seed,
-    )
-    documents, pools, _ = build_pools(candidates, config.pool)
-    similarity, _ = pool_scores(_similarities(patient, queries, documents), pools)
+    rows = list(patient.data.select(range(config.batch_size)))
+    batch = build_collator(config, patient.model)(rows)
+    similarity = _similarities(patient, batch["query_texts"], batch["document_texts"])
+    similarity, _ = pool_scores(similarity, batch.get("query_pools"))
     return of_similarity(similarity, config.temperature)
 
 

@@ -63,14 +63,7 @@ def build_objective(
         "mini_batch_size": config.mini_batch_size,
         "gather_across_devices": config.gather_across_devices,
     }
-    collator = DreamCollator(
-        model,
-        config.query_max_len,
-        config.passage_max_len,
-        pool=config.pool,
-        documents_per_query=config.documents_per_query,
-        seed=config.seed,
-    )
+    collator = build_collator(config, model)
     temperature = Temperature(
         config.temperature,
         config.temperature_end,
@@ -107,6 +100,18 @@ def build_objective(
         reader = load_reader(config, all_heads(config), prompt=TEXT_PROMPT, **lengths)
         own = RevelaLoss(model, reader, temperature, **options)
     return Objective(own, data, collator)
+
+
+def build_collator(config: TrainConfig, model: SentenceTransformer) -> DreamCollator:
+    """Build what makes the batches of a run, with its pools."""
+    return DreamCollator(
+        model,
+        config.query_max_len,
+        config.passage_max_len,
+        pool=config.pool,
+        documents_per_query=config.documents_per_query,
+        seed=config.seed,
+    )
 
 
 def _teacher(config: TrainConfig) -> dict[str, Any]:
