@@ -54,7 +54,7 @@ demo: $(STAMP)
 	$(BIN)/dream demo
 
 # Two processes of one thread each: most tests are Python, not arithmetic.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not soak"
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not soak"
 
 test: $(STAMP)
 	$(PYTEST)

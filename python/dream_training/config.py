@@ -202,8 +202,8 @@ class TrainConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, _coerce(field.name, getattr(self, field.name)))
+        for name, annotation in typing.get_type_hints(type(self)).items():
+            setattr(self, name, _coerce(name, annotation, getattr(self, name)))
         for name, choices in (
             ("head_criterion", HEAD_CRITERIA),
             ("objective", OBJECTIVES),
@@ -329,9 +329,8 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def _coerce(name: str, value: Any) -> Any:
+def _coerce(name: str, annotation: Any, value: Any) -> Any:
     """Check ``value`` against the field's type; whole numbers and "1e-4" become floats."""
-    annotation = typing.get_type_hints(TrainConfig)[name]
     allowed = (
         typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     )

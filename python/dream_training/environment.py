@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,7 +27,6 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
     else:
         name = f"{platform.processor() or platform.machine()} {device.type}"
         name += f" ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else ""
-    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     return {
         "device": name,
         "threads": torch.get_num_threads(),
@@ -33,7 +34,16 @@ def describe_environment(device: torch.device | str) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {
             "dream-kernels": dream_kernels.__version__,
-            **{package: installed[package] for package in PACKAGES if package in installed},
+            **installed_versions(PACKAGES),
         },
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
