@@ -19,7 +19,7 @@ SANITIZER_RUN = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -pr
   ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib
 SANITIZER_TESTS ?= tests/kernels
 
-.PHONY: install demo test test-slow soak test-old-transformers test-sanitizers test-valgrind fuzz \
+.PHONY: install demo test test-shuffled test-slow soak test-old-transformers test-sanitizers test-valgrind fuzz \
   lint format clean check-system
 
 install: $(STAMP)
@@ -58,6 +58,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "no
 
 test: $(STAMP)
 	$(PYTEST)
+
+# The files in another order, and the tests in each; SEED=1234 repeats the one that pytest names.
+ifndef SEED
+SEED := $(shell date +%s)
+endif
+test-shuffled: $(STAMP)
+	$(PYTEST) --random-order-bucket=module --random-order-seed=$(SEED)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import gc
 import os
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 # Nothing in the suite may reach for a model hub: real models come from installed packages.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy
 import pytest
 import torch
+
+from process_state import kept
 
 # Without a GPU the Triton kernels run in triton's interpreter, which has to be asked for before
 # triton is imported. It is taken only where a test names impl="triton".
@@ -63,7 +68,24 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
+    random.seed(0)
+    numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def module_keeps_the_process(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What fixtures of a module change is back when its last test is done."""
+    with kept(request.node.nodeid):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def test_keeps_the_process(
+    module_keeps_the_process: None, request: pytest.FixtureRequest
+) -> Iterator[None]:
+    with kept(request.node.nodeid):
+        yield
 
 
 @pytest.fixture(scope="session")

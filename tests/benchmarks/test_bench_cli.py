@@ -12,18 +12,16 @@ import torch
 
 from dream_benchmarks import records, sanitized
 from dream_benchmarks.cli import main
+from own_process import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def bench(*arguments: object, module: str = "dream_benchmarks") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        capture_output=True,
-        text=True,
+    return run_command(
+        *(sys.executable, "-m", module, *arguments),
         cwd=ROOT,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"},
-        check=False,
     )
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,6 +32,7 @@ from benchmarks.parallel_model import (
 from dream_kernels import read_independently
 from dream_training.config import TrainConfig
 from dream_training.training.plan import make_plan
+from own_process import run_ranks
 
 TINY = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -227,7 +227,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict:
         pytest.skip("torch is built without gloo")
     pytest.importorskip("torch.distributed.fsdp", reason="no FSDP in this torch")
     folder = str(tmp_path_factory.mktemp("ranks"))
-    mp.start_processes(work, args=(folder,), nprocs=2)
+    run_ranks(work, 2, folder)
     return torch.load(Path(folder) / "rank0.pt")
 
 

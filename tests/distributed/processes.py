@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 120
+from own_process import TIMEOUT_S, forkserver
 
 
 class Processes:
@@ -21,13 +18,7 @@ class Processes:
     """
 
     def __init__(self, size: int, folder: Path) -> None:
-        # Forked from a server that has imported everything once: a start costs nothing.
-        context = multiprocessing.get_context("forkserver")
-        paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "training")]
-        # Some Pythons give the server no other way to find modules.
-        os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, sys.path)])
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        context.set_forkserver_preload(["distributed_cases"])
+        context = forkserver()
         self.size = size
         self.pipes, self.processes = [], []
         for rank in range(size):

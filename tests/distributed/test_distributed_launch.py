@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from dream_training.distributed.engine import check_trainer, engine_arguments
 from dream_training.distributed.launch import refuse_several
 from dream_training.training.driver import train
 from dream_training.training.resuming import CHECKPOINTS
+from own_process import run_command
 
 HERE = Path(__file__).parent
 _ZERO = (
@@ -85,13 +85,7 @@ def torchrun(config: TrainConfig, *overrides: str, script: tuple[str, ...], **en
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *script),
         *("train", str(path), *overrides),
     ]
-    return subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return run_command(*command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
 def one_head(folder: Path) -> str:

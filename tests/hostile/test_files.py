@@ -25,7 +25,7 @@ from dream_training.evaluation.results import read_evaluations
 from dream_training.json_file import read_json
 from dream_training.report.run_folder import read_run
 
-# A core that is shared by many takes ten times what it needs alone.
+# Of the processor, many times what is needed: what takes longer has no bound.
 SECONDS = 60.0
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{name}: &{name} [{','.join(['*' + last] * 9)}]\n"
@@ -67,9 +67,9 @@ JSON = {
 
 @pytest.fixture(autouse=True)
 def _in_time() -> None:
-    start = time.monotonic()
+    start = time.process_time()
     yield
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
 
 
 def refuses(read: Callable[[], object], *parts: str) -> str:

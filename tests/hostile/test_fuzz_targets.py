@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from fuzz.driver import try_mutations
+from own_process import in_own_process, run_command
 from soak_record import SOAK, record
 
 FOLDER = Path(__file__).resolve().parents[1] / "fuzz"
@@ -18,11 +18,15 @@ TARGETS = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in HELPERS)
 COUNT = 20_000 if SOAK else 400
 
 
+def mutations(name: str) -> int:
+    target = importlib.import_module(f"fuzz.{name}")
+    return try_mutations(target.check, target.SEEDS, count=max(COUNT, len(target.SEEDS)))
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_target_finds_nothing(name: str) -> None:
-    target = importlib.import_module(f"fuzz.{name}")
-    count = try_mutations(target.check, target.SEEDS, count=max(COUNT, len(target.SEEDS)))
-    record(f"mutations {name}", inputs=count)
+    """In a process of its own: a finding may be a crash, or all of the memory."""
+    record(f"mutations {name}", inputs=in_own_process(mutations, name))
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -51,12 +55,9 @@ def test_a_finding_is_told_with_its_input() -> None:
 
 
 def test_a_target_runs_by_itself() -> None:
-    process = subprocess.run(
-        [sys.executable, str(FOLDER / "native.py")],
+    process = run_command(
+        *(sys.executable, FOLDER / "native.py"),
         env={"FUZZ_SECONDS": "0.5", "PATH": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
     )
     assert process.returncode == 0, process.stderr
     assert "no finding" in process.stdout

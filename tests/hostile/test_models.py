@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from dream_training.models.retriever import build_retriever
 from dream_training.models.trust import load_language_model, load_sentence_transformer
 from dream_training.reading.document_store import DiskStore
 from dream_training.reading.reader import Reader
+from own_process import run_command
 
 CODE = """
 from pathlib import Path
@@ -293,5 +293,5 @@ def test_a_bomb_is_one(trace: Path) -> None:
     path = trace.parent / "bomb.pkl"
     path.write_bytes(pickle.dumps(Bomb(trace)))
     script = f"import pickle; pickle.load(open({str(path)!r}, 'rb'))"
-    subprocess.run([sys.executable, "-c", script], check=True)
+    run_command(sys.executable, "-c", script, check=True)
     assert trace.exists()

@@ -21,7 +21,7 @@ from dream_training.reading.prompts import ReaderPrompt, template_prompt
 from dream_training.reading.reader import Reader
 from dream_training.reading.text_tokens import cut_text, text_tokens, without_special_tokens
 
-# A core that is shared by many takes ten times what it needs alone.
+# Of the processor, many times what is needed: what takes longer has no bound.
 SECONDS = 60.0
 MARKERS = (
     "<|im_start|>", "<|im_end|>", "<bos>", "<eos>", "<pad>", "{document}", "{query}", "{target}",
@@ -173,12 +173,12 @@ def test_a_million_tokens_are_cut_without_reading_them(unit: str, monkeypatch) -
 
     monkeypatch.setattr(type(tokenizer), "__call__", watched)
     reader = make_reader("plain", tokenizer)
-    start = time.monotonic()
+    start = time.process_time()
     text = "a" + unit * 1_000_000
     prefix = reader.read([text])
     assert reader(prefix, [text], [text + "."], torch.zeros(1, 1)).target_tokens == 32
     assert longest <= 64 * reader.passage_max_len
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
 
 
 def test_the_retriever_sees_no_more_of_a_text_than_it_encodes(tmp_path) -> None:
@@ -188,9 +188,9 @@ def test_the_retriever_sees_no_more_of_a_text_than_it_encodes(tmp_path) -> None:
     collator = DreamCollator(model, query_max_len=8, passage_max_len=16)
     text = "word " * 1_000_000
     row = {"query": text, "target": "t", "documents": [text, "short"], "positive": 0}
-    start = time.monotonic()
+    start = time.process_time()
     batch = collator([row])
-    assert time.monotonic() - start < SECONDS / 4
+    assert time.process_time() - start < SECONDS / 4
     short = {**row, "query": text[:100], "documents": [text[:100], "short"]}
     for key, value in collator([short]).items():
         if isinstance(value, torch.Tensor):
@@ -228,17 +228,16 @@ class Stub:
 def test_templates_that_would_break_out_or_never_end(
     monkeypatch, template: str, reason: str
 ) -> None:
-    monkeypatch.setattr(prompts, "_SECONDS", 1.0)
-    start = time.monotonic()
+    monkeypatch.setattr(prompts, "_SECONDS", 1.0 if reason == "more than 1" else SECONDS)
+    start = time.process_time()
     with pytest.raises(ValueError, match=rf"(?s)mine.*({reason})") as caught:
         template_prompt(template, Stub(), "mine")
-    assert time.monotonic() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     assert len(str(caught.value)) < 3000
 
 
 @pytest.mark.parametrize("context", ["chat"])
 def test_chat_templates_are_held_to_the_same(monkeypatch, context: str) -> None:
-    monkeypatch.setattr(prompts, "_SECONDS", 1.0)
     endless = "{% for i in range(99999) %}" * 3 + "{% set x = i %}" + "{% endfor %}" * 3
     for template, reason in (
         (endless, "takes more than 1 seconds"),
@@ -246,5 +245,6 @@ def test_chat_templates_are_held_to_the_same(monkeypatch, context: str) -> None:
         ("{{ raise_exception('no') }}", "no"),
         ("{{ 1 / 0 }}", "division by zero"),
     ):
+        monkeypatch.setattr(prompts, "_SECONDS", 1.0 if template == endless else SECONDS)
         with pytest.raises(ValueError, match=f"chat template fails: .*{reason}"):
             make_reader(context, merging_tokenizer(template))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dream_kernels import inject_attention, read_independently
 from models import VOCABULARY, make_model, target_loss
+from own_process import run_ranks
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo"
@@ -74,7 +74,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = str(tmp_path_factory.mktemp("ranks"))
-    mp.start_processes(work, args=(folder,), nprocs=2)
+    run_ranks(work, 2, folder)
     return [torch.load(Path(folder) / f"rank{r}.pt") for r in range(2)]
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dream_kernels.context_parallel as context_parallel
 from cases import GRADIENTS, Case, Inputs, make_inputs
 from dream_kernels import context_parallel_attention, document_attention
+from own_process import run_ranks
 from soak_record import SOAK, record
 
 pytestmark = pytest.mark.skipif(
@@ -224,7 +224,7 @@ def work(rank: int, world: int, folder: str) -> None:
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """The results of every rank; the processes are started once for all tests."""
     folder = str(tmp_path_factory.mktemp("ranks"))
-    mp.start_processes(work, args=(request.param, folder), nprocs=request.param)
+    run_ranks(work, request.param, request.param, folder)
     return [torch.load(Path(folder) / f"rank{r}.pt") for r in range(request.param)]
 
 

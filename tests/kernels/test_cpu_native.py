@@ -16,6 +16,7 @@ from torch import Tensor
 from dream_kernels.cpu import CpuImplementation, native_import_error
 from dream_kernels.problem import Gradients, Needs, Problem
 from dream_kernels.reference import ReferenceImplementation
+from own_process import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = Needs(True, True, True, True, True, True)
@@ -211,12 +212,9 @@ def instruction_set() -> str:
 
 def run_with_instruction_set(name: str, *arguments: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "kernels"), *sys.path])
-    return subprocess.run(
-        [sys.executable, *arguments],
+    return run_command(
+        *(sys.executable, *arguments),
         env={**os.environ, "DREAM_KERNELS_CPU_ISA": name, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
     )
 
 
@@ -473,15 +471,12 @@ def test_setup_without_a_compiler_says_so_in_one_line(
 ) -> None:
     for module in ("setuptools", "pybind11", "ninja"):
         pytest.importorskip(module, reason=f"setup.py needs {module}")
-    process = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext", "--build-temp", str(tmp_path / "temp"),
-         "--build-lib", str(tmp_path / "lib")],
+    process = run_command(
+        *(sys.executable, "setup.py", "--quiet", "build_ext"),
+        *("--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib"),
         cwd=ROOT,
         env={**os.environ, "CXX": compiler},
-        capture_output=True,
-        text=True,
-        check=False,
-    )  # fmt: skip
+    )
     assert process.returncode != 0
     assert "Traceback" not in process.stderr
     last = process.stderr.strip().splitlines()[-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +18,7 @@ from dream_kernels import document_attention, document_mass, set_value_checks
 from dream_kernels.problem import Needs, Problem
 from dream_kernels.triton.implementation import TritonImplementation
 from dream_kernels.validation import build_problem
+from own_process import run_command
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -489,7 +489,7 @@ def test_auto_does_not_take_the_interpreter() -> None:
 
 def test_importing_the_package_does_not_import_triton() -> None:
     code = "import sys, dream_kernels; sys.exit('triton' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_command(sys.executable, "-c", code, check=True)
 
 
 def test_the_fastest_configuration_is_taken_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from own_process import run_command
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
@@ -81,7 +82,7 @@ def compile_anew(
     environment = {
         **os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache"),
     }  # fmt: skip
-    subprocess.run([*command, f"--write={report}"], check=True, env=environment)
+    run_command(*command, f"--write={report}", check=True, env=environment)
     return json.loads(report.read_text())["kernels"]
 
 

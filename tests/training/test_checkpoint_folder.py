@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from dream_training.checkpointing.folder import (
     read_checkpoint,
     write_checkpoint,
 )
+from own_process import in_own_process
 
 
 def write(folder: Path, step: int = 1):
@@ -105,17 +107,17 @@ def test_a_failing_disk_leaves_the_old_ones(tmp_path: Path, monkeypatch, call: s
     read_checkpoint(tmp_path / "step-00000001")
 
 
+def write_to_a_full_disk(folder: Path) -> None:
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    with pytest.raises(OSError, match=r"big.safetensors"):
+        write_checkpoint(folder, 1, {"big": {"a": torch.zeros(10_000)}}, {})
+
+
 def test_a_disk_that_is_full_in_earnest(tmp_path: Path) -> None:
     """The safetensors writer's own error, under a limit of the system on the size of files."""
-    resource = pytest.importorskip("resource")
-    signal = pytest.importorskip("signal")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-        with pytest.raises(OSError, match=r"big.safetensors"):
-            write_checkpoint(tmp_path, 1, {"big": {"a": torch.zeros(10_000)}}, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    pytest.importorskip("resource")
+    in_own_process(write_to_a_full_disk, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -12,16 +12,14 @@ import pytest
 from tiny import make_rows
 
 from dream_kernels import read_heads
+from own_process import run_command
 
 
 def dream(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dream_training.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
+    return run_command(
+        *(sys.executable, "-m", "dream_training.cli", *arguments),
         cwd=cwd,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"},
-        check=False,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -17,11 +16,14 @@ from tiny import quiet
 from transformers import TrainerCallback
 
 from dream_training.checkpointing import folder as checkpoint_folder
+from dream_training.config import TrainConfig
 from dream_training.objectives.distilled_dream import DistilledDreamLoss
 from dream_training.training import faults
 from dream_training.training.driver import train
 from dream_training.training.faults import MemoryWatch, memory_advice
 from dream_training.training.resuming import CHECKPOINTS
+from dream_training.training.signals import StopSignals
+from own_process import in_own_process
 from soak_record import record
 
 
@@ -160,24 +162,6 @@ def test_a_stream_whose_file_changes_is_named(run) -> None:
         )
 
 
-def test_a_dead_worker_ends_the_run_with_its_name(run, tmp_path: Path, monkeypatch) -> None:
-    import dream_training.objectives.collator as collator
-
-    original = collator.DreamCollator.__call__
-
-    def call(self, rows):
-        if torch.utils.data.get_worker_info() is not None and "18" in rows[0]["query"]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, rows)
-
-    monkeypatch.setattr(collator.DreamCollator, "__call__", call)
-    config = run(dataloader_workers=1, max_steps=40, save_steps=1, eval_data=None)
-    with pytest.raises(ChildProcessError, match="a process of dataloader_workers died in step"):
-        train(config, console=quiet())
-    monkeypatch.undo()
-    assert train(config, console=quiet(), resume=True).history.steps[-1]["step"] == 40
-
-
 def test_too_little_memory_says_what_to_lower(run, monkeypatch) -> None:
     def forward(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
@@ -225,21 +209,33 @@ def test_the_process_knows_its_memory() -> None:
     assert 2**26 < watch.resting <= watch.highest() <= watch.capacity()
 
 
-def test_a_second_signal_stops_at_once(run, monkeypatch, capfd) -> None:
+def stop_twice(config: TrainConfig) -> tuple[int, bool, str]:
+    """Steps done, whether the handler is the one of before, and what was printed."""
     original, calls = DistilledDreamLoss.forward, []
 
     def forward(self, *args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(DistilledDreamLoss, "forward", forward)
-    console = Console(file=io.StringIO(), width=300)
-    before = signal.getsignal(signal.SIGINT)
-    result = train(run(save_steps=1, eval_data=None), console=console)
-    assert result.interrupted and len(result.history.steps) == 2
+    DistilledDreamLoss.forward = forward
+    console, before = quiet(), signal.getsignal(signal.SIGINT)
+    result = train(config, console=console)
+    assert result.interrupted
+    return len(result.history.steps), signal.getsignal(signal.SIGINT) is before, words(console)
+
+
+def test_a_second_signal_stops_at_once(run) -> None:
+    steps, as_before, printed = in_own_process(stop_twice, run(save_steps=1, eval_data=None))
+    assert steps == 2 and as_before
+    assert "--resume goes on after step 2" in printed
+
+
+def test_the_first_signal_says_what_a_second_one_does(capfd) -> None:
+    signals = StopSignals(checkpoints=True)
+    signals._receive(signal.SIGINT, None)
     assert "SIGINT: stopping after this step; Ctrl-C again stops at once" in capfd.readouterr().err
-    assert "--resume goes on after step 2" in words(console)
-    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt):
+        signals._receive(signal.SIGINT, None)

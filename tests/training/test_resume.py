@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from sentence_transformers import SentenceTransformer
 from tiny import quiet
 from transformers import TrainerCallback
 
-from dream_training.config import OBJECTIVES
+from dream_training.config import OBJECTIVES, TrainConfig
 from dream_training.training.driver import train
 from dream_training.training.resuming import CHECKPOINTS
+from dream_training.training.signals import StopSignals
+from own_process import TIMEOUT_S, in_own_process, run_command
 from soak_record import SOAK, record
 
 
@@ -32,20 +35,29 @@ class Stop(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step + 1 == self.step:
-            os.kill(os.getpid(), self.number)
+            # The run's own handler, or it would be pytest that stops.
+            assert isinstance(getattr(signal.getsignal(self.number), "__self__", None), StopSignals)
+            signal.raise_signal(self.number)
 
 
 def both(run, tmp_path: Path, stop: int, number: int = signal.SIGTERM, **changes):
     """Outcomes of a run left alone, and of one stopped after a step and gone on with."""
     changes = {"max_steps": 8, "eval_steps": 3, "learning_rate": 3e-3, **changes}
-    alone = run(output_dir=str(tmp_path / "alone"), **changes)
+    alone = run(output_dir=str(tmp_path / "alone"), **{**changes, "dataloader_workers": 0})
     stopped = run(output_dir=str(tmp_path / "stopped"), **changes)
     train(alone, console=quiet())
-    result = train(stopped, console=quiet(), callbacks=[Stop(stop, number)])
+    if stopped.dataloader_workers:
+        in_own_process(stop_and_resume, stopped, stop, number)
+    else:
+        stop_and_resume(stopped, stop, number)
+    return outcome(Path(alone.output_dir)), outcome(Path(stopped.output_dir))
+
+
+def stop_and_resume(config: TrainConfig, stop: int, number: int) -> None:
+    result = train(config, console=quiet(), callbacks=[Stop(stop, number)])
     assert result.interrupted and result.signal == number
     assert len(result.history.steps) == stop
-    train(stopped, console=quiet(), resume=True)
-    return outcome(Path(alone.output_dir)), outcome(Path(stopped.output_dir))
+    train(config, console=quiet(), resume=True)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -113,11 +125,8 @@ def test_killed_runs_equal_one_left_alone(run, tmp_path: Path) -> None:
     )
     (tmp_path / "config.json").write_text(json.dumps(config))
     script = Path(__file__).parent / "killed_run.py"
-    done = subprocess.run(
-        [sys.executable, script, tmp_path / "config.json", tmp_path / "runs", str(kills), "1"],
-        capture_output=True,
-        text=True,
-        timeout=900,
+    done = run_command(
+        *(sys.executable, script, tmp_path / "config.json", tmp_path / "runs", kills, 1),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -187,42 +196,55 @@ def test_going_on_without_a_checkpoint_begins(run) -> None:
     assert len(result.history.steps) == 4
 
 
+# The command; it goes no further than the second step before the signal is there.
+WAITING = """
+import time
+from dream_training.cli import main
+from dream_training.training.signals import StopSignals
+original = StopSignals.on_step_end
+def on_step_end(self, args, state, control, **kwargs):
+    while state.global_step == 2 and self.received is None:
+        time.sleep(0.01)
+    original(self, args, state, control, **kwargs)
+StopSignals.on_step_end = on_step_end
+main()
+"""
+
+
 def test_the_command_goes_on(run, tmp_path: Path) -> None:
     """SIGTERM from outside: exit code 143, what to do next, and the same losses in the end."""
     import yaml
 
-    def command(output: str, *more: str) -> list[str]:
-        values = asdict(run(max_steps=40, eval_data=None, output_dir=str(tmp_path / output)))
-        (tmp_path / f"{output}.yaml").write_text(yaml.safe_dump(values))
-        return [
-            sys.executable,
-            "-m",
-            "dream_training.cli",
-            "train",
-            f"{tmp_path / output}.yaml",
-            *more,
-        ]
-
+    changes = {"max_steps": 8, "eval_data": None, "output_dir": str(tmp_path / "stopped")}
+    path = tmp_path / "stopped.yaml"
+    path.write_text(yaml.safe_dump(asdict(run(**changes))))
     process = subprocess.Popen(
-        command("stopped"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", WAITING, "train", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
+    bound = threading.Timer(TIMEOUT_S, process.kill)
+    bound.start()
     printed = []
-    assert process.stdout is not None
-    for line in process.stdout:
-        printed.append(line)
-        if line.startswith("step 2/40"):
-            process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143, printed
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            printed.append(line)
+            if line.startswith("step 2/8"):
+                process.send_signal(signal.SIGTERM)
+        assert process.wait() == 143, printed
+    finally:
+        bound.cancel()
+        process.kill()
     text = " ".join("".join(printed).split())
-    assert "SIGTERM: stopping after this step" in text and "--resume goes on after step" in text
-    train(run(max_steps=40, eval_data=None, output_dir=str(tmp_path / "alone")), console=quiet())
-    done = subprocess.run(command("stopped", "--resume"), capture_output=True, text=True)
+    assert "SIGTERM: stopping after this step" in text and "--resume goes on after step 2" in text
+    alone = train(run(**{**changes, "output_dir": str(tmp_path / "alone")}), console=quiet())
+    done = run_command(sys.executable, "-m", "dream_training.cli", "train", path, "--resume")
     assert done.returncode == 0, done.stderr
-    losses = [
-        [s["loss"] for s in json.loads((tmp_path / name / "history.json").read_text())["steps"]]
-        for name in ("alone", "stopped")
-    ]
-    assert len(losses[0]) == 40 and losses[0] == losses[1]
+    steps = json.loads((tmp_path / "stopped" / "history.json").read_text())["steps"]
+    assert len(steps) == 8
+    assert [step["loss"] for step in steps] == [step["loss"] for step in alone.history.steps]
 
 
 def test_a_model_folder_that_was_half_moved_is_mended(run, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import write_beir_folder
 from dream_training.data.docstrings import RetrievalSplit
 
@@ -91,3 +92,28 @@ def write_tiny_data(folder: Path, count: int) -> tuple[Path, Path]:
     qrels = {f"q{i}": {f"d{i}": 1} for i in range(6)}
     write_beir_folder(beir, corpus, {"test": RetrievalSplit(queries, qrels)})
     return data, beir
+
+
+def make_config(model: Path, folder: Path, **changes) -> TrainConfig:
+    """A run of a tiny model on tiny data, which are written unless their paths are given."""
+    if "train_data" not in changes:
+        data, beir = write_tiny_data(folder, 24)
+        changes = {"train_data": str(data), "eval_data": str(beir), **changes}
+    return TrainConfig(
+        **{
+            "reader": str(model),
+            "retriever": str(model),
+            "retriever_layers": 2,
+            "lora_r": 4,
+            "top_k": 4,
+            "batch_size": 4,
+            "learning_rate": 1e-2,
+            "warmup_steps": 1,
+            "max_steps": 4,
+            "eval_steps": 2,
+            "log_steps": 1,
+            "device": "cpu",
+            "output_dir": str(folder / "out"),
+            **changes,
+        }
+    )

@@ -41,7 +41,7 @@ from dream_training.training.callbacks import (
     ProgressCallback,
     TemperatureCallback,
 )
-from dream_training.training.faults import MemoryWatch, StepGuard, is_out_of_memory, memory_advice
+from dream_training.training.faults import MemoryWatch, StepGuard, explained
 from dream_training.training.resuming import (
     CHECKPOINTS,
     check_identity,
@@ -52,6 +52,7 @@ from dream_training.training.resuming import (
 from dream_training.training.run_record import RunRecord
 from dream_training.training.signals import StopSignals
 from dream_training.training.trainer import RunTrainer, Stateful, build_trainer
+from dream_training.training.workers import dead_worker, workers_end
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -186,6 +187,7 @@ def train(
             ``resume`` nor ``overwrite`` is set.
         ValueError: something in config, data or checkpoint does not fit; the message says what.
         FloatingPointError: more than ``max_skipped_steps`` steps were not finite.
+        ChildProcessError: a process of ``dataloader_workers`` died.
         MemoryError: memory did not suffice; the message says what to lower, and by how much.
         OSError: ``output_dir`` cannot be written.
     """
@@ -264,7 +266,7 @@ def train(
     start = time.perf_counter()
     interrupted = False
     try:
-        with signals.caught():
+        with signals.caught(), workers_end(config.dataloader_workers, trainer.data_collator):
             if checkpoint is None:
                 trainer.train()
             else:
@@ -272,14 +274,13 @@ def train(
     except KeyboardInterrupt:
         interrupted = True
     except Exception as error:
-        step = trainer.state.global_step + 1
-        if "DataLoader worker" in str(error):
-            raise ChildProcessError(
-                f"a process of dataloader_workers died in step {step}: {error}"
-            ) from error
-        if not is_out_of_memory(error):
-            raise
-        raise MemoryError(memory_advice(error, config, watch, step)) from error
+        # A signal to a whole control group ends the processes that make batches, too.
+        interrupted = signals.received is not None and dead_worker(error) is not None
+        if not interrupted:
+            named = explained(error, config, watch, trainer.state.global_step)
+            if named is None:
+                raise
+            raise named from error
     finally:
         progress.close()
     interrupted = interrupted or signals.received is not None

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dream_training.data.jsonl import write_json_lines
 from dream_training.distributed import world
 from dream_training.memory import peak_memory, total_memory, used_memory
+from dream_training.training.workers import dead_worker, error_in_worker
 
 if TYPE_CHECKING:
     from dream_training.config import TrainConfig
@@ -150,6 +151,27 @@ class MemoryWatch(TrainerCallback):
     def capacity(self) -> int:
         """Bytes that there are."""
         return total_memory(self.device)
+
+
+def explained(
+    error: Exception, config: TrainConfig, watch: MemoryWatch, done: int
+) -> Exception | None:
+    """Return an error that says what to do about one that ended a run, or None to keep that.
+
+    Args:
+        error: what was raised.
+        config: the run.
+        watch: measured the run.
+        done: steps that were done.
+    """
+    if said := dead_worker(error):
+        return ChildProcessError(
+            f"a process of dataloader_workers (there are {config.dataloader_workers}) died after "
+            f"step {done}: {said}"
+        )
+    if is_out_of_memory(error):
+        return MemoryError(memory_advice(error, config, watch, done + 1))
+    return error_in_worker(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

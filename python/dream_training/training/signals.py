@@ -43,7 +43,8 @@ class StopSignals(TrainerCallback):
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # None: one that was not set from Python, and cannot be put back from there.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:

@@ -29,6 +29,7 @@ from dream_training.distributed.sharding import whole
 from dream_training.distributed.trainer import Trainer
 from dream_training.models.retriever import merged
 from dream_training.training.resuming import CHECKPOINTS
+from dream_training.training.workers import leave_signals_to_the_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,6 +117,11 @@ class RunTrainer(Trainer):
         """The retriever as it is saved: its adapters merged, which rounds, and is faster."""
         own = whole(self.model)
         return merged(own, private=own is not self.model)
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        leave_signals_to_the_run(loader)
+        return loader
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         sampler = super().get_batch_sampler(dataset, *args, **kwargs)
