@@ -72,8 +72,8 @@ test-slow: $(STAMP)
 # Everything of docs/reliability.md in full; its figures go to SOAK_RECORD.
 SOAK_RECORD ?= docs/soak.jsonl
 SOAK_TESTS ?= tests/training/test_checkpoint_folder.py tests/training/test_resume.py \
-  tests/training/test_faults.py tests/training/test_long_run.py tests/distributed tests/hostile \
-  tests/kernels/test_context_parallel.py
+  tests/training/test_faults.py tests/training/test_workers.py tests/training/test_long_run.py \
+  tests/distributed tests/hostile tests/kernels/test_context_parallel.py
 soak: $(STAMP)
 	rm -f $(SOAK_RECORD)
 	DREAM_SOAK=1 DREAM_SOAK_RECORD=$(abspath $(SOAK_RECORD)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest \

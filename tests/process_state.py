@@ -34,6 +34,7 @@ _LIMITS = tuple(
     if hasattr(resource, f"RLIMIT_{name}")
 )
 _LOGGERS = (None, "transformers", "datasets", "sentence_transformers", "dream_training")
+_START_METHOD = multiprocessing.get_all_start_methods()[0]  # the default comes first
 # What the package itself registers with transformers, once, and what importing a library sets.
 _OWN_ATTENTION = "dream_"
 _OF_IMPORTS = {"KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK", "PYTEST_CURRENT_TEST"}
@@ -54,7 +55,7 @@ def process_state() -> dict[str, Any]:
             torch.get_float32_matmul_precision(),
             getattr(torch.backends.cuda.matmul, "fp32_precision", None),
         ),
-        "start method": multiprocessing.get_start_method(allow_none=True),
+        "start method": multiprocessing.get_start_method(allow_none=True) or _START_METHOD,
         "children": {child.pid for child in multiprocessing.active_children()},
         "process group": dist.is_available() and dist.is_initialized(),
     }

@@ -449,8 +449,11 @@ def test_amd_gpus_that_nothing_was_compiled_for_are_refused(
 
 @pytest.fixture
 def matmul_precision() -> Iterator[None]:
+    before = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     yield
     torch.set_float32_matmul_precision("highest")
+    if before is not None:  # the newer switch, which also knows that nobody has set it
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_tf32_follows_the_switch_of_pytorch(

@@ -100,6 +100,7 @@ def error_in_worker(error: Exception) -> Exception | None:
     """Return what a process has raised, without the traceback that torch makes its message of."""
     if not re.match(r"Caught \w+ in DataLoader worker", str(error)):
         return None
-    name = type(error).__name__
-    found = re.search(rf"^(?:[\w.]+\.)?{name}: (.*)\Z", str(error), re.MULTILINE | re.DOTALL)
-    return type(error)(found[1].strip()) if found else None
+    # The last one: what it was raised from comes before it.
+    lines = rf"^(?:[\w.]+\.)?{type(error).__name__}: "
+    *_, message = re.split(lines, str(error), flags=re.MULTILINE)
+    return None if message == str(error) else type(error)(message.strip())
