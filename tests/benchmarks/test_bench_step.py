@@ -36,8 +36,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def setup():
+def models():
     return make_setup(STEP_MODELS["tiny"], 4, 24, CPU)
+
+
+@pytest.fixture
+def setup(models):
+    """Without the gradients of the test before, to which a step would add its own."""
+    models.optimizer.zero_grad()
+    return models
 
 
 @dataclass

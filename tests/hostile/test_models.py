@@ -23,7 +23,7 @@ from dream_training.models.retriever import build_retriever
 from dream_training.models.trust import load_language_model, load_sentence_transformer
 from dream_training.reading.document_store import DiskStore
 from dream_training.reading.reader import Reader
-from own_process import run_command
+from own_process import in_own_process, run_command
 
 CODE = """
 from pathlib import Path
@@ -119,9 +119,13 @@ def test_a_model_with_code_is_refused_without_running_it(
     assert not trace.exists()
 
 
+def run_its_code(path: Path) -> str:
+    return type(load_language_model(path, trust_remote_code=True)).__name__
+
+
 def test_it_is_run_when_that_is_allowed(model_with_code: Path, trace: Path) -> None:
-    model = load_language_model(model_with_code, trust_remote_code=True)
-    assert type(model).__name__ == "OwnModel" and trace.exists()
+    """In a process of its own: transformers registers what it has run."""
+    assert in_own_process(run_its_code, model_with_code) == "OwnModel" and trace.exists()
 
 
 def test_a_tokenizer_with_code_is_refused(tiny: Path, tmp_path: Path, trace: Path) -> None:
