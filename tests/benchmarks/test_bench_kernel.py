@@ -156,7 +156,7 @@ def test_records_hold_the_figures_and_validate() -> None:
         assert record["total"]["lower"] <= record["total"]["median"] <= record["total"]["upper"]
     for record in run_overhead(QUICK):
         validate(record)
-        assert 1e-7 < record["forward"]["median"] < 1e-1
+        assert record["forward"]["median"] > 1e-7
 
 
 @pytest.mark.skipif(not memory.measurable(), reason="needs Linux's peak of resident memory")

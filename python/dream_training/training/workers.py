@@ -63,10 +63,11 @@ def workers_end(count: int, collator: Any) -> Iterator[None]:
 @contextmanager
 def _no_reports() -> Iterator[None]:
     """Keep torch's handler from raising inside."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if in_main and hasattr(signal, "SIGCHLD") else None
+    if before is None:
         yield
         return
-    before = signal.getsignal(signal.SIGCHLD)
 
     def handle(number: int, frame: FrameType | None) -> None:
         try:
