@@ -72,11 +72,10 @@ def train(
 
     settings = load_config(config, overrides or [])
     if dry_run:
-        from rich.console import Console
-
+        from dream_training.console import make_console
         from dream_training.training.dry_run import dry_run as rehearse
 
-        rehearse(settings, Console())
+        rehearse(settings, make_console())
         return
     from dream_training.distributed import world
     from dream_training.training.driver import train as run
@@ -361,11 +360,22 @@ def compare_runs(
         typer.Option(help="which model of the second"),
     ] = None,
     seed: Annotated[int, typer.Option(help="of the resampling")] = 0,
+    allow_different: Annotated[
+        bool,
+        typer.Option("--allow-different", help="compare figures of other settings or data too"),
+    ] = False,
 ) -> None:
     """Test whether two evaluations differ by more than luck with the queries."""
     from dream_training.commands.compare_runs import run_compare
 
-    run_compare(first, second, first_model=first_model, second_model=second_model, seed=seed)
+    run_compare(
+        first,
+        second,
+        first_model=first_model,
+        second_model=second_model,
+        seed=seed,
+        allow_different=allow_different,
+    )
 
 
 @app.command()

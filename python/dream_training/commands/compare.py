@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+from dream_training.console import make_console, print_paths, show_on, shows_progress
+from dream_training.training.comparison import comparison_tables, load_comparison, run_comparison
 
-from dream_training.training.comparison import comparison_table, load_comparison, run_comparison
 
-
+@shows_progress
 def run_compare(config: Path, overrides: Sequence[str], only: Sequence[str]) -> None:
     """Run the command; the arguments are its own."""
-    console = Console()
+    console = show_on(make_console())
     comparison = load_comparison(config, overrides)
     rows = run_comparison(comparison, console, only)
-    console.print(comparison_table(rows))
+    for table in comparison_tables(rows):
+        console.print("", table)
     folder = Path(comparison.base.output_dir)
-    console.print(f"The table: {folder / 'comparison.json'}", soft_wrap=True)
-    console.print(f"The plot:  {folder / 'comparison.png'}", soft_wrap=True)
+    console.print()
+    print_paths(
+        console,
+        {"The tables:": folder / "comparison.json", "The plot:": folder / "comparison.png"},
+    )

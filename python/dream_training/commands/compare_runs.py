@@ -7,13 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
+from dream_training.console import make_console, print_paths, show_on, shows_progress, tracked
 from dream_training.evaluation.paired import Comparison, compare_queries
-from dream_training.evaluation.results import Evaluation, read_evaluations
-from dream_training.evaluation.tasks import BM25, UNTRAINED
+from dream_training.evaluation.results import (
+    BM25,
+    UNTRAINED,
+    Evaluation,
+    compare_settings,
+    is_same_task,
+    read_evaluations,
+)
+
+# Of the figures of one task, in a line below its name.
+_COLUMNS = "{:>8}  {:>6}  {:>10}  {:>18}  {:>7}  {:>16}"
 
 
+@shows_progress
 def run_compare(
     first: Path,
     second: Path,
@@ -21,9 +31,19 @@ def run_compare(
     first_model: str | None,
     second_model: str | None,
     seed: int,
+    allow_different: bool = False,
     console: Console | None = None,
 ) -> dict[str, Comparison]:
     """Run the command; the arguments are its own.
+
+    Args:
+        first: file of evaluations, or folder of a run.
+        second: the other one.
+        first_model: which model of the first.
+        second_model: which model of the second.
+        seed: of the resampling.
+        allow_different: compare figures of other settings or data too, and say how they differ.
+        console: where to print.
 
     Returns:
         A comparison by task, of the tasks that both files hold.
@@ -31,36 +51,35 @@ def run_compare(
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file holds several models and none was named, the two share no task, or the
-            queries of a task differ.
+            queries, settings or documents of a task differ.
     """
-    console = console or Console()
+    console = show_on(console or make_console())
     a = choose_model(read_evaluations(first), first_model, first, "first-model")
     b = choose_model(read_evaluations(second), second_model, second, "second-model")
+    warnings = check_settings(a, b, allow_different)
     comparisons = compare_evaluations(a, b, seed)
     if not comparisons:
         raise ValueError(
             f"no task is in both: {', '.join(e.task for e in a)} in {first}, "
             f"{', '.join(e.task for e in b)} in {second}"
         )
-    console.print(f"first   {a[0].model}\nsecond  {b[0].model}", highlight=False, soft_wrap=True)
-    table = Table()
-    table.add_column("task", overflow="fold")
-    for column in (
-        "first", "second", "difference", "95 % interval", "p", "wins/ties/losses",
-    ):  # fmt: skip
-        table.add_column(column, justify="right", no_wrap=True)
+    print_paths(console, {"first": a[0].model, "second": b[0].model})
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow")
+    heads = ("first", "second", "difference", "95 % interval", "p", "wins/ties/losses")
+    console.print("\n" + _COLUMNS.format(*heads), soft_wrap=True, style="bold")
     for task, c in comparisons.items():
-        table.add_row(
-            task, f"{c.mean_a:.4f}", f"{c.mean_b:.4f}", f"{c.difference:+.4f}",
+        console.print(task, soft_wrap=True)
+        figures = _COLUMNS.format(
+            f"{c.mean_a:.4f}", f"{c.mean_b:.4f}", f"{c.difference:+.4f}",
             f"{c.low:+.4f} .. {c.high:+.4f}", describe_p(c.p_value),
             f"{c.wins}/{c.ties}/{c.losses}",
         )  # fmt: skip
-    console.print(table, highlight=False)
+        console.print(figures, soft_wrap=True)
     console.print(
-        "nDCG@10, second minus first, over the same queries: bootstrap interval of the mean and "
+        "\nnDCG@10, second minus first, over the same queries: bootstrap interval of the mean and "
         "paired permutation test, 9,999 resamples each. The p values are not corrected for the "
-        "number of tasks, and say nothing of other training seeds.",
-        highlight=False,
+        "number of tasks, and say nothing of other training seeds."
     )
     return comparisons
 
@@ -91,6 +110,45 @@ def choose_model(
     return chosen
 
 
+def pair_tasks(
+    first: Sequence[Evaluation], second: Sequence[Evaluation]
+) -> list[tuple[Evaluation, Evaluation]]:
+    """The evaluations of two models on every task that both have, whatever its path is called."""
+    pairs = []
+    for a in first:
+        same = [b for b in second if is_same_task(a, b)]
+        # Of several folders with the same data, the one with the same name.
+        same.sort(key=lambda b: b.task != a.task)
+        pairs += [(a, b) for b in same[:1]]
+    return pairs
+
+
+def check_settings(
+    first: Sequence[Evaluation], second: Sequence[Evaluation], allow_different: bool = False
+) -> list[str]:
+    """Return what is to be said of how the settings of shared tasks differ.
+
+    Raises:
+        ValueError: they differ, and that is not allowed.
+    """
+    warnings: dict[str, None] = {}
+    for a, b in pair_tasks(first, second):
+        found = compare_settings(a, b)
+        if found.different:
+            problem = f"task {a.task!r}: {found}"
+            if not allow_different:
+                raise ValueError(
+                    f"{problem}; the figures can only be compared with --allow-different"
+                )
+            warnings[problem] = None
+        if found.unknown:
+            warnings[
+                f"task {a.task!r}: {', '.join(found.unknown)} cannot be compared, for only one "
+                "of the files has recorded them"
+            ] = None
+    return list(warnings)
+
+
 def compare_evaluations(
     first: Sequence[Evaluation], second: Sequence[Evaluation], seed: int = 0
 ) -> dict[str, Comparison]:
@@ -99,17 +157,16 @@ def compare_evaluations(
     Raises:
         ValueError: the queries of a task differ.
     """
-    others = {e.task: e for e in second}
-    comparisons = {}
-    for a in first:
-        if a.task in others:
-            try:
-                comparisons[a.task] = compare_queries(
-                    a.query_ndcg_at_10, others[a.task].query_ndcg_at_10, seed
-                )
-            except ValueError as error:
-                raise ValueError(f"task {a.task!r}: {error}") from None
-    return comparisons
+    pairs = pair_tasks(first, second)
+    shown = tracked(pairs, "resampling: tasks", len(pairs))
+    return {a.task: _compare(a, b, seed) for a, b in shown}
+
+
+def _compare(a: Evaluation, b: Evaluation, seed: int) -> Comparison:
+    try:
+        return compare_queries(a.query_ndcg_at_10, b.query_ndcg_at_10, seed)
+    except ValueError as error:
+        raise ValueError(f"task {a.task!r}: {error}") from None
 
 
 def describe_p(value: float) -> str:

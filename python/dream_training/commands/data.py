@@ -8,17 +8,25 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dream_kernels.parsing import read_text
 from dream_training.config import DTYPES
+from dream_training.console import (
+    make_console,
+    make_table,
+    progress,
+    show_on,
+    shows_progress,
+    tracked,
+)
 from dream_training.data.generated_targets import GenerationCounts, write_targets
 from dream_training.data.jsonl import iterate_training_rows, write_training_rows
 from dream_training.data.raw_text import TextLengths, count_tokens
 from dream_training.data.statistics import Lengths, describe, token_lengths
 
 
+@shows_progress
 def run_prepare(
     *,
     source: str,
@@ -33,6 +41,7 @@ def run_prepare(
     trust_remote_code: bool = False,
 ) -> None:
     """Run ``dream data prepare``; the arguments are its options."""
+    console = show_on(make_console())
     lengths = TextLengths(
         passage_len,
         query_len,
@@ -42,10 +51,11 @@ def run_prepare(
     rows = iterate_training_rows(
         source, split=split, target_from=target_from, text_lengths=lengths, streaming=True
     )
-    written = write_training_rows(output, islice(rows, limit))
-    Console(soft_wrap=True).print(f"{written} lines: {output}", highlight=False)
+    written = write_training_rows(output, tracked(islice(rows, limit), "writing lines", limit))
+    console.print(f"{written} lines: {output}", soft_wrap=True)
 
 
+@shows_progress
 def run_stats(
     *,
     source: str,
@@ -61,6 +71,9 @@ def run_stats(
     trust_remote_code: bool = False,
 ) -> None:
     """Run ``dream data stats``; the arguments are its options."""
+    console = make_console()
+    if not as_json:  # standard output is for JSON alone then
+        show_on(console)
     limits = {"query": query_max_len, "document": passage_max_len}
     lengths = []
     if reader is not None:
@@ -83,17 +96,18 @@ def run_stats(
         streaming=True,
         on_bad_line=bad_lines.append,
     )
-    result = describe(islice(rows, limit), lengths, bad_lines)
+    result = describe(tracked(islice(rows, limit), "counting lines", limit), lengths, bad_lines)
     if as_json:
         print(json.dumps({"source": source, **result}, indent=1))
         return
-    console = Console(soft_wrap=True)
-    for table in _tables(source, result):
-        console.print(table)
-    for line in _suspicions(result):
-        console.print(line, highlight=False, markup=False)
+    console.print(source, soft_wrap=True)
+    for table in _tables(result):
+        console.print("", table)
+    for i, line in enumerate(_suspicions(result)):
+        console.print("\n" * (i == 0) + line, soft_wrap=True)
 
 
+@shows_progress
 def run_targets(
     *,
     source: str,
@@ -118,7 +132,7 @@ def run_targets(
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
-    console = Console(soft_wrap=True)
+    console = show_on(make_console())
     rows = list(islice(iterate_training_rows(source, split=split, need_target=False), limit))
     path = resolve_model(reader, dtype)
     model = load_language_model(
@@ -131,7 +145,7 @@ def run_targets(
     options: dict[str, Any] = {}
     if instruction is not None:
         options["instruction"] = read_text(instruction)
-    with console.status("writing targets ...") as status:
+    with progress("writing targets", len(rows)) as work:
         written = write_targets(
             rows,
             model,
@@ -141,14 +155,14 @@ def run_targets(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             overwrite=overwrite,
-            progress=lambda c: status.update(f"writing targets ... {sum(vars(c).values())} lines"),
+            progress=lambda c: work.update(sum(vars(c).values())),
             **options,
         )
         total = write_training_rows(output, written)
+    console.print(f"{total} lines: {output}", soft_wrap=True)
     console.print(
-        f"{total} lines: {output}\n{counts.written} targets were written by {reader}, "
-        f"{counts.kept} were there, {counts.empty} lines were left out because it wrote nothing",
-        highlight=False,
+        f"{counts.written} targets were written by {reader}, {counts.kept} were there, "
+        f"{counts.empty} lines were left out because it wrote nothing"
     )
 
 
@@ -159,11 +173,10 @@ def _load_tokenizer(name: str, trust_remote_code: bool) -> Any:
     return load_tokenizer(resolve_model(name), trust_remote_code)
 
 
-def _tables(source: str, result: dict[str, Any]) -> Iterator[Table]:
+def _tables(result: dict[str, Any]) -> Iterator[Table]:
     lines = result["lines"]
-    table = Table(title=source, show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
+    table = make_table("", "")
+    table.show_header = False
     for name, value in (
         ("lines", f"{lines:,}"),
         ("with a target", _part(result["with_target"], lines)),
@@ -183,9 +196,7 @@ def _tables(source: str, result: dict[str, Any]) -> Iterator[Table]:
         table.add_row(name, value)
     yield table
 
-    table = Table("", "min", "median", "90 %", "max", "mean", "limit", "cut", title="lengths")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = make_table("lengths", "min", "median", "90 %", "max", "mean", "limit", "cut")
     table.add_row("candidates of a line", *_numbers(result["candidates"]), "", "")
     for unit, fields in result["lengths"].items():
         table.add_section()

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.text import Text
 
 from dream_training.config import load_config
+from dream_training.console import make_console, print_entry, show_on, shows_progress
 from dream_training.doctor.check import FAULT, OK, WARNING, Check
 from dream_training.doctor.diagnosis import diagnose, has_fault
 
@@ -16,16 +16,16 @@ _STYLES = {OK: "green", WARNING: "yellow", FAULT: "bold red"}
 _WIDTH = 15
 
 
+@shows_progress
 def run_doctor(config: Path, overrides: Sequence[str]) -> bool:
     """Examine the run that a config describes.
 
     Returns:
         Whether nothing is at fault.
     """
-    console = Console()
+    console = show_on(make_console())
     settings = load_config(config, overrides)
-    with console.status("examining ..."):
-        checks = diagnose(settings, report=lambda check: _print(console, check))
+    checks = diagnose(settings, report=lambda check: _print(console, check))
     counts = {status: sum(c.status == status for c in checks) for status in (FAULT, WARNING)}
     if has_fault(checks):
         console.print(f"\nThis run should not be started: {counts[FAULT]} at fault.")
@@ -37,8 +37,7 @@ def run_doctor(config: Path, overrides: Sequence[str]) -> bool:
 
 
 def _print(console: Console, check: Check) -> None:
-    line = Text(f"{check.status:<8}", style=_STYLES[check.status])
-    line.append(f"{check.name:<{_WIDTH}}  {check.figure}", style="default not bold")
-    console.print(line, soft_wrap=True)
+    head = f"{check.status:<8}{check.name:<{_WIDTH}}  "
+    print_entry(console, head, check.figure, _STYLES[check.status])
     if check.advice:
-        console.print(Text(f"{'':<8}{'':<{_WIDTH}}  -> {check.advice}"), soft_wrap=True)
+        print_entry(console, f"{'':<{len(head)}}-> ", check.advice)

@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from dream_training.console import (
+    make_console,
+    make_table,
+    print_paths,
+    short_names,
+    show_on,
+    shows_progress,
+)
 from dream_training.environment import describe_environment
 from dream_training.evaluation.results import Evaluation, write_evaluations
 from dream_training.evaluation.tasks import (
@@ -26,6 +33,11 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
+# Of names this long, a table may show the beginning alone.
+_LONG = 16
+
+
+@shows_progress
 def run_evaluate(
     arguments: Sequence[str],
     *,
@@ -51,7 +63,7 @@ def run_evaluate(
         FileNotFoundError: a folder is missing, or data could not be fetched.
         ValueError: no model or no task is named, or a task is unknown.
     """
-    console = console or Console()
+    console = show_on(console or make_console())
     folders = [name for name in arguments if is_beir_folder(name)]
     models = [name for name in arguments if name not in folders]
     names = expand_tasks([*folders, *(name for name in tasks.split(",") if name.strip())])
@@ -70,8 +82,7 @@ def run_evaluate(
     for name in models:
         model = _load(name, trust_remote_code)
         for task in names:
-            with console.status(f"{name} on {task} ..."):
-                evaluations.append(evaluate_task(model, name, task, options))
+            evaluations.append(evaluate_task(model, name, task, options))
             if output is not None:  # what took hours is kept when the next task fails
                 write_evaluations(output, evaluations, describe_environment(model.device))
     if bm25:
@@ -79,7 +90,7 @@ def run_evaluate(
     print_table(console, evaluations)
     if output is not None:
         write_evaluations(output, evaluations, describe_environment(model.device))
-        console.print(f"With every query's score: {output}", highlight=False, soft_wrap=True)
+        console.print(f"\nWith every query's score: {output}", soft_wrap=True)
     return evaluations
 
 
@@ -95,27 +106,31 @@ def _load(name: str, trust_remote_code: bool) -> SentenceTransformer:
 
 def print_table(console: Console, evaluations: Sequence[Evaluation]) -> None:
     """Print one line for each model on each task, and each model's mean over its tasks."""
-    table = Table()
-    for column in ("task", "model"):
-        table.add_column(column, overflow="fold")
-    for column in ("nDCG@10", "recall@10", "queries", "documents"):
-        table.add_column(column, justify="right")
+    table = make_table("task", "model", "nDCG@10", "recall@10", "queries", "documents", texts=2)
     tasks = list(dict.fromkeys(e.task for e in evaluations))
+    models = list(dict.fromkeys(e.model for e in evaluations))
+    shown = short_names([*tasks, *models])
     for task in tasks:
         for e in evaluations:
             if e.task == task:
                 table.add_row(
-                    task, e.model, f"{e.ndcg_at_10:.4f}", f"{e.recall_at_10:.4f}",
+                    shown[task], shown[e.model], f"{e.ndcg_at_10:.4f}", f"{e.recall_at_10:.4f}",
                     f"{len(e.query_ndcg_at_10):,}", f"{e.documents:,}",
                 )  # fmt: skip
         table.add_section()
-    for model in dict.fromkeys(e.model for e in evaluations):
+    for model in models:
         own = [e for e in evaluations if e.model == model]
         if len(tasks) > 1 and len(own) == len(tasks):
             ndcg = sum(e.ndcg_at_10 for e in own) / len(own)
             recall = sum(e.recall_at_10 for e in own) / len(own)
-            table.add_row(f"mean of {len(own)}", model, f"{ndcg:.4f}", f"{recall:.4f}", "", "")
-    console.print(table, highlight=False)
+            table.add_row(
+                f"mean of {len(own)}", shown[model], f"{ndcg:.4f}", f"{recall:.4f}", "", ""
+            )
+    console.print(table)
+    legend = {name: path for path, name in shown.items() if name != path or len(name) > _LONG}
+    if legend:
+        console.print()
+        print_paths(console, legend)
 
 
 def choose_devices(processes: int | None, devices: str) -> list[str] | None:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dream_kernels import write_heads
 from dream_kernels.head_file import head_name
 from dream_training.config import HEAD_CRITERIA, TrainConfig, load_config
+from dream_training.console import make_console, make_table, print_paths, show_on, shows_progress
 from dream_training.data.jsonl import read_training_data
 from dream_training.heads import comparison
 from dream_training.heads.comparison import RANDOM, ComparedChoice
@@ -83,38 +83,39 @@ class HeadOptions:
         return name
 
 
+@shows_progress
 def run_heads(options: HeadOptions, output: Path, criterion: str) -> None:
     """Select heads by one criterion; write, draw and print them."""
-    console = Console()
+    console = show_on(make_console())
     examples = head_examples(
         options.read(),
         options.examples,
         options.seed,
         labelled=criterion not in WITHOUT_LABELS,
     )
-    with console.status("reading ...") as status:
-        head_file = select_heads(
-            load_reader(options.config(), {}),
-            examples,
-            criterion=criterion,
-            seed=options.seed,
-            progress=lambda done, total: status.update(f"reading ... {done}/{total} examples"),
-            **options.selection(),
-        )
+    head_file = select_heads(
+        load_reader(options.config(), {}),
+        examples,
+        criterion=criterion,
+        seed=options.seed,
+        **options.selection(),
+    )
     write_heads(output, head_file)
     console.print(f"{'rank':>4}  {'head':>6}  {'score' if head_file.scores else ''}".rstrip())
     for rank, head in enumerate(head_file.heads[: options.top_k], 1):
         score = f"  {head_file.scores[head]:.4f}" if head_file.scores else ""
         console.print(f"{rank:>4}  {head_name(*head):>6}{score}")
-    console.print(f"\nAll {len(head_file.heads)} heads: {output}")
+    console.print()
+    paths = {f"All {len(head_file.heads)} heads:": output}
     if head_file.scores:
-        picture = plot_heads(head_file, output.with_suffix(".png"), options.top_k)
-        console.print(f"Their map: {picture}")
+        paths["Their map:"] = plot_heads(head_file, output.with_suffix(".png"), options.top_k)
+    print_paths(console, paths)
     preferred = head_file.provenance.get("prefers_the_positive")
     if preferred is not None:
         console.print(f"The loss prefers the document known to be relevant in {preferred:.0%}.")
 
 
+@shows_progress
 def run_head_comparison(
     options: HeadOptions,
     folder: Path,
@@ -128,7 +129,7 @@ def run_head_comparison(
 
     Writes the head files, ``comparison-top<k>.json`` and ``overlap-top<k>.png`` to ``folder``.
     """
-    console, top_k = Console(), options.top_k
+    console, top_k = show_on(make_console()), options.top_k
     training = None
     if train is not None:  # a mistake in it shall show at once
         training = comparison.training_config(load_config(train), folder, top_k)
@@ -146,18 +147,16 @@ def run_head_comparison(
         console.print("too few lines to hold some out: the losses are those of the same lines")
         held_out = drawn
     reader = load_reader(options.config(), {})
-    with console.status("reading ...") as status:
-        choices = comparison.choose(
-            reader,
-            drawn[: options.examples],
-            folder,
-            criteria=names,
-            draws=draws,
-            options=options.selection(),
-            progress=lambda name: status.update(f"reading: {name} ..."),
-        )
-        if labelled:
-            comparison.measure(reader, choices, top_k, held_out)
+    choices = comparison.choose(
+        reader,
+        drawn[: options.examples],
+        folder,
+        criteria=names,
+        draws=draws,
+        options=options.selection(),
+    )
+    if labelled:
+        comparison.measure(reader, choices, top_k, held_out)
     size = reader.model.config.get_text_config()
     del reader
     picture = plot_head_choices(
@@ -168,13 +167,16 @@ def run_head_comparison(
     )
     result = folder / f"comparison-top{top_k}.json"
     write_json(result, comparison.to_json(choices, top_k))
+    console.print(f"Heads in common: Jaccard index of the best {top_k}\n")
     console.print(_overlap_table(choices, top_k))
     if training is not None:
         own = range(training.seed, training.seed + seeds)
         comparison.train_with(choices, training, top_k, own, console)
         write_json(result, comparison.to_json(choices, top_k))
-    console.print(_result_table(choices, top_k))
-    console.print(f"\nWho chose what: {picture}\nAll figures: {result}", soft_wrap=True)
+    console.print(f"\nThe best {top_k} heads of each choice\n")
+    console.print(_result_table(choices))
+    console.print()
+    print_paths(console, {"Who chose what:": picture, "All figures:": result})
 
 
 def _is_random(choice: ComparedChoice) -> bool:
@@ -186,9 +188,7 @@ def _overlap_table(choices: Sequence[ComparedChoice], top_k: int) -> Table:
     shared = comparison.overlap(choices, top_k)
     named = [choice.name for choice in choices if not _is_random(choice)]
     draws = [choice.name for choice in choices if _is_random(choice)]
-    table = Table("", title=f"Heads in common: Jaccard index of the best {top_k}")
-    for name in [*named, *(["random, mean"] if draws else [])]:
-        table.add_column(name, justify="right")
+    table = make_table("", *named, *(["random, mean"] if draws else []))
     for a in named:
         cells = [f"{shared[a][b]:.2f}" for b in named]
         if draws:
@@ -197,16 +197,13 @@ def _overlap_table(choices: Sequence[ComparedChoice], top_k: int) -> Table:
     return table
 
 
-def _result_table(choices: Sequence[ComparedChoice], top_k: int) -> Table:
+def _result_table(choices: Sequence[ComparedChoice]) -> Table:
     """Losses and training results of every choice, and of all random draws together."""
-    table = Table("heads", title=f"The best {top_k} heads of each choice")
     measured = any(choice.contrast is not None for choice in choices)
-    if measured:
-        for name in ("right", "uniform", "wrong", "wrong - right"):
-            table.add_column(f"loss\n{name}", justify="right")
+    losses = ("right", "uniform", "wrong", "wrong - right") if measured else ()
     trained = list(dict.fromkeys(name for choice in choices for name in choice.training))
-    for name in trained:
-        table.add_column(f"nDCG@10\n{name}", justify="right")
+    heads = [f"loss\n{name}" for name in losses] + [f"nDCG@10\n{name}" for name in trained]
+    table = make_table("heads", *heads)
 
     def cells(group: Sequence[ComparedChoice]) -> list[str]:
         out = []

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
-
+from dream_training.console import make_console, print_paths, show_on, shows_progress, tracked
 from dream_training.data.beir_folder import read_corpus
 from dream_training.data.forms import beir
 from dream_training.data.jsonl import iterate_training_rows, write_training_rows
@@ -23,6 +22,7 @@ from dream_training.training.driver import write_json
 BM25 = "bm25"
 
 
+@shows_progress
 def run_mine(
     *,
     data: str,
@@ -39,10 +39,9 @@ def run_mine(
     trust_remote_code: bool = False,
 ) -> None:
     """Run the command; the arguments are its options."""
-    console = Console(soft_wrap=True)
-    rows = list(
-        iterate_training_rows(data, split=split, target_from=target_from, need_target=False)
-    )
+    console = show_on(make_console())
+    read = iterate_training_rows(data, split=split, target_from=target_from, need_target=False)
+    rows = list(tracked(read, f"reading {Path(data).name}"))
     texts = read_documents(corpus, data, rows)
     rank: Rank
     if retriever == BM25:
@@ -52,8 +51,7 @@ def run_mine(
             retriever, query_max_len, passage_max_len, batch_size, device, trust_remote_code
         )
         package = "sentence-transformers"
-    with console.status(f"searching {len(texts)} documents for {len(rows)} lines ..."):
-        mined, counts = mine(rows, texts, rank, options)
+    mined, counts = mine(rows, texts, rank, options)
     write_training_rows(output, mined)
     provenance = provenance_path(output)
     write_json(
@@ -73,7 +71,7 @@ def run_mine(
         },
     )
     console.print(_summary(counts, options))
-    console.print(f"The lines: {output}\nHow they were made: {provenance}")
+    print_paths(console, {"The lines:": output, "How they were made:": provenance})
 
 
 def provenance_path(output: Path) -> Path:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dream_training.console import make_console, show_on, shows_progress
 from dream_training.report.page import write_report
 from dream_training.report.run_folder import read_runs
 
 
+@shows_progress
 def run_report(
     folders: Sequence[Path], output: Path | None, console: Console | None = None
 ) -> Path:
@@ -27,9 +29,8 @@ def run_report(
     """
     if output is None:
         output = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
+    console = show_on(console or make_console())
     path = write_report(read_runs(folders), output)
     size = path.stat().st_size / 1024
-    (console or Console()).print(
-        f"The report: {path} ({size:,.0f} KiB)", highlight=False, soft_wrap=True
-    )
+    console.print(f"The report: {path} ({size:,.0f} KiB)", soft_wrap=True)
     return path

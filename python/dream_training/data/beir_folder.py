@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dream_kernels.parsing import parse_json, shortened, why_not_name, why_not_text
+from dream_training.console import tracked
 from dream_training.data.sources import MAX_LINE
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def read_beir_folder(
     folder = Path(path)
     corpus = read_corpus(folder)
     every_query: Queries = {}
-    for where, row in _read_jsonl(folder / _QUERIES):
+    for where, row in tracked(_read_jsonl(folder / _QUERIES), "reading queries"):
         _add(every_query, _id(row, where), _text(row, "text", where), where)
     qrels = _read_qrels(folder / "qrels" / f"{split}.tsv")
     _check_qrels(qrels, corpus, every_query)
@@ -154,7 +155,7 @@ def read_corpus(path: str | os.PathLike[str]) -> Corpus:
         ValueError: for a line that cannot be read, or an id that appears twice.
     """
     corpus: Corpus = {}
-    for where, row in _read_jsonl(Path(path) / _CORPUS):
+    for where, row in tracked(_read_jsonl(Path(path) / _CORPUS), "reading documents"):
         title = _text(row, "title", where, optional=True)
         text = _text(row, "text", where, optional=True)
         _add(corpus, _id(row, where), f"{title} {text}".strip(), where)

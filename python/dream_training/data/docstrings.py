@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from dream_training.console import progress, tracked
 from dream_training.data.docstring_text import ParsedDocstring, first_sentence, parse_docstring
 from dream_training.data.public_api import PublicApi, PublicObject
 
@@ -175,7 +176,8 @@ def load_documentation(
         if size < 0:
             raise ValueError(f"{name}: expected a number >= 0, got {size}")
     packages = list(dict.fromkeys(packages))
-    api = PublicApi(packages)
+    with progress("importing the packages"):
+        api = PublicApi(packages)
     if len(api.missing) == len(packages):
         raise ValueError(f"packages: none of {packages} could be imported: {api.missing}")
 
@@ -184,7 +186,8 @@ def load_documentation(
         modules_skipped=api.skipped_modules,
         objects=len(api.objects),
     )
-    parsed = [(source, parse_docstring(source.docstring)) for source in api.objects]
+    shown = tracked(api.objects, "reading docstrings", len(api.objects))
+    parsed = [(source, parse_docstring(source.docstring)) for source in shown]
     counts["docstrings_unreadable"] = sum(text is None for _, text in parsed)
     entries = {
         source.name: _Documented(source, text)

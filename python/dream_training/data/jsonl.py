@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dream_training.config import POSITIVES
+from dream_training.console import tracked
 from dream_training.data import raw_text
 from dream_training.data.forms import Parse, beir, find_form
 from dream_training.data.raw_text import TextLengths
@@ -56,7 +57,8 @@ def read_training_data(
 
     tables: list[Dataset] = []
     chunk: list[dict[str, Any]] = []
-    for row in _columns(source, split, target_from, positives):
+    rows = _columns(source, split, target_from, positives)
+    for row in tracked(rows, f"reading {Path(source).name}"):
         chunk.append(row)
         if len(chunk) == _CHUNK:
             tables.append(Dataset.from_list(chunk))

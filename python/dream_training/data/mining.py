@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from dream_training.console import tracked
 from dream_training.data.training_row import TrainingRow, make_row, normalised
 
 # Ranks the documents of a corpus for queries, both by id: (queries, corpus, k) -> scores by id.
@@ -116,7 +117,7 @@ def mine(
         known.update(normalised(row.documents[i]) for i in row.positives)
     counts = MiningCounts(rows=len(rows))
     mined = []
-    for row in rows:
+    for row in tracked(rows, "choosing candidates", len(rows)):
         scores = ranking.get(row.query, {})
         # Equal scores in the order of the corpus, whatever order the search found them in.
         order = sorted(scores, key=lambda key: (-scores[key], int(key)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dream_kernels import HeadFile
+from dream_training.console import progress
 from dream_training.doctor import reader as of_reader
 from dream_training.doctor import retriever as of_retriever
 from dream_training.doctor.check import FAULT, Check
@@ -105,22 +106,26 @@ def diagnose(
         except ValueError as error:
             add(Check("heads", FAULT, str(error), "name other heads, or heads: auto"))
             return checks
-    add(*of_retriever.truncation(patient))
+    with progress("counting tokens"):
+        add(*of_retriever.truncation(patient))
     if patient.reader is not None:
         # Not those that the heads were selected on, as far as there are others.
         examples = head_examples(data, _EXAMPLES, config.seed + 1, labelled=_labelled(data))
         documents = list(dict.fromkeys(d for example in examples for d in example.documents))
-        add(of_reader.spans(patient.reader, documents[: config.batch_size]))
-        add(of_reader.heads(patient.reader, examples[: config.batch_size]))
-        add(of_reader.losses(patient.reader, examples))
+        with progress("reading documents"):
+            add(of_reader.spans(patient.reader, documents[: config.batch_size]))
+            add(of_reader.heads(patient.reader, examples[: config.batch_size]))
+            add(of_reader.losses(patient.reader, examples))
         # The steps load their own, and two would count as the run's memory.
         patient = replace(patient, reader=None)
     try:
-        add(of_retriever.weights(patient))
+        with progress("encoding a batch"):
+            add(of_retriever.weights(patient))
     except ValueError as error:
         add(Check("pool", FAULT, str(error)))
         return checks
-    add(*of_retriever.steps(patient))
+    with progress("two steps of training"):
+        add(*of_retriever.steps(patient))
     return checks
 
 

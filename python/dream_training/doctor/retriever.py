@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import TrainerCallback
 
+from dream_training.console import duration
 from dream_training.doctor.check import FAULT, OK, WARNING, Check
 from dream_training.memory import peak_memory, total_memory
 from dream_training.objectives.pools import pool_scores
@@ -277,8 +278,8 @@ def _of_cost(patient: Patient, history: History) -> Check:
     peak, total = peak_memory(device), total_memory(device)
     kind = "GPU memory" if device.type == "cuda" else "memory"
     figure = (
-        f"{step:.2f} s a step, {_duration(training)} for {config.max_steps} steps"
-        + (f" and {_duration(evaluation)} for {evaluations} evaluations" if evaluations else "")
+        f"{step:.2f} s a step, {duration(training)} for {config.max_steps} steps"
+        + (f" and {duration(evaluation)} for {evaluations} evaluations" if evaluations else "")
         + f"; {peak / 2**30:.1f} of {total / 2**30:.0f} GiB of {kind} at the most"
     )
     if peak > _MUCH_MEMORY * total:
@@ -299,10 +300,3 @@ def _seconds_of_evaluation(patient: Patient) -> float:
     patient.model.encode_document(texts, show_progress_bar=False)
     each = (time.perf_counter() - begin) / len(texts)
     return each * (len(corpus) + len(queries) * config.query_max_len / config.passage_max_len)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from dream_training.console import progress
+
 _URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{name}.zip"
 NAMES = (
     "msmarco", "trec-covid", "nfcorpus", "nq", "hotpotqa", "fiqa", "arguana", "webis-touche2020",
@@ -50,7 +52,8 @@ def fetch(name: str, cache_dir: Path | None = None) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=cache, prefix=f".{name}."))
     try:
-        fetched = Path(util.download_and_unzip(url, str(temporary)))
+        with progress(f"fetching {name}"):
+            fetched = Path(util.download_and_unzip(url, str(temporary)))
         if not (fetched / "corpus.jsonl").is_file():
             raise ValueError("the archive holds no corpus.jsonl")
         fetched.rename(folder)

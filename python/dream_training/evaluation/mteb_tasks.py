@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dream_training.console import progress
 from dream_training.evaluation.results import Evaluation
-from dream_training.evaluation.retrieval import TOP_K, RetrievalTask, score_queries
+from dream_training.evaluation.retrieval import TOP_K, RetrievalTask, encoding, score_queries
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -65,7 +66,11 @@ def evaluate_mteb_task(
     try:
         model.max_seq_length = options.passage_max_len or limit
         used = model.max_seq_length
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            warnings.catch_warnings(),
+            encoding(model, f"for {name}", None),
+        ):
             # Of prompts and metadata that its leaderboard would want.
             warnings.simplefilter("ignore")
             # Without a cache: a folder's content changes from run to run, its name does not.
@@ -129,7 +134,7 @@ def _query_scores(
 def _load(task: Any) -> None:
     """Load the data, with an error that names the task and what could not be fetched."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), progress(f"loading {task.metadata.name}"):
             warnings.simplefilter("ignore")
             task.load_data()
     except Exception as error:  # each of mteb, datasets, the hub and its network raises its own

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dream_kernels.parsing import shortened
 from dream_training.evaluation.retrieval import TOP_K, RetrievalTask, average
 from dream_training.json_file import read_json, write_json
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
 FILE_NAME = "evaluation.json"
 _LARGEST = 1e15
+# Settings that say where a figure comes from, and do not decide it.
+_INCIDENTAL = frozenset({"step", "mteb", "path"})
+# Names in results that stand for no trained model.
+BM25, UNTRAINED = "BM25", "untrained"
 _NDCG, _RECALL = f"ndcg_at_{TOP_K}", f"recall_at_{TOP_K}"
 
 
@@ -28,7 +37,8 @@ class Evaluation:
         recall_at_10: the same.
         documents: size of the corpus.
         query_ndcg_at_10: nDCG@10 by query id.
-        settings: what else decides the figures: split, lengths, revision of the data, ...
+        settings: what else decides the figures: split, lengths, digests of the data, ..., and where
+            the data is. An older file may lack some.
     """
 
     model: str
@@ -59,6 +69,105 @@ class Evaluation:
             query_ndcg_at_10={q: values[_NDCG] for q, values in scores.items()},
             settings=settings,
         )
+
+
+def retrieval_settings(
+    model: SentenceTransformer | None,
+    data: RetrievalTask,
+    *,
+    split: str,
+    query_max_len: int | None = None,
+    passage_max_len: int | None = None,
+    path: str | os.PathLike[str] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """What decides a figure on queries and documents that are at hand.
+
+    Every place that evaluates takes its settings from here, so that its figures can be compared
+    with those of the others.
+
+    Args:
+        model: the retriever; None for BM25, which has neither lengths nor prompts.
+        data: queries, documents and relevance.
+        split: of the queries.
+        query_max_len: tokens of a query; the model's own limit by default.
+        passage_max_len: tokens of a document.
+        path: the folder of the data.
+        more: other settings.
+    """
+    settings: dict[str, Any] = {
+        "metric": f"nDCG@{TOP_K}",
+        "split": split,
+        "documents": len(data.corpus),
+        "queries": len(data.queries),
+        "documents_digest": _digest(data.corpus),
+        "queries_digest": _digest(data.queries),
+        "relevance_digest": _digest(data.qrels),
+    }
+    if path is not None:
+        settings["path"] = os.path.realpath(path)
+    if model is not None:
+        settings |= {
+            "query_max_len": query_max_len or model.max_seq_length,
+            "passage_max_len": passage_max_len or model.max_seq_length,
+            "prompts": dict(model.prompts or {}),
+        }
+    return settings | more
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """A digest of ids and what they stand for, in any order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key in sorted(values):
+        digest.update(json.dumps([key, values[key]], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def is_same_task(a: Evaluation, b: Evaluation) -> bool:
+    """Whether two evaluations have the same name, folder, or data."""
+    if a.task == b.task or (_folder(a) == _folder(b) is not None):
+        return True
+    keys = ("documents_digest", "queries_digest", "relevance_digest")
+    return all(a.settings.get(key) == b.settings.get(key) is not None for key in keys)
+
+
+def _folder(evaluation: Evaluation) -> str | None:
+    path = evaluation.settings.get("path")
+    if path is None and Path(evaluation.task).is_dir():
+        path = os.path.realpath(evaluation.task)
+    return path
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How the settings of two evaluations differ.
+
+    Attributes:
+        different: the values of both, by key.
+        unknown: keys that only one of them has.
+    """
+
+    different: Mapping[str, tuple[Any, Any]]
+    unknown: Sequence[str]
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{key} is {a!r} in the first and {b!r} in the second"
+            for key, (a, b) in self.different.items()
+        )
+
+
+def compare_settings(a: Evaluation, b: Evaluation) -> Differences:
+    """Compare what decides the figures; BM25 has no lengths and prompts, which are not missed."""
+    first, second = ({**e.settings, "documents": e.documents} for e in (a, b))
+    keys = [key for key in {**first, **second} if key not in _INCIDENTAL]
+    shared = [key for key in keys if key in first and key in second]
+    unknown = [key for key in keys if key not in shared]
+    if BM25 in (a.model, b.model):
+        unknown = []
+    return Differences(
+        {key: (first[key], second[key]) for key in shared if first[key] != second[key]}, unknown
+    )
 
 
 def write_evaluations(

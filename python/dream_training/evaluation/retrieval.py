@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sentence_transformers.evaluation import SentenceEvaluator
 
+from dream_training.console import progress
 from dream_training.distributed import world
 from dream_training.distributed.gather import gather_rows
 from dream_training.distributed.pool import share_of
@@ -147,21 +149,23 @@ def search(
     options |= {"show_progress_bar": False, "normalize_embeddings": True}
     try:
         model.max_seq_length = passage_max_len or limit
-        corpus_embeddings = model.encode_document(
-            [cut_text(task.corpus[documents[i]], model.max_seq_length) for i in own],
-            device=list(devices) if devices else alone,
-            **options,
-        )
+        with encoding(model, "documents", None if devices else len(own)):
+            corpus_embeddings = model.encode_document(
+                [cut_text(task.corpus[documents[i]], model.max_seq_length) for i in own],
+                device=list(devices) if devices else alone,
+                **options,
+            )
         # Several processes leave the model, and its embeddings, on the CPU.
         model.to(home)
         corpus_embeddings = corpus_embeddings.to(home).float()
         model.max_seq_length = query_max_len or limit
         # Few and short: the processes, whose copies have the documents' limit, are not worth it.
-        query_embeddings = model.encode_query(
-            [cut_text(task.queries[queries[i]], model.max_seq_length) for i in asked],
-            device=alone,
-            **options,
-        ).float()
+        with encoding(model, "queries", len(asked)):
+            query_embeddings = model.encode_query(
+                [cut_text(task.queries[queries[i]], model.max_seq_length) for i in asked],
+                device=alone,
+                **options,
+            ).float()
     finally:
         model.max_seq_length = limit
     if shared:
@@ -171,11 +175,27 @@ def search(
         query_embeddings = gather_rows(query_embeddings.reshape(-1, width), counts)
     found: list[list[dict[str, Any]]] = [[] for _ in queries]
     if own:
-        found = semantic_search(query_embeddings, corpus_embeddings, top_k=k)
+        with progress(f"searching {len(own):,} documents"):
+            found = semantic_search(query_embeddings, corpus_embeddings, top_k=k)
     best = [[(float(hit["score"]), own[int(hit["corpus_id"])]) for hit in hits] for hits in found]
     if shared:
         best = _nearest_of_all(best, k)
     return {q: {documents[i]: score for score, i in hits} for q, hits in zip(queries, best)}
+
+
+@contextmanager
+def encoding(model: SentenceTransformer, what: str, total: int | None) -> Iterator[None]:
+    """Show how many texts a model encodes inside; other processes of it are not counted."""
+    with progress(f"encoding {what}", total) as work:
+
+        def count(module: Any, inputs: Any, output: Any) -> None:
+            work.advance(len(output["sentence_embedding"]))
+
+        hook = model[-1].register_forward_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def _nearest_of_all(best: list[list[tuple[float, int]]], k: int) -> list[list[tuple[float, int]]]:
@@ -193,12 +213,15 @@ def search_bm25(task: RetrievalTask, k: int = TOP_K) -> Ranking:
     documents, queries = list(task.corpus), list(task.queries)
     index = bm25s.BM25()
     options: dict[str, Any] = {"stopwords": "en", "show_progress": False}
-    index.index(bm25s.tokenize([task.corpus[d] for d in documents], **options), show_progress=False)
-    found, scores = index.retrieve(
-        bm25s.tokenize([task.queries[q] for q in queries], **options),
-        k=min(k, len(documents)),
-        show_progress=False,
-    )
+    with progress(f"BM25: indexing {len(documents):,} documents"):
+        tokens = bm25s.tokenize([task.corpus[d] for d in documents], **options)
+        index.index(tokens, show_progress=False)
+    with progress(f"BM25: {len(queries):,} queries"):
+        found, scores = index.retrieve(
+            bm25s.tokenize([task.queries[q] for q in queries], **options),
+            k=min(k, len(documents)),
+            show_progress=False,
+        )
     return {
         q: {documents[i]: float(s) for i, s in zip(row, row_scores) if s > 0}
         for q, row, row_scores in zip(queries, found.tolist(), scores.tolist())

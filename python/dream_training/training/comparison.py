@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from dream_training.config import (
     parse_overrides,
     read_yaml,
 )
+from dream_training.console import make_table, show_on, shows_progress
 from dream_training.json_file import write_json
 
 RESULT = "result.json"
@@ -141,6 +142,7 @@ def default_runs() -> dict[str, dict[str, Any]]:
     return runs
 
 
+@shows_progress
 def run_comparison(comparison: Comparison, console: Console, only: Sequence[str] = ()) -> list[Row]:
     """Train what has no result yet, seed by seed, and write tables and plot.
 
@@ -159,6 +161,7 @@ def run_comparison(comparison: Comparison, console: Console, only: Sequence[str]
     """
     from dream_training.plots import plot_comparison
 
+    show_on(console)
     for name in only:
         if name not in comparison.runs:
             raise ValueError(f"there is no run {name!r}, only {', '.join(comparison.runs)}")
@@ -197,21 +200,19 @@ def collect(comparison: Comparison) -> list[Row]:
     return rows
 
 
-def comparison_table(rows: Sequence[Row]) -> Table:
-    """Mean nDCG@10 and its standard deviation over the seeds."""
-    names = list(dict.fromkeys(data for row in rows for data in row.scores))
-    table = Table("run", "seeds", title="nDCG@10 after the last step, mean ± deviation")
-    for name in names:
-        table.add_column(f"{name}\nuntrained", justify="right")
-        table.add_column(f"{name}\ntrained", justify="right")
-    table.add_column("seconds", justify="right")
-    for row in rows:
-        cells = []
-        for name in names:
-            cells += [_spread(row.untrained.get(name)), _spread(row.scores.get(name))]
-        seconds = f"{statistics.median(row.seconds):,.0f}"
-        table.add_row(row.name, str(len(row.seconds)), *cells, seconds)
-    return table
+def comparison_tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """By data set, mean nDCG@10 and its standard deviation over the seeds."""
+    for name in dict.fromkeys(data for row in rows for data in row.scores):
+        table = make_table(name, "seeds", "untrained", "trained", "seconds")
+        for row in rows:
+            table.add_row(
+                row.name,
+                str(len(row.seconds)),
+                _spread(row.untrained.get(name)),
+                _spread(row.scores.get(name)),
+                f"{statistics.median(row.seconds):,.0f}",
+            )
+        yield table
 
 
 def _spread(values: Sequence[float] | None) -> str:
@@ -291,7 +292,7 @@ def _measure(
         },
     )
     line = ", ".join(f"{name} {score['after']:.4f}" for name, score in scores.items())
-    console.print(f"{Path(config.output_dir)}: nDCG@10 {line}", soft_wrap=True)
+    console.print(f"{Path(config.output_dir)}: nDCG@10 {line}")
 
 
 def _short(folder: str) -> str:

@@ -14,6 +14,7 @@ from rich.console import Console
 from dream_kernels import HeadFile, read_heads, write_heads
 from dream_training.checkpointing.documents import StoredDocuments
 from dream_training.config import TrainConfig
+from dream_training.console import make_console, show_on, shows_progress
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import (
     STREAM_BUFFER,
@@ -141,6 +142,7 @@ def make_evaluator(config: TrainConfig) -> RetrievalEvaluator | None:
     return RetrievalEvaluator(task, config.query_max_len, config.passage_max_len)
 
 
+@shows_progress
 def train(
     config: TrainConfig,
     *,
@@ -193,7 +195,8 @@ def train(
     """
     given = asdict(config)
     config = replace(config, device=world.join(config.device, config.distributed_timeout))
-    console = (console or Console()) if world.is_main() else Console(quiet=True)
+    console = (console or make_console()) if world.is_main() else Console(quiet=True)
+    show_on(console)
     output_dir = Path(config.output_dir)
     if not resume and not overwrite:
         check_unused(output_dir / CHECKPOINTS)
@@ -316,9 +319,7 @@ def _say_how_to_go_on(trainer: RunTrainer, console: Console) -> None:
         console.print("There is no checkpoint yet: --resume would begin anew.")
     else:
         console.print(
-            f"--resume goes on after step {trainer.checkpoint.step}, from "
-            f"{trainer.checkpoint.path}",
-            soft_wrap=True,
+            f"--resume goes on after step {trainer.checkpoint.step}, from {trainer.checkpoint.path}"
         )
 
 

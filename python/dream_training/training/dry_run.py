@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from dream_kernels import HeadFile, read_heads
+from dream_training.console import duration, print_entry, progress, show_on, shows_progress
 from dream_training.models.architectures import save_tiny
 from dream_training.reading.document_store import MEMORY
 from dream_training.reading.prompts import CHAT, PLAIN
@@ -34,6 +34,7 @@ _STEPS = 2
 _LETTERS = 40
 
 
+@shows_progress
 def dry_run(config: TrainConfig, console: Console) -> Plan:
     """Build everything that a config names in small, run two steps, and print the plan.
 
@@ -45,14 +46,14 @@ def dry_run(config: TrainConfig, console: Console) -> Plan:
     Raises:
         ValueError, OSError: what would stop the real run: a config, data or model at fault.
     """
+    show_on(console)
     rows, found = _rows(config)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, progress("two steps with tiny models"):
         history = _two_steps(config, rows, Path(folder))
     losses = ", ".join(f"{step['loss']:.3f}" for step in history.steps)
     console.print(
         f"{_STEPS} steps of {config.objective} with tiny random weights of the same architectures: "
-        f"losses {losses}",
-        highlight=False,
+        f"losses {losses}"
     )
     if not found:
         console.print(
@@ -119,7 +120,7 @@ def _print_plan(config: TrainConfig, plan: Plan, console: Console) -> None:
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     rate = measured_rate(device, dtype)
-    table = Table("", "", title="the plan, at full length of every text", show_header=False)
+    console.print("\nThe plan, at full length of every text:")
     for name, value in (
         ("reader", f"{config.reader}, {plan.reader_weights / 1e6:,.0f} M weights, frozen"),
         ("retriever", f"{config.retriever}, {plan.retriever_weights / 1e6:,.0f} M weights"),
@@ -136,27 +137,18 @@ def _print_plan(config: TrainConfig, plan: Plan, console: Console) -> None:
         ),
         (
             "time here",
-            f"{_duration(plan.seconds(STEP_SHARE * rate))} for {plan.steps:,} steps: products at "
+            f"{duration(plan.seconds(STEP_SHARE * rate))} for {plan.steps:,} steps: products at "
             f"{rate / 1e12:,.2f} tera-operations a second, measured now, and "
             f"{STEP_SHARE:.0%} of that for a step",
         ),
         (
             "on an H100",
-            f"{_duration(plan.seconds(STEP_SHARE * H100_PEAK))} at the same share of its data "
+            f"{duration(plan.seconds(STEP_SHARE * H100_PEAK))} at the same share of its data "
             "sheet: computed, not measured",
         ),
     ):
-        table.add_row(name, value)
-    console.print(table)
+        print_entry(console, f"  {name:<12}", value)
 
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:,.2f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:,.1f} h"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dream_training.console import progress
 from dream_training.reading.reader import Reader
 
 if TYPE_CHECKING:
@@ -74,6 +75,12 @@ class TrainingExamples:
                 that have no reader.
             temperature: divides the cosine similarities.
         """
+        with progress(f"measuring the example queries {name} training"):
+            self._measure(name, model, reader, temperature)
+
+    def _measure(
+        self, name: str, model: SentenceTransformer, reader: Reader | None, temperature: float
+    ) -> None:
         texts = [row["query"] for row in self.rows]
         queries = self._encode(model, "query", texts)
         documents = self._encode(model, "document", self.documents)

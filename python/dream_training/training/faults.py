@@ -69,11 +69,7 @@ class StepGuard:
         value = loss.item()
         what = f"loss {value}" if not math.isfinite(value) else f"gradient of loss {value:.3f}"
         path = self._write(step, inputs)
-        self.console.print(
-            f"step {step} skipped: {what} is not finite; its batch is in {path}",
-            soft_wrap=True,
-            highlight=False,
-        )
+        self.console.print(f"step {step} skipped: {what} is not finite; its batch is in {path}")
         self.loss.metrics = {"skipped": 1.0}
         if self.skipped > self.limit:
             raise FloatingPointError(
@@ -89,7 +85,7 @@ class StepGuard:
         try:
             write_json_lines(path, batch_rows(inputs))
         except OSError as error:  # a full disk shall not end a run that can go on
-            self.console.print(f"{path} could not be written: {error}", soft_wrap=True)
+            self.console.print(f"{path} could not be written: {error}")
         return path
 
 

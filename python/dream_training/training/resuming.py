@@ -18,6 +18,7 @@ from dream_training.checkpointing.folder import (
     newest_checkpoint,
 )
 from dream_training.config import TrainConfig
+from dream_training.console import tracked
 from dream_training.distributed import world
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def data_digest(config: TrainConfig, data: Dataset | IterableDataset) -> str:
     if hasattr(data, "__len__"):
         count = len(data)
         digest.update(str(count).encode())
-        for i in range(0, count, max(1, count // _ROWS)):
+        rows = range(0, count, max(1, count // _ROWS))
+        for i in tracked(rows, "digesting the training data", len(rows)):
             digest.update(json.dumps(data[i], sort_keys=True, default=str).encode())
     else:
         digest.update(config.train_data.encode())
@@ -69,15 +71,13 @@ def find_checkpoint(folder: Path, console: Console) -> Checkpoint | None:
     """Return the newest checkpoint that is whole, naming those that are refused."""
 
     def refuse(reason: str) -> None:
-        console.print(f"refused: {reason}", soft_wrap=True, highlight=False)
+        console.print(f"refused: {reason}")
 
     checkpoint = newest_checkpoint(folder, refuse)
     if checkpoint is None:
-        console.print(f"no checkpoint in {folder}: starting at the first step", soft_wrap=True)
+        console.print(f"no checkpoint in {folder}: starting at the first step")
     else:
-        console.print(
-            f"going on after step {checkpoint.step} from {checkpoint.path}", soft_wrap=True
-        )
+        console.print(f"going on after step {checkpoint.step} from {checkpoint.path}")
     return checkpoint
 
 

@@ -14,8 +14,14 @@ from dream_training.distributed import world
 from dream_training.distributed.sharding import loaded_whole, whole
 from dream_training.environment import describe_environment
 from dream_training.evaluation import Evaluation, RetrievalEvaluator, expand_tasks
-from dream_training.evaluation.results import FILE_NAME, write_evaluations
-from dream_training.evaluation.tasks import UNTRAINED, EvaluationOptions, evaluate_task
+from dream_training.evaluation.results import (
+    FILE_NAME,
+    UNTRAINED,
+    is_same_task,
+    retrieval_settings,
+    write_evaluations,
+)
+from dream_training.evaluation.tasks import EvaluationOptions, evaluate_task
 from dream_training.json_file import write_json
 from dream_training.reading.reader import Reader
 from dream_training.training.callbacks import History
@@ -135,12 +141,10 @@ class RunRecord(TrainerCallback):
             evaluation = evaluate_task(best, str(path), task, options)
             console.print(
                 f"{task}: nDCG@10 {evaluation.ndcg_at_10:.4f}  "
-                f"recall@10 {evaluation.recall_at_10:.4f}",
-                highlight=False,
-                soft_wrap=True,
+                f"recall@10 {evaluation.recall_at_10:.4f}"
             )
             # In full, it stands for what a part of the queries said during training.
-            found = [e for e in found if (e.task, e.model) != (task, str(path))]
+            found = [e for e in found if e.model != str(path) or not is_same_task(e, evaluation)]
             found.append(evaluation)
             write_evaluations(self.output_dir / FILE_NAME, found, environment)
 
@@ -170,18 +174,24 @@ class RunRecord(TrainerCallback):
         if path.name != "best":  # nothing was better than the untrained one: the last model counts
             best = len(self.history.steps) if len(self.history.steps) in self._trained() else -1
         found = []
+        settings = retrieval_settings(
+            self.model,
+            self.evaluator.task,
+            split=self.config.eval_split,
+            query_max_len=self.config.query_max_len,
+            passage_max_len=self.config.passage_max_len,
+            path=self.config.eval_data,
+        )
         for step, name in ((0, UNTRAINED), (best, str(path))):
             if step in self._scores:
-                settings = {
-                    "split": self.config.eval_split,
-                    "step": step,
-                    "query_max_len": self.config.query_max_len,
-                    "passage_max_len": self.config.passage_max_len,
-                }
                 task = self.config.eval_data or "evaluation during training"
                 found.append(
                     Evaluation.from_scores(
-                        name, task, self.evaluator.task, self._scores[step], settings
+                        name,
+                        task,
+                        self.evaluator.task,
+                        self._scores[step],
+                        {**settings, "step": step},
                     )
                 )
         return found

@@ -160,10 +160,8 @@ class RunTrainer(Trainer):
         except OSError as error:
             # Training goes on: the disk may have room again for the next one.
             self.console.print(
-                f"[bold]The checkpoint of step {step} could not be written[/bold] ({error}); "
-                f"{self._newest()}",
-                soft_wrap=True,
-                highlight=False,
+                f"The checkpoint of step {step} could not be written ({error}); {self._newest()}",
+                style="bold",
             )
 
     def _newest(self) -> str:

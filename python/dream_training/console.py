@@ -1,0 +1,303 @@
+"""What commands print: one kind of console, and how far something is that takes long."""
+
+from __future__ import annotations
+
+import functools
+import os
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+WIDTH = 80
+# Without a terminal, a wait has a line after so many seconds, and then as often.
+FIRST_LINE, EVERY_LINE = 5.0, 20.0
+# Characters of a bar, and of what it is a bar of: figures and time need the rest of 80 columns.
+_BAR, _SHOWN = 16, 28
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+class OutputConsole(Console):
+    """Breaks text between words alone, so that a path or a command can be copied."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if "soft_wrap" not in options and all(isinstance(part, str) for part in objects):
+            objects = (wrapped(" ".join(objects), self.width),)
+            options["soft_wrap"] = True
+        super().print(*objects, **options)
+
+
+def make_console() -> Console:
+    """Make the console of a command.
+
+    Text is printed as it is: brackets are no markup, and figures get no colours. Without a terminal
+    it is as wide as COLUMNS says, and 80 by default.
+    """
+    console = OutputConsole(markup=False, highlight=False, emoji=False)
+    columns = os.environ.get("COLUMNS", "")
+    if not console.is_terminal:
+        console.width = int(columns) if columns.isdigit() and int(columns) > 0 else WIDTH
+    return console
+
+
+def wrapped(text: str, width: int) -> str:
+    """Break the lines of a text between words, each to its own indentation; words stay whole."""
+    lines = []
+    for line in text.split("\n"):
+        words = line.lstrip()
+        indent = line[: len(line) - len(words)]
+        lines += textwrap.wrap(
+            words,
+            width,
+            initial_indent=indent,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [""]
+    return "\n".join(lines)
+
+
+def print_entry(console: Console, head: str, text: str, style: str = "") -> None:
+    """Print a head and a text beside it, whose further lines begin below its first."""
+    beside = wrapped(" " * len(head) + text, console.width)[len(head) :]
+    console.print(Text.assemble((head, style), beside), soft_wrap=True)
+
+
+def print_paths(console: Console, paths: Mapping[str, str | os.PathLike[str]]) -> None:
+    """Print where files are, each whole on a line of its own."""
+    width = max(map(len, paths))
+    for name, path in paths.items():
+        console.print(f"{name:<{width}}  {os.fspath(path)}", soft_wrap=True)
+
+
+def make_table(*columns: str, texts: int = 1) -> Table:
+    """Make a table of figures that is as narrow as it can be.
+
+    Args:
+        columns: their heads.
+        texts: how many of them, from the first on, hold text; it is cut where there is no room,
+            and figures never are.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for i, name in enumerate(columns):
+        if i < texts:
+            table.add_column(name, overflow="ellipsis", no_wrap=True)
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """The shortest ends of paths that tell them apart; what is no folder or file keeps its name."""
+    paths = {name: Path(name).resolve().parts for name in names if Path(name).exists()}
+    shown = {}
+    for name in names:
+        shown[name] = name
+        for count in range(1, len(paths.get(name, ())) + 1):
+            end = paths[name][-count:]
+            if not any(o[-count:] == end for n, o in paths.items() if o != paths[name]):
+                shown[name] = "/".join(end)
+                break
+    return shown
+
+
+# Where progress is shown; nowhere unless a command or a run says so.
+_console: ContextVar[Console | None] = ContextVar("console", default=None)
+# What is being done on a console, the innermost last, and the bars of a terminal.
+_doing: WeakKeyDictionary[Console, list[Work]] = WeakKeyDictionary()
+_bars: WeakKeyDictionary[Console, Bars] = WeakKeyDictionary()
+
+
+def show_on(console: Console) -> Console:
+    """Show progress on this console, until the function that :func:`shows_progress` marks ends."""
+    _console.set(console)
+    return console
+
+
+def shows_progress(function: Callable[P, R]) -> Callable[P, R]:
+    """Mark a function that calls :func:`show_on`: what it sets does not outlast it."""
+
+    @functools.wraps(function)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> R:
+        return copy_context().run(function, *args, **kwargs)
+
+    return inner
+
+
+class Work:
+    """Something that takes long.
+
+    Args:
+        what: is done, such as ``"encoding documents"``.
+        total: how many things there are; None if that is not known.
+
+    Attributes:
+        done: how many of them are done.
+        detail: more to be said of it.
+    """
+
+    def __init__(self, what: str, total: int | None = None) -> None:
+        self.what, self.total = what, total
+        self.done, self.detail = 0, ""
+        self._begin = time.monotonic()
+        self._changed: Callable[[], None] = lambda: None
+
+    def advance(self, count: int = 1) -> None:
+        self.update(self.done + count)
+
+    def update(self, done: int, detail: str = "") -> None:
+        self.done, self.detail = done, detail
+        self._changed()
+
+    @property
+    def count(self) -> str:
+        if self.total is not None:
+            return f"{self.done:,}/{self.total:,}"
+        return f"{self.done:,}" if self.done else ""
+
+    def line(self) -> str:
+        """How far it is, and what is left of the time."""
+        seconds = time.monotonic() - self._begin
+        parts = [
+            f"{self.what} ... {self.count}".rstrip(),
+            self.detail,
+            f"{duration(seconds)} so far",
+        ]
+        if self.total and 0 < self.done < self.total:
+            left = seconds * (self.total - self.done) / self.done
+            parts.append(f"about {duration(left)} left")
+        return ", ".join(filter(None, parts))
+
+
+@contextmanager
+def progress(what: str, total: int | None = None) -> Iterator[Work]:
+    """Show how far something is: a bar on a terminal, elsewhere a line now and then.
+
+    Shown on the console of :func:`show_on`; without one, or on a quiet one, nothing is.
+
+    Args:
+        what: is done.
+        total: how many things there are; None if that is not known.
+    """
+    work, console = Work(what, total), _console.get()
+    if console is None or console.quiet:
+        yield work
+        return
+    doing = _doing.setdefault(console, [])
+    doing.append(work)
+    try:
+        with _bar(console, work) if console.is_interactive else _lines(console, work):
+            yield work
+    finally:
+        doing.remove(work)
+
+
+def tracked(things: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """Yield the things, and show how many of them there were."""
+    with progress(what, total) as work:
+        for thing in things:
+            yield thing
+            work.advance()
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+
+
+def shortened(text: str, length: int = _SHOWN) -> str:
+    """A text of at most so many characters, its end left off."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+class _Time(ProgressColumn):
+    """What is left, or what has passed where that is not known."""
+
+    max_refresh = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left, self._passed = TimeRemainingColumn(), TimeElapsedColumn()
+
+    def render(self, task: Task) -> Text:
+        return (self._passed if task.total is None else self._left).render(task)
+
+
+@contextmanager
+def _bar(console: Console, work: Work) -> Iterator[None]:
+    bars = _bars.get(console)
+    if bars is None:  # a terminal has one live display
+        bars = Bars(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(_BAR),
+            TextColumn("{task.fields[count]}", markup=False),
+            _Time(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            console=console,
+            transient=True,
+            speed_estimate_period=600.0,
+        )
+        with bars:
+            _bars[console] = bars
+            try:
+                with _bar(console, work):
+                    yield
+            finally:
+                del _bars[console]
+        return
+    task = bars.add_task(shortened(work.what), total=work.total, count=work.count, detail="")
+
+    def show() -> None:
+        bars.update(
+            task, completed=work.done, total=work.total, count=work.count, detail=work.detail
+        )
+
+    work._changed = show
+    try:
+        yield
+    finally:
+        bars.remove_task(task)
+
+
+@contextmanager
+def _lines(console: Console, work: Work) -> Iterator[None]:
+    ended = threading.Event()
+
+    def speak() -> None:
+        wait = FIRST_LINE
+        while not ended.wait(wait):
+            wait = EVERY_LINE
+            if _doing[console][-1:] == [work]:
+                console.print(work.line())
+
+    thread = threading.Thread(target=speak, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
