@@ -23,15 +23,15 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.add_typer(data_app, name="data")
+app.add_typer(data_app, name="data", short_help="Look at training data, write it, give it targets.")
 
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time
-    typer.Argument(metavar="[KEY=VALUE]...", help="config keys to set, such as max_steps=200"),
+    typer.Argument(metavar="KEY=VALUE", help="config keys to set, such as max_steps=200"),
 ]
 
 
-@app.command()
+@app.command(short_help="Train a retriever on docstrings, and show what it learnt.")
 def demo(
     output_dir: Annotated[Path, typer.Option(help="where models, metrics and plots go")] = Path(
         "runs/demo"
@@ -51,7 +51,7 @@ def demo(
         raise typer.Exit(130) from None
 
 
-@app.command()
+@app.command(short_help="Train a retriever as a config says.")
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file", exists=True, dir_okay=False)],
     overrides: Overrides = None,
@@ -89,7 +89,7 @@ def train(
         raise typer.Exit(128 + (result.signal or signal.SIGINT))
 
 
-@app.command()
+@app.command(short_help="Train several objectives or settings, in one table.")
 def compare(
     config: Annotated[Path, typer.Argument(help="YAML file", exists=True, dir_okay=False)],
     overrides: Overrides = None,
@@ -113,7 +113,7 @@ def compare(
         raise typer.Exit(130) from None
 
 
-@app.command()
+@app.command(short_help="Say in a minute whether a run can learn.")
 def doctor(
     config: Annotated[Path, typer.Argument(help="YAML file", exists=True, dir_okay=False)],
     overrides: Overrides = None,
@@ -125,7 +125,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="Rank the reader's heads by how well they serve.")
 def heads(
     reader: Annotated[str, typer.Option(help="folder or hub name of the language model")],
     data: Annotated[
@@ -214,7 +214,7 @@ def heads(
     run_heads(options, output or Path("heads.yaml"), (criterion or ["loss_gradient"])[0])
 
 
-@app.command()
+@app.command(short_help="Add candidates that BM25 or a retriever ranks high.")
 def mine(
     data: Annotated[str, typer.Argument(help="training data of any form")],
     output: Output,
@@ -278,7 +278,7 @@ def mine(
     )
 
 
-@app.command()
+@app.command(short_help="Print nDCG@10 and recall@10 of retrievers.")
 def evaluate(
     arguments: Annotated[
         list[str],
@@ -345,7 +345,7 @@ def evaluate(
     )
 
 
-@app.command()
+@app.command(short_help="Test whether two evaluations differ by luck.")
 def compare_runs(
     first: Annotated[
         Path, typer.Argument(help="file of dream evaluate, or folder of a run", exists=True)
@@ -378,7 +378,7 @@ def compare_runs(
     )
 
 
-@app.command()
+@app.command(short_help="Write one HTML page of one or several runs.")
 def report(
     runs: Annotated[
         list[Path],
@@ -396,6 +396,7 @@ def report(
 
 
 @app.command(
+    short_help="Measure speed and memory against peers.",
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     add_help_option=False,
 )

@@ -87,9 +87,9 @@ def print_entry(console: Console, head: str, text: str, style: str = "") -> None
 
 def print_paths(console: Console, paths: Mapping[str, str | os.PathLike[str]]) -> None:
     """Print where files are, each whole on a line of its own."""
-    width = max(map(len, paths))
+    width = max((len(name) for name, path in paths.items() if path), default=0)
     for name, path in paths.items():
-        console.print(f"{name:<{width}}  {os.fspath(path)}", soft_wrap=True)
+        console.print(f"{name:<{width}}  {os.fspath(path)}".rstrip(), soft_wrap=True)
 
 
 def make_table(*columns: str, texts: int = 1) -> Table:
@@ -100,10 +100,10 @@ def make_table(*columns: str, texts: int = 1) -> Table:
         texts: how many of them, from the first on, hold text; it is cut where there is no room,
             and figures never are.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for i, name in enumerate(columns):
-        if i < texts:
-            table.add_column(name, overflow="ellipsis", no_wrap=True)
+        if i < texts:  # not no_wrap: rich then cuts the other columns too
+            table.add_column(name, overflow="ellipsis")
         else:
             table.add_column(name, justify="right", no_wrap=True)
     return table

@@ -47,8 +47,9 @@ def test_several_models_on_two_folders(tiny_model, tmp_path: Path) -> None:
         (model, task) for model in ("m1", "m2", "BM25") for task in ("one", "two")
     ]
     for e in evaluations:
-        assert any(e.task in line and f"{e.ndcg_at_10:.4f}" in line for line in lines), e
+        assert any(Path(e.task).name in line and f"{e.ndcg_at_10:.4f}" in line for line in lines), e
     assert result.output.count("mean of 2") == 3
+    result_of_evaluate = result.output
     assert "torch" in json.loads(output.read_text())["environment"]["versions"]
 
     result = dream(
@@ -59,6 +60,7 @@ def test_several_models_on_two_folders(tiny_model, tmp_path: Path) -> None:
     wins, losses = (sum(a[q] > b[q] + 1e-9 for q in a) for a, b in ((two, one), (one, two)))
     assert result.output.count(f"{wins}/{3 - wins - losses}/{losses}") >= 1
     assert str(first) in result.output and str(second) in result.output
+    assert f"one  {first}\n" in result_of_evaluate, "the table has names, the legend paths"
     result = dream("compare-runs", output, output)
     assert isinstance(result.exception, ValueError)
     assert "holds 2 models, name one with --first-model" in str(result.exception)

@@ -18,7 +18,7 @@ from tiny import quiet
 from dream_training.plots import plot_comparison
 from dream_training.training.comparison import (
     Row,
-    comparison_table,
+    comparison_tables,
     load_comparison,
     run_comparison,
 )
@@ -128,7 +128,7 @@ def test_the_table_shows_mean_and_deviation(tmp_path: Path) -> None:
     values = [0.5, 0.6, 0.7]
     rows = [Row("dream", {"set": values}, {"set": [0.1] * 3}, [10.0, 30.0, 20.0])]
     console = Console(file=io.StringIO(), width=120)
-    console.print(comparison_table(rows))
+    console.print(*comparison_tables(rows))
     text = console.file.getvalue()
     assert f"0.600 ± {statistics.stdev(values):.3f}" in text and "20" in text
     with pytest.raises(ValueError, match="at least one result"):

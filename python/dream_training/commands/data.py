@@ -215,7 +215,8 @@ def _suspicions(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _numbers(values: dict[str, float]) -> Iterable[str]:
-    return (f"{values[name]:,.10g}" for name in ("min", "median", "p90", "max", "mean"))
+    whole = (f"{values[name]:,.10g}" for name in ("min", "median", "p90", "max"))
+    return (*whole, f"{values['mean']:,.1f}")
 
 
 def _part(count: int, lines: int) -> str:

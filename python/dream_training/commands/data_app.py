@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(short_help="Write training data of any form as JSON lines.")
 def prepare(
     source: Source,
     output: Output,
@@ -61,7 +61,7 @@ def prepare(
     )
 
 
-@app.command()
+@app.command(short_help="Describe training data, and what looks wrong in it.")
 def stats(
     source: Source,
     split: Split = "train",
@@ -99,7 +99,7 @@ def stats(
     )
 
 
-@app.command()
+@app.command(short_help="Let a language model write the targets.")
 def targets(
     source: Source,
     output: Output,

@@ -127,10 +127,12 @@ def print_table(console: Console, evaluations: Sequence[Evaluation]) -> None:
                 f"mean of {len(own)}", shown[model], f"{ndcg:.4f}", f"{recall:.4f}", "", ""
             )
     console.print(table)
-    legend = {name: path for path, name in shown.items() if name != path or len(name) > _LONG}
-    if legend:
+    whole = console.measure(table).maximum <= console.width
+    legend = {name: path for path, name in shown.items() if name != path}
+    cut = [n for n in shown.values() if not whole and len(n) > _LONG and n not in legend]
+    if legend or cut:
         console.print()
-        print_paths(console, legend)
+        print_paths(console, {**legend, **dict.fromkeys(cut, "")})
 
 
 def choose_devices(processes: int | None, devices: str) -> list[str] | None:

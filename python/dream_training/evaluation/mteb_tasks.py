@@ -69,7 +69,7 @@ def evaluate_mteb_task(
         with (
             tempfile.TemporaryDirectory() as folder,
             warnings.catch_warnings(),
-            encoding(model, f"for {name}", None),
+            encoding(model, f"for {name}", devices=options.devices),
         ):
             # Of prompts and metadata that its leaderboard would want.
             warnings.simplefilter("ignore")

@@ -149,7 +149,7 @@ def search(
     options |= {"show_progress_bar": False, "normalize_embeddings": True}
     try:
         model.max_seq_length = passage_max_len or limit
-        with encoding(model, "documents", None if devices else len(own)):
+        with encoding(model, "documents", len(own), devices):
             corpus_embeddings = model.encode_document(
                 [cut_text(task.corpus[documents[i]], model.max_seq_length) for i in own],
                 device=list(devices) if devices else alone,
@@ -184,8 +184,17 @@ def search(
 
 
 @contextmanager
-def encoding(model: SentenceTransformer, what: str, total: int | None) -> Iterator[None]:
-    """Show how many texts a model encodes inside; other processes of it are not counted."""
+def encoding(
+    model: SentenceTransformer,
+    what: str,
+    total: int | None = None,
+    devices: Sequence[str] | None = None,
+) -> Iterator[None]:
+    """Show how many texts a model encodes inside; what other processes do is not counted."""
+    if devices:
+        with progress(f"encoding {what} in {len(devices)} processes"):
+            yield
+        return
     with progress(f"encoding {what}", total) as work:
 
         def count(module: Any, inputs: Any, output: Any) -> None:
