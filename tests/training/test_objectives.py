@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -235,3 +236,15 @@ def test_a_batch_without_texts_is_refused(tiny_model) -> None:
     batch = DreamCollator(model)(make_rows(2))
     with pytest.raises(ValueError, match="EmdrLoss needs the texts beside the tokens"):
         EmdrLoss(model, make_reader())([{"input_ids": batch["query_input_ids"]}])
+
+
+@pytest.mark.parametrize("changes", [{}, {"mini_batch_size": 2}, {"documents_per_query": 1}])
+def test_every_form_of_infonce_records_loss_and_tokens(run, changes) -> None:
+    from dream_training.training.callbacks import describe
+    from dream_training.training.driver import train
+
+    steps = train(run(objective="infonce", eval_data=None, max_steps=2, **changes)).history.steps
+    assert len(steps) == 2
+    for step in steps:
+        assert step["loss"] > 0 and step["tokens"] > 0
+        assert re.search(r"^loss \d.*tokens/s", describe(step))
