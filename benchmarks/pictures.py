@@ -112,8 +112,8 @@ def draw_speed(rows: dict[str, dict[str, float]], theme: Theme) -> Any:
 
 def _save(draw: Callable[[Theme], Any], theme: Theme, path: Path) -> Path:
     colors = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
-    settings: dict[str, Any] = {
-        **{name: theme.text for name in colors},
+    settings: Any = {
+        **dict.fromkeys(colors, theme.text),
         "font.size": 9,
         "axes.titlesize": 10,
         "axes.facecolor": "none",
