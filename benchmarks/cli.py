@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from dream_training.console import make_console, show_on
+
 if TYPE_CHECKING:
     import torch
 
@@ -81,7 +83,7 @@ def kernel(
     from . import cases as shapes
     from . import records
     from .kernel import Settings, choose, run_kernel, run_overhead
-    from .tables import print_kernel, print_overhead, terminal
+    from .tables import print_kernel, print_overhead
 
     chosen = _device(device, threads)
     settings = Settings(
@@ -98,11 +100,13 @@ def kernel(
     wanted = [c for c in wanted if case in c.name and dtype in c.dtype]
     if not wanted:
         raise ValueError(f"no case has {case!r} in its name and dtype {dtype!r}")
-    console = terminal()
+    console = show_on(make_console())
     said: set[str] = set()
     keeper = records.Keeper(
         results_folder(output, quick), "kernel", part=bool(case or dtype or peer)
     )
+
+    console.print(f"timing {len(wanted)} cases; each is shown when it is done", style="dim")
 
     def show(own: list[dict[str, Any]]) -> None:
         print_kernel(console, own, said)
@@ -131,7 +135,7 @@ def scaling(
     from . import records
     from .kernel import Settings, choose
     from .scaling import PEERS, default_axes, run_scaling
-    from .tables import print_scaling, terminal
+    from .tables import print_scaling
 
     settings = Settings(
         device=_device(device, threads), peers=choose(peer or PEERS), runs=3 if quick else runs,
@@ -141,8 +145,10 @@ def scaling(
     wanted = [a for a in default_axes(settings) if axis in a.name]
     if not wanted:
         raise ValueError(f"no axis is called {axis!r}")
-    console = terminal()
+    console = show_on(make_console())
     keeper = records.Keeper(results_folder(output, quick), "scaling", part=bool(axis or peer))
+
+    console.print(f"timing along {len(wanted)} axes; each is shown when it is done", style="dim")
 
     def show(name: str, own: list[dict[str, Any]]) -> None:
         print_scaling(console, name, own)
@@ -174,7 +180,7 @@ def step(
     from . import records
     from .step import StepSettings, run_steps
     from .step_models import STEP_MODELS
-    from .tables import print_steps, terminal
+    from .tables import print_steps
 
     chosen = _device(device, threads)
     shaped = [name for name in STEP_MODELS if name.endswith("shaped")]
@@ -185,7 +191,7 @@ def step(
     unknown = set(models) - STEP_MODELS.keys()
     if unknown:
         raise ValueError(f"model must be one of {', '.join(STEP_MODELS)}, got {unknown.pop()!r}")
-    console = terminal()
+    console = show_on(make_console())
     keeper = records.Keeper(results_folder(output, quick), "step", part=bool(model or way))
     for name in models:
         settings = StepSettings(
@@ -232,7 +238,7 @@ def gpu_acceptance(
     from . import records
     from .acceptance import PEERS, measured_floors, require_gpu, run_acceptance, summary
     from .kernel import Settings, choose
-    from .tables import print_kernel, print_rows, terminal
+    from .tables import print_kernel, print_rows
 
     if not rehearse:
         require_gpu()
@@ -241,7 +247,7 @@ def gpu_acceptance(
         runs=2 if rehearse else runs, seconds=seconds, total_seconds=total_seconds,
         memory=not rehearse, quick=rehearse,
     )  # fmt: skip
-    console = terminal()
+    console = show_on(make_console())
     said: set[str] = set()
     keeper = records.Keeper(results_folder(output, rehearse), "acceptance")
 
@@ -255,11 +261,11 @@ def gpu_acceptance(
         rehearse=rehearse,
         checks=checks,
         wanted=case,
-        say=lambda text: console.print(text, style="dim", soft_wrap=True, highlight=False),
+        say=lambda text: console.print(text, style="dim"),
         show=show,
     )
     if not rehearse:
-        console.print(f"\n{measured_floors(results)}", highlight=False, soft_wrap=True)
+        console.print(f"\n{measured_floors(results)}")
     console.print(f"\n{keeper.path}\n", soft_wrap=True)
     print_rows(console, ["to be reached", "bound", "measured", "met"], summary(results))
 
@@ -301,13 +307,13 @@ def compare(
     """Time two commits on this machine, in turn."""
     from . import records
     from .compare import default_cases, run_compare
-    from .tables import print_compare, terminal
+    from .tables import print_compare
 
     chosen = _device(device, threads)
-    console = terminal()
+    console = show_on(make_console())
     results = run_compare(
         base, default_cases(chosen, quick), chosen, rounds,
-        lambda text: console.print(text, style="dim", highlight=False),
+        lambda text: console.print(text, style="dim"),
     )  # fmt: skip
     print_compare(console, results)
     name = records.file_name("compare", results[0]["environment"])

@@ -25,12 +25,6 @@ def describe_case(case: dict[str, Any]) -> str:
     )
 
 
-def terminal() -> Console:
-    """A console that is wide enough for the tables, also in a pipe."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
-
-
 def kernel_columns() -> list[str]:
     """Heads of the columns of :func:`kernel_row`."""
     return [
@@ -61,40 +55,52 @@ def kernel_row(record: Record) -> list[str]:
 
 def print_kernel(console: Console, records: Sequence[Record], said: set[str]) -> None:
     """Print the records of one case; a reason that was ``said`` for another one is not repeated."""
-    title = f"\n[bold]{describe_case(records[0]['case'])}[/bold]"
-    console.print(title, highlight=False, soft_wrap=True)
+    console.print(f"\n{describe_case(records[0]['case'])}", style="bold")
     print_rows(console, kernel_columns(), [kernel_row(r) for r in records if r["status"] == "ok"])
     for record in records:
         line = f"  {record['peer']}: {record['status']}, {record['reason']}"
         if record["status"] != "ok" and line not in said:
             said.add(line)
-            console.print(line, style="dim", highlight=False, soft_wrap=True)
+            console.print(line, style="dim")
 
 
 def print_rows(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a plain table; all columns but the first two hold figures."""
+    """Print a plain table; all columns but the first two hold figures.
+
+    What does not fit beside the first column follows below, with the first column again.
+    """
     if not rows:
         return
-    table = Table(box=None, pad_edge=False)
-    for i, head in enumerate(columns):
-        table.add_column(head, justify="left" if i < 2 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    widths = [
+        max(len(line[i]) for line in (columns, *rows) if i < len(line)) for i in range(len(columns))
+    ]
+    begin = 1
+    while begin < len(columns):
+        width, end = widths[0], begin
+        while end < len(columns) and (end == begin or width + 2 + widths[end] <= console.width):
+            width += 2 + widths[end]
+            end += 1
+        table = Table(box=None, pad_edge=False)
+        for i in (0, *range(begin, end)):
+            table.add_column(columns[i], justify="left" if i < 2 else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(row[0], *row[begin:end])
+        console.print(table)
+        begin = end
 
 
 def print_overhead(console: Console, records: Sequence[Record]) -> None:
     """Print what a call costs that computes next to nothing."""
-    console.print("\n[bold]one eager call, forward, a problem of 9 keys[/bold]", highlight=False)
+    console.print("\none eager call, forward, a problem of 9 keys", style="bold")
     for record in records:
         if record["status"] == "ok":
             microseconds = 1e6 * record["forward"]["median"]
-            console.print(f"  {record['peer']:28}{microseconds:8.1f} µs", highlight=False)
+            console.print(f"  {record['peer']:28}{microseconds:8.1f} µs")
 
 
 def print_scaling(console: Console, axis: str, records: Sequence[Record]) -> None:
     """Print milliseconds of forward and backward along one axis, with the fitted exponents."""
-    console.print(f"\n[bold]forward and backward in ms against {axis}[/bold]", highlight=False)
+    console.print(f"\nforward and backward in ms against {axis}", style="bold")
     sizes = sorted({record["value"] for record in records})
     rows = []
     for peer in dict.fromkeys(record["peer"] for record in records):
@@ -110,7 +116,7 @@ def print_compare(console: Console, records: Sequence[Record]) -> None:
     """Print both revisions of every case."""
     for case in {str(r["case"]): r["case"] for r in records}.values():
         own = [r for r in records if r["case"] == case]
-        console.print(f"\n[bold]{describe_case(case)}[/bold]", highlight=False, soft_wrap=True)
+        console.print(f"\n{describe_case(case)}", style="bold")
         rows = [[r["revision"], *kernel_row(r)[:9]] for r in own]
         print_rows(console, ["revision", *kernel_columns()[:9]], rows)
 
@@ -157,17 +163,17 @@ def print_steps(console: Console, records: Sequence[Record]) -> None:
     first = records[0]
     models = number(scaled(max(r["models_bytes"] or 0 for r in records), 2**20), 0)
     console.print(
-        f"\n[bold]one training step: {first['model']}, {first['dtype']}, B {first['batch']}, "
+        f"\none training step: {first['model']}, {first['dtype']}, B {first['batch']}, "
         f"{first['documents']} documents of {first['document_tokens']} tokens, "
-        f"{first['tokens']} tokens a step; process with models {models} MiB[/bold]",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"{first['tokens']} tokens a step; process with models {models} MiB",
+        style="bold",
+    )
     print_rows(console, step_columns(), [step_row(r) for r in records])
     console.print("seconds of each phase", style="dim")
     print_rows(console, ["way", *STEP_PHASES], [phase_row(r) for r in records])
     for record in records:
         if record["reason"] is not None:
-            console.print(f"  {record['peer']}: {record['reason']}", style="dim", soft_wrap=True)
+            console.print(f"  {record['peer']}: {record['reason']}", style="dim")
 
 
 def milliseconds(quantiles: dict[str, float] | None) -> str:

@@ -14,6 +14,7 @@ import typer
 
 from dream_training.commands.data_app import app as data_app
 from dream_training.commands.options import Device, Output, Split, TargetFrom, TrustRemoteCode
+from dream_training.console import loading_libraries, make_console
 from dream_training.distributed.launch import refuse_several
 
 app = typer.Typer(
@@ -43,7 +44,8 @@ def demo(
     seed: Annotated[int, typer.Option(help="of weights, data order and head selection")] = 0,
 ) -> None:
     """Train a retriever on the documentation of the installed scientific packages."""
-    from dream_training.demo import run_demo
+    with loading_libraries():
+        from dream_training.demo import run_demo
 
     try:
         run_demo(output_dir, reader=reader, steps=steps, seed=seed)
@@ -72,13 +74,14 @@ def train(
 
     settings = load_config(config, overrides or [])
     if dry_run:
-        from dream_training.console import make_console
-        from dream_training.training.dry_run import dry_run as rehearse
+        with loading_libraries():
+            from dream_training.training.dry_run import dry_run as rehearse
 
         rehearse(settings, make_console())
         return
-    from dream_training.distributed import world
-    from dream_training.training.driver import train as run
+    with loading_libraries():
+        from dream_training.distributed import world
+        from dream_training.training.driver import train as run
 
     result = run(settings, resume=resume, overwrite=overwrite)
     if world.is_main():
@@ -104,7 +107,8 @@ def compare(
     by default every objective), "seeds", "evaluate" (more BEIR folders) and "keep_models".
     What has its result already is not trained again.
     """
-    from dream_training.commands.compare import run_compare
+    with loading_libraries():
+        from dream_training.commands.compare import run_compare
 
     try:
         run_compare(config, overrides or [], run or [])
@@ -119,7 +123,8 @@ def doctor(
     overrides: Overrides = None,
 ) -> None:
     """Say in about a minute whether a run can learn; exit code 1 if something is at fault."""
-    from dream_training.commands.doctor import run_doctor
+    with loading_libraries():
+        from dream_training.commands.doctor import run_doctor
 
     if not run_doctor(config, overrides or []):
         raise typer.Exit(1)
@@ -177,7 +182,8 @@ def heads(
     With --compare, what is there already in the folder is not measured again: a long
     comparison may be stopped, and gone on with by the same command.
     """
-    from dream_training.commands.heads import HeadOptions, run_head_comparison, run_heads
+    with loading_libraries():
+        from dream_training.commands.heads import HeadOptions, run_head_comparison, run_heads
 
     options = HeadOptions(
         reader=reader,
@@ -251,8 +257,9 @@ def mine(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Add candidates to training lines: documents that BM25 or a retriever ranks high."""
-    from dream_training.commands.mine import run_mine
-    from dream_training.data.mining import MiningOptions
+    with loading_libraries():
+        from dream_training.commands.mine import run_mine
+        from dream_training.data.mining import MiningOptions
 
     run_mine(
         data=data,
@@ -325,8 +332,9 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Print nDCG@10 and recall@10 of retrievers on BEIR folders and mteb tasks."""
-    from dream_training.commands.evaluate import choose_devices, run_evaluate
-    from dream_training.evaluation.tasks import EvaluationOptions
+    with loading_libraries():
+        from dream_training.commands.evaluate import choose_devices, run_evaluate
+        from dream_training.evaluation.tasks import EvaluationOptions
 
     run_evaluate(
         arguments,
@@ -366,7 +374,8 @@ def compare_runs(
     ] = False,
 ) -> None:
     """Test whether two evaluations differ by more than luck with the queries."""
-    from dream_training.commands.compare_runs import run_compare
+    with loading_libraries():
+        from dream_training.commands.compare_runs import run_compare
 
     run_compare(
         first,
@@ -390,7 +399,8 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML page of one or several runs: curves, tables, heads, examples."""
-    from dream_training.commands.report import run_report
+    with loading_libraries():
+        from dream_training.commands.report import run_report
 
     run_report(runs, output)
 

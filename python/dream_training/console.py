@@ -214,6 +214,18 @@ def progress(what: str, total: int | None = None) -> Iterator[Work]:
         doing.remove(work)
 
 
+@contextmanager
+def loading_libraries() -> Iterator[None]:
+    """Import inside what takes seconds; of several processes, the first one says so."""
+    first = os.environ.get("RANK", "0") == "0"
+    token = _console.set(make_console() if first else None)
+    try:
+        with progress("loading the libraries"):
+            yield
+    finally:
+        _console.reset(token)
+
+
 def tracked(things: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Yield the things, and show how many of them there were."""
     with progress(what, total) as work:

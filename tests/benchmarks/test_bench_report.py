@@ -17,8 +17,10 @@ from dream_benchmarks.floors import H100, floor_of, floor_table
 from dream_benchmarks.kernel import Settings, run_kernel
 from dream_benchmarks.report import BEGIN, END, write_report
 from dream_benchmarks.scaling import Axis, fitted_exponent, run_scaling
+from dream_benchmarks.tables import print_rows
 from dream_benchmarks.targets import findings, unmeasured
 from dream_benchmarks.work import Work, backward_work, forward_work
+from dream_training.console import make_console
 
 PACKAGE = Path(dream_benchmarks.__file__).resolve().parent
 CASE = Case(
@@ -246,3 +248,15 @@ def test_a_part_of_a_suite_leaves_the_rest_of_its_record(measured, tmp_path) -> 
     assert len(records) == len(measured) and again in records and measured[0] not in records
     store.Keeper(tmp_path, "kernel").add([again])
     assert store.read(tmp_path) == [again]
+
+
+def test_a_wide_table_goes_on_below(capsys) -> None:
+    columns = ["peer", *(f"column {i}" for i in range(12))]
+    rows = [["flash", *(str(i) * 8 for i in range(12))], ["other", "failed"]]
+    console = make_console()
+    console.width = 80
+    print_rows(console, columns, rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) == 6
+    words = " ".join(lines)
+    assert all(head in words for head in columns) and all(cell in words for cell in rows[0])

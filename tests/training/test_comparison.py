@@ -69,6 +69,15 @@ def test_what_has_its_result_is_not_trained_again(run, tmp_path: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         run_comparison(comparison, quiet())
     assert trained == [str(tmp_path / "out" / "b" / "seed3")]
+    # other data is another result
+    corpus = Path(comparison.folders[0]) / "corpus.jsonl"
+    before = corpus.read_text()
+    corpus.write_text(before.replace("apple", "plum"))
+    trained.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(load_comparison(config), quiet(), only=["a"])
+    assert trained == [str(tmp_path / "out" / "a" / "seed3")]
+    corpus.write_text(before)
     # another setting is another result
     trained.clear()
     with pytest.raises(KeyboardInterrupt):

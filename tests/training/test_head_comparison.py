@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,12 @@ EXAMPLES = [HeadExample(r["query"], r["target"], tuple(r["documents"]), 0) for r
 OPTIONS = {"pool_size": 3, "reader_name": "tiny", "data_name": "rows"}
 
 
-def make_choices(reader: Reader, folder: Path, **changes) -> list[ComparedChoice]:
+def make_choices(
+    reader: Reader, folder: Path, examples=EXAMPLES, **changes
+) -> list[ComparedChoice]:
     return choose(
         reader,
-        EXAMPLES,
+        examples,
         folder,
         criteria=("qr_mass", "loss_gradient", "random"),
         draws=2,
@@ -65,7 +67,11 @@ def test_what_was_chosen_with_the_same_options_is_not_chosen_again(
     make_choices(reader, tmp_path, pool_size=2, null_query="What?")
     assert made == ["qr_mass"], "the gradient asks no null query"
     made.clear()
-    make_choices(reader, tmp_path, pool_size=2, null_query="What?", reader_name="another")
+    others = [*EXAMPLES[:-1], replace(EXAMPLES[-1], query="Which one?")]
+    make_choices(reader, tmp_path, others, pool_size=2, null_query="What?")
+    assert made == ["qr_mass", "loss_gradient"], "random heads look at no example"
+    made.clear()
+    make_choices(reader, tmp_path, others, pool_size=2, null_query="What?", reader_name="another")
     assert made == ["qr_mass", "loss_gradient", "random", "random"]
 
 

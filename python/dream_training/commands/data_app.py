@@ -16,6 +16,7 @@ from dream_training.commands.options import (
     TargetFrom,
     TrustRemoteCode,
 )
+from dream_training.console import loading_libraries
 
 app = typer.Typer(
     help="Look at training data, write it in the project's form, let a model write targets.",
@@ -45,7 +46,8 @@ def prepare(
     Of text without questions (a folder of .txt and .md files, or lines with "text"), a beginning
     becomes the query, its continuation the target, and the passages around it the candidates.
     """
-    from dream_training.commands.data import run_prepare
+    with loading_libraries():
+        from dream_training.commands.data import run_prepare
 
     run_prepare(
         source=source,
@@ -123,7 +125,8 @@ def targets(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Let a language model write targets where lines have a query and a positive, and no answer."""
-    from dream_training.commands.data import run_targets
+    with loading_libraries():
+        from dream_training.commands.data import run_targets
 
     run_targets(
         source=source,

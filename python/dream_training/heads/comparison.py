@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from dream_kernels import HeadFile, read_heads, write_heads
 from dream_training.heads.contrast import Contrast, measure_contrast
-from dream_training.heads.selection import WITHOUT_LABELS, HeadExample, select_heads
+from dream_training.heads.selection import (
+    WITHOUT_LABELS,
+    HeadExample,
+    examples_digest,
+    select_heads,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,7 +81,7 @@ def choose(
             name = criterion if seed is None else f"{criterion}-{seed}"
             own = dict(options) if seed is None else {**options, "seed": seed}
             path = folder / f"{name}.yaml"
-            heads = _kept(path, criterion, reader, len(examples), own)
+            heads = _kept(path, criterion, reader, examples, own)
             if heads is None:
                 heads = select_heads(reader, examples, criterion=criterion, **own)
                 write_heads(path, heads)
@@ -187,7 +192,11 @@ def training_config(config: TrainConfig, folder: Path, top_k: int) -> TrainConfi
 
 
 def _kept(
-    path: Path, criterion: str, reader: Reader, examples: int, options: Mapping[str, Any]
+    path: Path,
+    criterion: str,
+    reader: Reader,
+    examples: Sequence[HeadExample],
+    options: Mapping[str, Any],
 ) -> HeadFile | None:
     """An earlier choice by the same criterion with the same options, if there is one."""
     if not path.is_file():
@@ -195,7 +204,8 @@ def _kept(
     found = read_heads(path)
     wanted = {_RECORDED.get(key, key): value for key, value in options.items()}
     if criterion != RANDOM:
-        wanted |= {"examples": examples, "context": reader.context}
+        wanted |= {"examples": len(examples), "context": reader.context}
+        wanted["examples_digest"] = examples_digest(examples)
         wanted |= {"passage_max_len": reader.passage_max_len}
     wanted["criterion"] = criterion
     made = found.provenance

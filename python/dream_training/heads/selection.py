@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import hashlib
 import itertools
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -165,6 +168,7 @@ def select_heads(
     if len(examples) < 2:
         raise ValueError(f"examples must hold at least 2, got {len(examples)}")
     provenance |= {"data": data_name, "examples": len(examples), "pool_size": pool_size}
+    provenance["examples_digest"] = examples_digest(examples)
     provenance |= {"context": reader.context, "passage_max_len": reader.passage_max_len}
     pools = make_pools(examples, pool_size)
     if criterion == "loss_gradient":
@@ -181,6 +185,12 @@ def select_heads(
         provenance |= {"null_query": null_query, "token_filter": token_filter}
     provenance["date"] = datetime.date.today().isoformat()
     return _head_file(scores, provenance)
+
+
+def examples_digest(examples: Sequence[HeadExample]) -> str:
+    """A digest of all that is looked at."""
+    text = json.dumps([dataclasses.astuple(example) for example in examples])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def random_order(reader: Reader, seed: int) -> list[tuple[int, int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dream_training.checkpointing.folder import add_file
 from dream_training.config import (
     OBJECTIVES,
     TrainConfig,
@@ -229,7 +232,37 @@ def _kept(config: TrainConfig, comparison: Comparison) -> dict[str, Any] | None:
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
     same = result["config"] == _identity(config)
+    # Results from before it was recorded are taken as they are.
+    data = _data_of(config, comparison)
+    same = same and result.get("data", data) == data
     return result if same and set(comparison.folders) <= set(result["evaluated"]) else None
+
+
+def _data_of(config: TrainConfig, comparison: Comparison) -> dict[str, str]:
+    """Digests of the files that a training and its evaluations read, by the key or folder."""
+    found = {"train_data": files_digest(config.train_data)}
+    for folder in comparison.folders:
+        parts = ("corpus.jsonl", "queries.jsonl", f"qrels/{config.eval_split}.tsv")
+        found[folder] = files_digest(*(f"{folder}/{part}" for part in parts))
+    return found
+
+
+def files_digest(*paths: str) -> str:
+    """A digest of files; what is no file, such as a data set of the hub, is left out."""
+    versions = []
+    for path in map(Path, paths):
+        if path.is_file():
+            status = path.stat()
+            versions.append((str(path), status.st_size, status.st_mtime_ns))
+    return _files_digest(*versions)
+
+
+@functools.cache
+def _files_digest(*versions: tuple[str, int, int]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path, _, _ in versions:
+        add_file(digest, Path(path))
+    return digest.hexdigest()
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
@@ -286,6 +319,7 @@ def _measure(
         Path(config.output_dir) / RESULT,
         {
             "config": _identity(config),
+            "data": _data_of(config, comparison),
             "evaluated": list(comparison.folders),
             "scores": scores,
             "seconds": trained.seconds,
