@@ -38,8 +38,11 @@ def _poison(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill ``torch.empty`` with NaN, so that an element that nobody wrote shows."""
+def poisoned_empty(test_keeps_the_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill ``torch.empty`` with NaN, so that an element that nobody wrote shows.
+
+    What looks after the process comes first, so that all that is patched is back when it looks.
+    """
     for name in ("empty", "empty_like", "empty_strided"):
         original = getattr(torch, name)
 
