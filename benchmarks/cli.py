@@ -42,7 +42,11 @@ Memory = Annotated[bool, typer.Option(help="measure peak memory")]
 
 def results_folder(output: Path | None, quick: bool) -> Path:
     """Where records go: a quick look never overwrites a result."""
+    from dream_kernels.files import is_stream
+
     if output is not None:
+        if is_stream(output):
+            raise ValueError(f"--output must be a folder, got {output}")
         return output
     here = Path(__file__).resolve().parent
     # In an installed package there is no checkout to write into.

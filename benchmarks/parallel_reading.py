@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dream_kernels.files import write_text
+
 from .parallel_model import (
     GPUS,
     H100S,
@@ -254,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     from .plots import save
 
-    _PAGE.write_text(fill(_PAGE.read_text()))
+    write_text(_PAGE, fill(_PAGE.read_text()))
     save(draw_times(), _PLOTS / "parallel-reading-time.png")
     save(draw_sizes(), _PLOTS / "parallel-reading-size.png")
 

@@ -12,6 +12,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from dream_kernels.files import open_whole
+
 from .cases import GRADIENTS
 from .scaling import fitted_exponent, series
 from .tables import STEP_PHASES, three_digits
@@ -178,9 +180,8 @@ def _draw_phases(axes: Any, records: Sequence[Record]) -> None:
 
 
 def save(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    # Without a date and a version in the file, equal records give equal files.
-    figure.savefig(temporary, dpi=130, metadata={"Software": None})
+    with open_whole(path, binary=True) as file:
+        # Without a date and a version in the file, equal records give equal files.
+        figure.savefig(file, dpi=130, format="png", metadata={"Software": None})
     plt.close(figure)
-    return temporary.replace(path)
+    return path

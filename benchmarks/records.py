@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from dream_kernels.files import write_text
 
 SCHEMA = 1
 NUMBER = (int, float)
@@ -173,10 +174,7 @@ def write(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
     for record in records:
         validate(record)
         lines.append(json.dumps(record, separators=(",", ":")) + "\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(lines))
     return path
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dream_kernels.files import write_text
+
 from .plots import draw
 from .records import read
 from .scaling import fitted_exponent, series
@@ -56,10 +58,10 @@ def write_report(results: Path, readme: Path) -> list[Path]:
         before, rest = text.split(BEGIN, 1)
         _, after = rest.split(END, 1)
         block = render(records, plots, readme.parent)
-        _replace(readme, f"{before}{BEGIN}\n\n{block}\n{END}{after}")
+        write_text(readme, f"{before}{BEGIN}\n\n{block}\n{END}{after}")
         return [*plots, readme]
     target = results / "report.md"
-    _replace(target, render(records, plots, results))
+    write_text(target, render(records, plots, results))
     return [*plots, target]
 
 
@@ -197,9 +199,3 @@ def _steps(records: Sequence[Record]) -> str:
 def _tests(records: Sequence[Record]) -> str:
     rows = [[r["peer"], r["status"], f"{r['seconds']:.0f}", r["reason"] or ""] for r in records]
     return markdown(["check", "status", "s", "reason"], rows)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

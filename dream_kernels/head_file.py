@@ -12,12 +12,12 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dream_kernels.files import is_stream, write_text
 from dream_kernels.parsing import parse_json, parse_yaml, read_text, shortened
 
 HEADS_KEY = "attn_head_set"
@@ -157,14 +157,15 @@ def read_heads(path: str | os.PathLike[str]) -> HeadFile:
 def write_heads(path: str | os.PathLike[str], head_file: HeadFile) -> Path:
     """Write a head file, YAML or JSON by its ending; an existing file is replaced as a whole.
 
-    YAML holds the heads in :attr:`HeadFile.heads`; JSON holds the score of every head.
+    ``-`` is standard output; there, and on devices and pipes, it is YAML unless the name ends in
+    ``.json``. YAML holds the heads in :attr:`HeadFile.heads`; JSON holds the score of every head.
 
     Raises:
         ValueError: the ending is unknown, or JSON was asked for and there are no scores.
     """
     path = Path(path)
     names = [head_name(*head) for head in head_file.heads]
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in (".yaml", ".yml") or (is_stream(path) and path.suffix != ".json"):
         import yaml
 
         content: dict[str, Any] = {HEADS_KEY: ",".join(names)}
@@ -183,13 +184,5 @@ def write_heads(path: str | os.PathLike[str], head_file: HeadFile) -> Path:
         text = json.dumps(content, indent=1) + "\n"
     else:
         raise ValueError(f"{path}: a head file must end in .yaml, .yml or .json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_text(path, text)
     return path

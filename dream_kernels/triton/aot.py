@@ -25,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dream_kernels.files import is_stream, write_text
 from dream_kernels.triton.coefficients import coefficients_kernel
 from dream_kernels.triton.combine import combine_kernel, join_kernel
 from dream_kernels.triton.config import Config, candidates, padded_head
@@ -246,9 +247,7 @@ def write_table(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(rows[key])}" for key in sorted(rows))
     version = json.dumps(triton.__version__)
     whole = f'{{\n "triton": {version},\n "kernels": {{\n{lines}\n }}\n}}\n'
-    beside = path.with_suffix(".new")
-    beside.write_text(whole)
-    beside.replace(path)
+    write_text(path, whole)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -268,6 +267,8 @@ def main(arguments: list[str] | None = None) -> int:
         "compiled now, stays",
     )  # fmt: skip
     options = parser.parse_args(arguments)
+    if options.write is not None and is_stream(options.write):
+        parser.error(f"--write: expected a file, whose rows are kept, got {options.write}")
     found = compiled_rows(
         options.target or ("sm_80", "sm_90", "sm_100"),
         options.head_dim or HEAD_DIMS,

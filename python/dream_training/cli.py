@@ -64,7 +64,7 @@ def train(
         bool, typer.Option("--resume", help="go on from the newest checkpoint that is whole")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="delete the checkpoints of an unfinished run")
+        bool, typer.Option("--overwrite", help="delete what an earlier run left in output_dir")
     ] = False,
 ) -> None:
     """Train a retriever as CONFIG says; any key can be set behind it."""
@@ -81,11 +81,14 @@ def train(
         return
     with loading_libraries():
         from dream_training.distributed import world
+        from dream_training.training.callbacks import describe_best
         from dream_training.training.driver import train as run
 
     result = run(settings, resume=resume, overwrite=overwrite)
     if world.is_main():
         typer.echo(f'\nThe retriever: SentenceTransformer("{result.path}")')
+        if what := describe_best(result.history):
+            typer.echo(what)
         typer.echo(f"The curve:     {Path(settings.output_dir) / 'curve.png'}")
     world.leave()
     if result.interrupted:
@@ -100,6 +103,9 @@ def compare(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="train only this run of the config; may be repeated"),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace results of other settings")
+    ] = False,
 ) -> None:
     """Train several objectives or settings with equal budgets and seeds, in one table.
 
@@ -111,7 +117,7 @@ def compare(
         from dream_training.commands.compare import run_compare
 
     try:
-        run_compare(config, overrides or [], run or [])
+        run_compare(config, overrides or [], run or [], overwrite)
     except KeyboardInterrupt:
         typer.echo("\nStopped. What is complete is kept: run the same command to go on.")
         raise typer.Exit(130) from None
@@ -138,7 +144,9 @@ def heads(
     ],
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="head file, .yaml or .json; with --compare a folder"),
+        typer.Option(
+            help="head file, .yaml or .json, - for standard output; with --compare a folder"
+        ),
     ] = None,
     criterion: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -160,6 +168,9 @@ def heads(
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="trainings of each choice")] = 3,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="with --train: replace results of other settings")
+    ] = False,
     top_k: Annotated[int, typer.Option(min=1, help="heads to print and outline")] = 16,
     examples: Annotated[int, typer.Option(min=2, help="training lines to look at")] = 96,
     pool_size: Annotated[int, typer.Option(min=2, help="documents per pool")] = 16,
@@ -210,6 +221,7 @@ def heads(
                 draws=draws,
                 train=train,
                 seeds=seeds,
+                overwrite=overwrite,
             )
         except KeyboardInterrupt:
             typer.echo("\nStopped. What is complete is kept: run the same command to go on.")
@@ -305,7 +317,9 @@ def evaluate(
     ] = "",
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="JSON file for all figures, those of every query among them"),
+        typer.Option(
+            help="JSON file for all figures, those of every query too; - for standard output"
+        ),
     ] = None,
     split: Annotated[str, typer.Option(help="qrels/<split>.tsv of BEIR folders")] = "test",
     batch_size: Annotated[int, typer.Option(min=1, help="texts encoded at once")] = 32,
@@ -395,7 +409,10 @@ def report(
     ],
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="HTML file; report.html, in the folder of a lone run, by default"),
+        typer.Option(
+            help="HTML file, - for standard output; report.html, in the folder of a lone run, "
+            "by default"
+        ),
     ] = None,
 ) -> None:
     """Write one HTML page of one or several runs: curves, tables, heads, examples."""

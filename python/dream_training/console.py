@@ -28,6 +28,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from dream_kernels.files import is_standard_output
+
 WIDTH = 80
 # Without a terminal, a wait has a line after so many seconds, and then as often.
 FIRST_LINE, EVERY_LINE = 5.0, 20.0
@@ -49,13 +51,14 @@ class OutputConsole(Console):
         super().print(*objects, **options)
 
 
-def make_console() -> Console:
-    """Make the console of a command.
+def make_console(beside: str | os.PathLike[str] | None = None) -> Console:
+    """Make the console of a command, on standard error where ``beside`` names standard output.
 
     Text is printed as it is: brackets are no markup, and figures get no colours. Without a terminal
     it is as wide as COLUMNS says, and 80 by default.
     """
-    console = OutputConsole(markup=False, highlight=False, emoji=False)
+    stderr = beside is not None and is_standard_output(beside)
+    console = OutputConsole(markup=False, highlight=False, emoji=False, stderr=stderr)
     columns = os.environ.get("COLUMNS", "")
     if not console.is_terminal:
         console.width = int(columns) if columns.isdigit() and int(columns) > 0 else WIDTH

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dream_kernels.files import is_stream
 from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import write_beir_folder
 from dream_training.data.docstrings import (
@@ -30,15 +31,17 @@ from dream_training.evaluation import (
     score_ranking,
     search_bm25,
 )
-from dream_training.json_file import write_json
+from dream_training.json_file import read_json, write_json
 from dream_training.models.loading import make_retriever, resolve_model
 from dream_training.plots import plot_curve
 from dream_training.training.callbacks import History
 from dream_training.training.driver import train
+from dream_training.training.output_folder import CONFIG, results_in
 
 RETRIEVER_LAYERS = 10
 HEADS = 64
 SHOWN_QUERIES = 4
+_DATA = "documentation of the installed packages"
 _PACKAGES = ("torch", "transformers", "sentence-transformers", "peft")
 
 
@@ -70,12 +73,13 @@ def run_demo(
     """
     begin = time.perf_counter()
     console = Console()
+    _check_folder(output_dir)
     layers, heads = _sizes(reader)
     config = TrainConfig(
         reader=reader,
         retriever=reader,
         retriever_layers=layers,
-        train_data="documentation of the installed packages",
+        train_data=_DATA,
         # Chosen for 15 minutes on two cores: the beginnings of many documents teach more there than
         # the whole of a few.
         top_k=heads,
@@ -177,6 +181,22 @@ class _DemoEvaluator(RetrievalEvaluator):
         self.ranking = self.rank(model)
         self.query_scores = score_queries(self.test, self.ranking)
         return average(self.query_scores)
+
+
+def _check_folder(output_dir: Path) -> None:
+    """Raise unless the demo may replace what is there: an earlier demo.
+
+    Raises:
+        FileExistsError: there is another run.
+        ValueError: it is standard output, a device or a pipe.
+    """
+    if is_stream(output_dir):
+        raise ValueError(f"--output-dir must be a folder, got {output_dir}")
+    config = output_dir / CONFIG
+    if results_in(output_dir) and config.is_file() and read_json(config).get("train_data") != _DATA:
+        raise FileExistsError(
+            f"{output_dir} has results of another run than the demo's: choose another --output-dir"
+        )
 
 
 def _sizes(reader: str) -> tuple[int, int]:

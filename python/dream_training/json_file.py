@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dream_kernels.files import write_text
 from dream_kernels.parsing import parse_json, read_text
 
 # The scores of every query of many tasks.
@@ -15,9 +16,7 @@ _MAX_BYTES = 256 << 20
 
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as JSON; an existing file is replaced as a whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

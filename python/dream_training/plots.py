@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from dream_kernels import HeadFile
+from dream_kernels.files import open_whole
 from dream_training.training.callbacks import History
 
 if TYPE_CHECKING:
@@ -206,9 +207,7 @@ def plot_comparison(rows: Sequence[Row], path: str | os.PathLike[str]) -> Path:
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    figure.savefig(temporary, dpi=150)
+    with open_whole(path, binary=True) as file:
+        figure.savefig(file, dpi=150, format="png")
     plt.close(figure)
-    return temporary.replace(path)
+    return Path(path)

@@ -51,6 +51,7 @@ def test_dream_bench_is_the_same_suite() -> None:
         (("kernel", "--peer", "nobody"), "no peer is called 'nobody'"),
         (("kernel", "--case", "nothing"), "no case has 'nothing'"),
         (("step", "--model", "gpt"), "model must be one of"),
+        (("report", "--output", "-"), "--output must be a folder, got -"),
         (("report", "--output", "nowhere"), "there are no records in nowhere"),
         (("gpu-acceptance",), "gpu-acceptance needs an NVIDIA GPU"),
         (("compare", "--base", "no-such-revision"), "git knows no revision 'no-such-revision'"),

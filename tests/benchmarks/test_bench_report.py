@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,9 +153,16 @@ def _assert_not_blank(path: Path) -> None:
 
 
 def test_without_markers_the_report_is_a_file_of_its_own(measured, tmp_path) -> None:
-    store.write(tmp_path / "all.jsonl", measured)
-    *_, written = write_report(tmp_path, tmp_path / "none")
+    umask = os.umask(0o027)
+    try:
+        store.write(tmp_path / "all.jsonl", measured)
+        *_, written = write_report(tmp_path, tmp_path / "none")
+    finally:
+        os.umask(umask)
     assert written == tmp_path / "report.md" and "### " in written.read_text()
+    files = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.suffix for path in files} == {".jsonl", ".md", ".png"}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
     with pytest.raises(ValueError, match="no records"):
         write_report(tmp_path / "plots", tmp_path / "none")
 

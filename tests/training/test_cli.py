@@ -57,7 +57,8 @@ def test_heads_then_train_then_evaluate(tiny_model: Path, data: Path, tmp_path: 
     out = tmp_path / "out"
     result = dream("train", config, "max_steps=2", f"output_dir={out}", "lora_r=2")
     assert result.returncode == 0, result.stderr
-    assert f'SentenceTransformer("{out / "last"}")' in result.stdout
+    assert f'SentenceTransformer("{out / "best"}")' in result.stdout
+    assert "Nothing was evaluated: best/ is a copy of last/" in result.stdout
     assert json.loads((out / "config.json").read_text())["max_steps"] == 2
 
     beir = tmp_path / "beir"
@@ -66,7 +67,7 @@ def test_heads_then_train_then_evaluate(tiny_model: Path, data: Path, tmp_path: 
     (beir / "corpus.jsonl").write_text("\n".join(map(json.dumps, corpus)))
     (beir / "queries.jsonl").write_text(json.dumps({"_id": "1", "text": "rivers"}))
     (beir / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\tb\t1\n")
-    result = dream("evaluate", out / "last", beir)
+    result = dream("evaluate", out / "best", beir)
     assert result.returncode == 0, result.stderr
     bm25 = next(line for line in result.stdout.splitlines() if "BM25" in line)
     assert bm25.split() == ["beir", "BM25", "1.0000", "1.0000", "1", "2"]

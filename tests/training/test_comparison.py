@@ -80,8 +80,14 @@ def test_what_has_its_result_is_not_trained_again(run, tmp_path: Path, monkeypat
     corpus.write_text(before)
     # another setting is another result
     trained.clear()
+    other = load_comparison(config, ["max_steps=2"])
+    with pytest.raises(
+        FileExistsError, match=r"a/seed3 has results of a run with max_steps 1, now 2"
+    ):
+        run_comparison(other, quiet(), only=["a"])
+    assert not trained
     with pytest.raises(KeyboardInterrupt):
-        run_comparison(load_comparison(config, ["max_steps=2"]), quiet(), only=["a"])
+        run_comparison(other, quiet(), only=["a"], overwrite=True)
     assert trained == [str(tmp_path / "out" / "a" / "seed3")]
 
 

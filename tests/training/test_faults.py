@@ -15,6 +15,7 @@ from rich.console import Console
 from tiny import quiet
 from transformers import TrainerCallback
 
+from dream_kernels import files
 from dream_training.checkpointing import folder as checkpoint_folder
 from dream_training.config import TrainConfig
 from dream_training.objectives.distilled_dream import DistilledDreamLoss
@@ -112,14 +113,14 @@ def test_too_many_bad_steps_end_the_run(run, tmp_path: Path, broken_steps) -> No
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(run, tmp_path: Path, monkeypatch) -> None:
-    original = checkpoint_folder._to_disk
+    original = files.to_disk
 
     def to_disk(path: Path) -> None:
         if "step-00000002" in str(path):
             raise OSError(28, "No space left on device")
         original(path)
 
-    monkeypatch.setattr(checkpoint_folder, "_to_disk", to_disk)
+    monkeypatch.setattr(files, "to_disk", to_disk)
     console = quiet()
     result = train(run(save_steps=1, eval_data=None), console=console)
     assert len(result.history.steps) == 4

@@ -153,6 +153,16 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_taken(run, tmp_path:
     assert [s["loss"] for s in again] == [s["loss"] for s in alone]
 
 
+def test_a_finished_run_whose_checkpoints_are_damaged_stays(run, tmp_path: Path) -> None:
+    train(run(keep_checkpoints=1), console=quiet())
+    (manifest,) = (tmp_path / "out" / CHECKPOINTS).glob("*/manifest.json")
+    manifest.write_text("{}")
+    before = outcome(tmp_path / "out")
+    with pytest.raises(FileExistsError, match="there is no checkpoint to resume from: use --over"):
+        train(run(), console=quiet(), resume=True)
+    assert outcome(tmp_path / "out") == before
+
+
 def test_checkpoints_hold_safetensors_and_json_only(run, tmp_path: Path) -> None:
     train(run(document_store="memory"), console=quiet())
     suffixes = {p.suffix for p in (tmp_path / "out" / CHECKPOINTS).rglob("*") if p.is_file()}
@@ -173,7 +183,7 @@ def test_mistakes_in_going_on_are_named(run, tmp_path: Path) -> None:
     console = quiet()
     train(run(max_steps=8), console=console, callbacks=[Stop(3, signal.SIGTERM)])
     assert "--resume goes on after step 3" in console.file.getvalue()
-    with pytest.raises(FileExistsError, match="the newest of step 3: go on with --resume"):
+    with pytest.raises(FileExistsError, match="use --resume to continue after step 3, --overwrite"):
         train(run(max_steps=8), console=quiet())
     with pytest.raises(ValueError, match=r"learning_rate is 0.5, and .*step-00000003 was written"):
         train(run(max_steps=8, learning_rate=0.5), console=quiet(), resume=True)
@@ -251,7 +261,7 @@ def test_a_model_folder_that_was_half_moved_is_mended(run, tmp_path: Path) -> No
     out = tmp_path / "out"
     train(run(), console=quiet())
     # As a kill between the two renames leaves it.
-    half = out / ".last.abc"
+    half = out / ".last.0123abcd.dream.tmp"
     half.mkdir()
     (out / "last").rename(half / "old")
     shutil.copytree(half / "old", half / "new")

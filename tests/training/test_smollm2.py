@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from concurrent.futures import ThreadPoolExecutor
+import os
 from pathlib import Path
 from typing import Any
 
@@ -125,35 +125,19 @@ def test_bfloat16_is_the_cast_of_float32(
     monkeypatch.setattr(smollm2.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: read)
     monkeypatch.setattr(smollm2, "_tokenizer", lambda *_, **__: tokenizer)
     monkeypatch.setenv("DREAM_CACHE", str(tmp_path))
-    folder = smollm2.smollm2_path("bfloat16")
+    umask = os.umask(0o027)
+    try:
+        folder = smollm2.smollm2_path("bfloat16")
+    finally:
+        os.umask(umask)
     monkeypatch.undo()
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+    assert folder.stat().st_mode & 0o777 == 0o750
     cast = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     expected = model.state_dict()
     for name, tensor in cast.state_dict().items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, expected[name].to(torch.bfloat16)), name
-
-
-def test_concurrent_writers_leave_one_complete_folder(tmp_path: Path) -> None:
-    def write(folder: Path) -> None:
-        for number in range(20):
-            (folder / str(number)).write_text("content")
-
-    target = tmp_path / "model"
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: smollm2._publish(target, write), range(8)))
-    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
-    assert len(list(target.iterdir())) == 20
-
-
-def test_a_failed_conversion_leaves_nothing(tmp_path: Path) -> None:
-    def write(folder: Path) -> None:
-        (folder / "half").touch()
-        raise RuntimeError("interrupted")
-
-    with pytest.raises(RuntimeError, match="interrupted"):
-        smollm2._publish(tmp_path / "model", write)
-    assert not list(tmp_path.iterdir())
 
 
 def test_cache_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

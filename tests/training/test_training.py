@@ -70,11 +70,11 @@ def test_pictures_are_not_blank(run, tmp_path: Path) -> None:
 def test_the_same_seed_gives_the_same_run(run) -> None:
     losses, scores = [], []
     for _ in range(2):
-        history = train(run(), console=quiet()).history
+        history = train(run(), console=quiet(), overwrite=True).history
         losses.append([s["loss"] for s in history.steps])
         scores.append([e["ndcg_at_10"] for e in history.evaluations])
     assert losses[0] == losses[1] and scores[0] == scores[1]
-    other = train(run(seed=1), console=quiet()).history
+    other = train(run(seed=1), console=quiet(), overwrite=True).history
     assert [s["loss"] for s in other.steps] != losses[0]
 
 
@@ -111,7 +111,7 @@ def test_ctrl_c_keeps_the_last_model_and_says_where(run, tmp_path: Path, monkeyp
     monkeypatch.setattr(DistilledDreamLoss, "forward", forward)
     console = quiet()
     result = train(run(eval_data=None), console=console)
-    assert result.interrupted and result.path == tmp_path / "out" / "last"
+    assert result.interrupted and result.path == tmp_path / "out" / "best"
     assert f"Interrupted after 3 steps; the retriever is in {result.path}" in " ".join(
         console.file.getvalue().split()
     )
@@ -135,7 +135,7 @@ def test_the_reader_may_read_more_of_a_document_than_the_retriever(run) -> None:
     losses, weights = [], []
     for own, reader in ((5, None), (5, 30), (30, None)):
         config = run(passage_max_len=own, reader_passage_max_len=reader, eval_data=None)
-        step = train(config, console=quiet()).history.steps[0]
+        step = train(config, console=quiet(), overwrite=True).history.steps[0]
         losses.append(step["loss"])
         weights.append(step["entropy"])
     assert weights[0] == weights[1] != weights[2], "the retriever reads passage_max_len tokens"
@@ -148,7 +148,7 @@ def test_mini_batches_change_no_step(run, objective: str) -> None:
     own = {"teaching": objective} if objective == "direct" else {"objective": objective}
     for size in (None, 3):
         changes = {**own, "mini_batch_size": size, "eval_data": None}
-        history = train(run(**changes), console=quiet()).history
+        history = train(run(**changes), console=quiet(), overwrite=True).history
         losses.append([s["loss"] for s in history.steps])
     assert losses[0][0] != losses[0][-1]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dream_kernels.files import recover, whole_folder
 from dream_training.json_file import read_json
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 _FORMAT = "dream-kernels checkpoint 1"
 _NAME = re.compile(r"step-(\d{8})")
-_UNFINISHED = ".unfinished-"
 
 
 class CheckpointError(ValueError):
@@ -76,12 +75,8 @@ def write_checkpoint(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}"
-    unfinished = folder / f"{_UNFINISHED}{path.name}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir()
+    with whole_folder(path) as unfinished:
         for name, content in documents.items():
             text = json.dumps(content)
             (unfinished / f"{name}.json").write_text(text + "\n", encoding="utf-8")
@@ -95,15 +90,6 @@ def write_checkpoint(
         manifest: dict[str, Any] = {"format": _FORMAT, "step": step, "files": files}
         manifest["digest"] = _digest_of(manifest)
         (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        for file in unfinished.iterdir():
-            _to_disk(file)
-        _to_disk(unfinished)
-        if path.exists():
-            shutil.rmtree(path)
-        unfinished.rename(path)
-        _to_disk(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return Checkpoint(path, step)
 
 
@@ -165,8 +151,7 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the ``keep`` newest checkpoints, and what an interrupted writer left."""
     for path in list(_paths(folder))[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    recover(folder)
 
 
 def _paths(folder: Path) -> Iterator[Path]:
@@ -191,15 +176,3 @@ def add_file(digest: Any, file: Path) -> int:
 
 def _digest_of(manifest: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file or folder is on the disk, where the system can tell."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # a folder, on Windows
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,11 +10,13 @@ from dream_training.training.comparison import comparison_tables, load_compariso
 
 
 @shows_progress
-def run_compare(config: Path, overrides: Sequence[str], only: Sequence[str]) -> None:
+def run_compare(
+    config: Path, overrides: Sequence[str], only: Sequence[str], overwrite: bool = False
+) -> None:
     """Run the command; the arguments are its own."""
     console = show_on(make_console())
     comparison = load_comparison(config, overrides)
-    rows = run_comparison(comparison, console, only)
+    rows = run_comparison(comparison, console, only, overwrite)
     for table in comparison_tables(rows):
         console.print("", table)
     folder = Path(comparison.base.output_dir)

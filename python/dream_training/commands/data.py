@@ -41,7 +41,7 @@ def run_prepare(
     trust_remote_code: bool = False,
 ) -> None:
     """Run ``dream data prepare``; the arguments are its options."""
-    console = show_on(make_console())
+    console = show_on(make_console(beside=output))
     lengths = TextLengths(
         passage_len,
         query_len,
@@ -132,7 +132,7 @@ def run_targets(
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
-    console = show_on(make_console())
+    console = show_on(make_console(beside=output))
     rows = list(islice(iterate_training_rows(source, split=split, need_target=False), limit))
     path = resolve_model(reader, dtype)
     model = load_language_model(

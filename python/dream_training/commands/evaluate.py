@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
+from dream_kernels.files import is_stream
 from dream_training.console import (
     make_console,
     make_table,
@@ -53,7 +54,7 @@ def run_evaluate(
     Args:
         arguments: models, and BEIR folders among them.
         tasks: more tasks, separated by commas.
-        output: JSON file to write.
+        output: JSON file to write, ``-`` for standard output, where the table is not printed to.
         options: how to evaluate.
         bm25: evaluate BM25 on folders and sets of BEIR as well.
         trust_remote_code: run code that comes with a model.
@@ -63,7 +64,7 @@ def run_evaluate(
         FileNotFoundError: a folder is missing, or data could not be fetched.
         ValueError: no model or no task is named, or a task is unknown.
     """
-    console = show_on(console or make_console())
+    console = show_on(console or make_console(beside=output))
     folders = [name for name in arguments if is_beir_folder(name)]
     models = [name for name in arguments if name not in folders]
     names = expand_tasks([*folders, *(name for name in tasks.split(",") if name.strip())])
@@ -83,7 +84,8 @@ def run_evaluate(
         model = _load(name, trust_remote_code)
         for task in names:
             evaluations.append(evaluate_task(model, name, task, options))
-            if output is not None:  # what took hours is kept when the next task fails
+            # What took hours is kept when the next task fails.
+            if output is not None and not is_stream(output):
                 write_evaluations(output, evaluations, describe_environment(model.device))
     if bm25:
         evaluations += [evaluate_bm25(task, options) for task in names if not is_mteb_task(task)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from dream_kernels import write_heads
+from dream_kernels.files import is_stream
 from dream_kernels.head_file import head_name
 from dream_training.config import HEAD_CRITERIA, TrainConfig, load_config
 from dream_training.console import make_console, make_table, print_paths, show_on, shows_progress
@@ -86,7 +87,7 @@ class HeadOptions:
 @shows_progress
 def run_heads(options: HeadOptions, output: Path, criterion: str) -> None:
     """Select heads by one criterion; write, draw and print them."""
-    console = show_on(make_console())
+    console = show_on(make_console(beside=output))
     examples = head_examples(
         options.read(),
         options.examples,
@@ -107,7 +108,7 @@ def run_heads(options: HeadOptions, output: Path, criterion: str) -> None:
         console.print(f"{rank:>4}  {head_name(*head):>6}{score}")
     console.print()
     paths = {f"All {len(head_file.heads)} heads:": output}
-    if head_file.scores:
+    if head_file.scores and not is_stream(output):
         paths["Their map:"] = plot_heads(head_file, output.with_suffix(".png"), options.top_k)
     print_paths(console, paths)
     preferred = head_file.provenance.get("prefers_the_positive")
@@ -124,11 +125,14 @@ def run_head_comparison(
     draws: int,
     train: Path | None,
     seeds: int,
+    overwrite: bool = False,
 ) -> None:
     """Select heads by several criteria and at random, and show what each choice does.
 
     Writes the head files, ``comparison-top<k>.json`` and ``overlap-top<k>.png`` to ``folder``.
     """
+    if is_stream(folder):
+        raise ValueError(f"--output must be a folder with --compare, got {folder}")
     console, top_k = show_on(make_console()), options.top_k
     training = None
     if train is not None:  # a mistake in it shall show at once
@@ -171,7 +175,7 @@ def run_head_comparison(
     console.print(_overlap_table(choices, top_k))
     if training is not None:
         own = range(training.seed, training.seed + seeds)
-        comparison.train_with(choices, training, top_k, own, console)
+        comparison.train_with(choices, training, top_k, own, console, overwrite)
         write_json(result, comparison.to_json(choices, top_k))
     console.print(f"\nThe best {top_k} heads of each choice\n")
     console.print(_result_table(choices))

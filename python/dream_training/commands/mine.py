@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from dream_kernels.files import is_stream
 from dream_training.console import make_console, print_paths, show_on, shows_progress, tracked
 from dream_training.data.beir_folder import read_corpus
 from dream_training.data.forms import beir
@@ -39,7 +40,7 @@ def run_mine(
     trust_remote_code: bool = False,
 ) -> None:
     """Run the command; the arguments are its options."""
-    console = show_on(make_console())
+    console = show_on(make_console(beside=output))
     read = iterate_training_rows(data, split=split, target_from=target_from, need_target=False)
     rows = list(tracked(read, f"reading {Path(data).name}"))
     texts = read_documents(corpus, data, rows)
@@ -53,6 +54,10 @@ def run_mine(
         package = "sentence-transformers"
     mined, counts = mine(rows, texts, rank, options)
     write_training_rows(output, mined)
+    console.print(_summary(counts, options))
+    if is_stream(output):  # nothing can be beside it
+        print_paths(console, {"The lines:": output})
+        return
     provenance = provenance_path(output)
     write_json(
         provenance,
@@ -70,7 +75,6 @@ def run_mine(
             "date": datetime.date.today().isoformat(),
         },
     )
-    console.print(_summary(counts, options))
     print_paths(console, {"The lines:": output, "How they were made:": provenance})
 
 

@@ -10,7 +10,7 @@ import typer
 Source = Annotated[
     str, typer.Argument(help="training data of any form: file, folder, or data set of the hub")
 ]
-Output = Annotated[Path, typer.Option(help="JSONL file to write")]
+Output = Annotated[Path, typer.Option(help="JSONL file to write, - for standard output")]
 Split = Annotated[str, typer.Option(help="of a BEIR folder's qrels or a data set")]
 TargetFrom = Annotated[
     Optional[str],  # noqa: UP045 - typer reads the annotation at run time

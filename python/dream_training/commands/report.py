@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dream_kernels.files import is_stream
 from dream_training.console import make_console, show_on, shows_progress
 from dream_training.report.page import write_report
 from dream_training.report.run_folder import read_runs
@@ -29,8 +30,8 @@ def run_report(
     """
     if output is None:
         output = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
-    console = show_on(console or make_console())
+    console = show_on(console or make_console(beside=output))
     path = write_report(read_runs(folders), output)
-    size = path.stat().st_size / 1024
-    console.print(f"The report: {path} ({size:,.0f} KiB)", soft_wrap=True)
+    size = "" if is_stream(path) else f" ({path.stat().st_size / 1024:,.0f} KiB)"
+    console.print(f"The report: {path}{size}", soft_wrap=True)
     return path

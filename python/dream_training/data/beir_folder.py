@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from dream_kernels.files import whole_folder
 from dream_kernels.parsing import parse_json, shortened, why_not_name, why_not_text
 from dream_training.console import tracked
 from dream_training.data.sources import MAX_LINE
@@ -59,8 +58,6 @@ def write_beir_folder(
 ) -> Path:
     """Write a BEIR folder, complete or not at all.
 
-    The files are written to a temporary folder beside ``path``, which then takes its name.
-
     Args:
         path: the folder. If it exists it is replaced, provided that it is empty or was written by
             this function.
@@ -87,11 +84,8 @@ def write_beir_folder(
             raise ValueError(f"id {key!r}: expected text without tabs, line breaks or outer spaces")
     _check_replaceable(folder)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        content = temporary / "new"
-        (content / "qrels").mkdir(parents=True)
+    with whole_folder(folder) as content:
+        (content / "qrels").mkdir()
         (content / _MARKER).touch()
         _write_jsonl(
             content / _CORPUS,
@@ -107,9 +101,6 @@ def write_beir_folder(
         ]
         if examples:
             _write_jsonl(content / _TRAIN, examples)
-        _swap(content, folder, aside=temporary / "old")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -192,19 +183,6 @@ def _check_replaceable(folder: Path) -> None:
         raise FileExistsError(f"{folder} is a file; expected a folder or nothing")
     if any(folder.iterdir()) and not (folder / _MARKER).exists():
         raise FileExistsError(f"{folder} has other content; give an empty or a new folder")
-
-
-def _swap(new: Path, folder: Path, aside: Path) -> None:
-    """Give ``new`` the name ``folder``; what stood there goes to ``aside``, or back on failure."""
-    replaces = folder.exists()
-    if replaces:
-        folder.rename(aside)
-    try:
-        new.rename(folder)
-    except OSError:
-        if replaces and not folder.exists():
-            aside.rename(folder)
-        raise
 
 
 def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
+from dream_kernels.files import whole_folder
 from dream_training.console import progress
 
 _URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{name}.zip"
@@ -49,21 +49,22 @@ def fetch(name: str, cache_dir: Path | None = None) -> Path:
     if (folder / "corpus.jsonl").is_file():
         return folder
     url = _URL.format(name=name)
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=cache, prefix=f".{name}."))
     try:
-        with progress(f"fetching {name}"):
-            fetched = Path(util.download_and_unzip(url, str(temporary)))
-        if not (fetched / "corpus.jsonl").is_file():
-            raise ValueError("the archive holds no corpus.jsonl")
-        fetched.rename(folder)
+        with (
+            progress(f"fetching {name}"),
+            whole_folder(folder, replace=False) as content,
+            tempfile.TemporaryDirectory(dir=content.parent) as unpacked,
+        ):
+            fetched = Path(util.download_and_unzip(url, unpacked))
+            if not (fetched / "corpus.jsonl").is_file():
+                raise ValueError("the archive holds no corpus.jsonl")
+            content.rmdir()
+            fetched.rename(content)
     except Exception as error:  # requests, zipfile and the file system each have their own
         raise FileNotFoundError(
             f"task 'beir:{name}': {url} could not be fetched: {type(error).__name__}: {error}; "
             f"a copy may be put at {folder}"
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

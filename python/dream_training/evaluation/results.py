@@ -177,7 +177,6 @@ def write_evaluations(
 ) -> Path:
     """Write evaluations and the environment they were made in as JSON."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [asdict(evaluation) for evaluation in evaluations]
     write_json(path, {"evaluations": rows, "environment": environment})
     return path

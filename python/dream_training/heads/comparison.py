@@ -112,6 +112,7 @@ def train_with(
     top_k: int,
     seeds: Sequence[int],
     console: Console,
+    overwrite: bool = False,
 ) -> None:
     """Train a retriever with every choice and seed, and add what came out to the choices.
 
@@ -124,8 +125,10 @@ def train_with(
         top_k: how many heads of every choice receive the scores.
         seeds: of the trainings.
         console: where to print.
+        overwrite: replace results of other heads or another config.
 
     Raises:
+        FileExistsError: there are such results, and ``overwrite`` is not set.
         ValueError: the config evaluates nothing, or is not of objective ``dream``.
         KeyboardInterrupt: Ctrl-C; what is complete is kept.
     """
@@ -136,7 +139,8 @@ def train_with(
     if config.objective != "dream":
         raise ValueError(f"heads matter to objective 'dream' alone, got {config.objective!r}")
     runs = {choice.name: {"heads": str(choice.path), "top_k": top_k} for choice in choices}
-    rows = run_comparison(Comparison(config, runs, seeds, keep_models=False), console)
+    compared = Comparison(config, runs, seeds, keep_models=False)
+    rows = run_comparison(compared, console, overwrite=overwrite)
     _add_training(choices, rows)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dream_kernels.files import whole_folder
 from dream_training.console import progress
 from dream_training.distributed import world
 from dream_training.distributed.sharding import whole
@@ -163,9 +162,8 @@ def _add_lora(model: SentenceTransformer, rank: int, alpha: int) -> None:
 def save_retriever(model: SentenceTransformer, path: str | os.PathLike[str]) -> Path:
     """Save the model, adapters merged into their layers, so that it loads without its backbone.
 
-    The folder appears whole or not at all: it is written beside ``path`` and then renamed. The
-    model itself is left as it is. With several processes all of them call it, for the weights may
-    be cut over them, and process 0 writes.
+    The folder appears whole or not at all. The model itself is left as it is. With several
+    processes all of them call it, for the weights may be cut over them, and process 0 writes.
 
     Returns:
         The folder, for ``SentenceTransformer(path)``.
@@ -174,29 +172,9 @@ def save_retriever(model: SentenceTransformer, path: str | os.PathLike[str]) -> 
     own = whole(model)
     if not world.is_main():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        with progress(f"saving {path.name}"):
-            merged(own, private=own is not model).save_pretrained(str(temporary / "new"))
-        if path.exists():
-            path.rename(temporary / "old")
-        (temporary / "new").rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with progress(f"saving {path.name}"), whole_folder(path) as folder:
+        merged(own, private=own is not model).save_pretrained(str(folder))
     return path
-
-
-def recover_folder(path: Path) -> None:
-    """Finish what :func:`save_retriever` was killed at: a moved-away folder gets its place back.
-
-    The new one is complete when the old one is moved, so it takes the place. Other temporary
-    folders go.
-    """
-    for temporary in path.parent.glob(f".{path.name}.*"):
-        if not path.exists() and (temporary / "old").exists() and (temporary / "new").exists():
-            (temporary / "new").rename(path)
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def merged(model: SentenceTransformer, private: bool = False) -> SentenceTransformer:

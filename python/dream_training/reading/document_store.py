@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dream_kernels.files import open_whole
 from dream_training.console import tracked
 
 if TYPE_CHECKING:
@@ -268,15 +269,15 @@ class DiskStore(DocumentStore):
             self._forget(name)
 
     def _save(self, name: str, states: Tensor) -> int:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         states = states.cpu().contiguous()
         metadata = {"format": _FORMAT, "name": name, "crc32": _crc32(states)}
-        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
-        save_file({"states": states}, temporary, metadata)
-        size = temporary.stat().st_size
-        os.replace(temporary, self._path(name))
-        return size
+        content = save({"states": states}, metadata)
+        # The disk is not waited for: what a crash of the machine damages is read again.
+        with open_whole(self._path(name), binary=True, sync=False) as file:
+            file.write(content)
+        return len(content)
 
     def _delete(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)

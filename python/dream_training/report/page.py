@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from dream_kernels.files import write_text
 from dream_training.commands.compare_runs import describe_p
 from dream_training.console import progress
 from dream_training.evaluation.paired import Comparison, compare_queries
@@ -40,18 +40,8 @@ def write_report(runs: Sequence[Run], path: str | os.PathLike[str]) -> Path:
         raise ValueError("a report needs at least one run")
     with progress("drawing the page"):
         text = render(runs)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
+    write_text(path, text)
+    return Path(path)
 
 
 def render(runs: Sequence[Run]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dream_kernels.files import whole_folder
 from dream_training.console import EVERY_LINE, Work, progress
+from dream_training.distributed import world
 from dream_training.models.retriever import save_retriever
+from dream_training.training.output_folder import BEST, LAST
 
 if TYPE_CHECKING:
     from dream_training.objectives.temperature import Temperature
@@ -29,6 +33,17 @@ class History:
 
     steps: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def best_step(self) -> int:
+        """The step of the best evaluation, the first of equal ones; -1 if there is none."""
+        best = max(self.evaluations, key=lambda e: e["ndcg_at_10"], default={"step": -1.0})
+        return int(best["step"])
+
+    @property
+    def not_improved(self) -> bool:
+        """Whether evaluations found no model better than the untrained one."""
+        return self.best_step == 0 and len(self.evaluations) > 1
 
     def state(self) -> dict[str, Any]:
         return {"steps": self.steps, "evaluations": self.evaluations}
@@ -57,6 +72,19 @@ def describe(metrics: dict[str, float], brief: bool = False) -> str:
         found, asked = metrics["store_hits"], metrics["store_hits"] + metrics["store_misses"]
         parts.append(f"store {found:.0f}/{asked:.0f}")
     return "  ".join(parts)
+
+
+def describe_best(history: History) -> str:
+    """What to know of ``best/`` at the end of a run, where it is not the best of trained models."""
+    if history.not_improved:
+        before, *after = (e["ndcg_at_10"] for e in history.evaluations)
+        return (
+            f"NOT BETTER THAN UNTRAINED: nDCG@10 {before:.4f} before training, at most "
+            f"{max(after):.4f} after. best/ is the untrained model, last/ the trained one."
+        )
+    if history.best_step < 0:
+        return "Nothing was evaluated: best/ is a copy of last/, the model after the last step."
+    return ""
 
 
 class ProgressCallback(TrainerCallback):
@@ -132,8 +160,11 @@ class TemperatureCallback(TrainerCallback):
 class KeepBestCallback(TrainerCallback):
     """After every evaluation, saves the model as ``last``, and the best so far as ``best``.
 
+    The untrained model counts as well, where it was evaluated: ``best`` is always one that was
+    measured to be best, and where nothing was measured it becomes a copy of ``last``.
+
     Attributes:
-        best_path: the folder of the best model, None while nothing beats the untrained one.
+        best_path: the folder of the best model, None while nothing was evaluated.
     """
 
     def __init__(self, model: Any, history: History, output_dir: Path, console: Console) -> None:
@@ -149,7 +180,26 @@ class KeepBestCallback(TrainerCallback):
     def restore(self, state: bool) -> None:
         """Go on with the history, which must be restored before."""
         self.best = max((e["ndcg_at_10"] for e in self.history.evaluations), default=float("-inf"))
-        self.best_path = self.output_dir / "best" if state else None
+        self.best_path = self.output_dir / BEST if state else None
+
+    def finish(self) -> Path:
+        """Save the last model, and return the folder of the best; all processes call it."""
+        last, best = save_retriever(self.model, self.output_dir / LAST), self.output_dir / BEST
+
+        def copy() -> None:
+            if self.best_path is None or not best.is_dir():
+                with whole_folder(best) as folder:
+                    shutil.copytree(last, folder, dirs_exist_ok=True)
+
+        world.on_main(copy)
+        return best
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Evaluated before the run: should nothing beat it, it must be there.
+        if state.global_step == 0 and self.best_path is None and self.history.evaluations:
+            self.best_path = save_retriever(self.model, self.output_dir / BEST)
 
     def on_evaluate(
         self,
@@ -175,10 +225,8 @@ class KeepBestCallback(TrainerCallback):
             f"step {state.global_step}  nDCG@10 {values['ndcg_at_10']:.4f}  "
             f"recall@10 {values['recall_at_10']:.4f}{'  (best so far)' if better else ''}"
         )
-        if state.global_step == 0:
-            self.best = values["ndcg_at_10"]
-            return
-        save_retriever(self.model, self.output_dir / "last")
+        if state.global_step > 0:
+            save_retriever(self.model, self.output_dir / LAST)
         if better:
             self.best = values["ndcg_at_10"]
-            self.best_path = save_retriever(self.model, self.output_dir / "best")
+            self.best_path = save_retriever(self.model, self.output_dir / BEST)

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dream_kernels import read_heads
 from dream_training.checkpointing.folder import add_file
 from dream_training.config import (
     OBJECTIVES,
@@ -26,9 +27,17 @@ from dream_training.config import (
     read_yaml,
 )
 from dream_training.console import make_table, show_on, shows_progress
-from dream_training.json_file import write_json
+from dream_training.json_file import read_json, write_json
+from dream_training.training.output_folder import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    HEADS,
+    LAST,
+    RESULT,
+    results_in,
+)
 
-RESULT = "result.json"
 _METRIC = "ndcg_at_10"
 _SECTION = "compare"
 # What a run writes beside what it is: it may differ without the result being another one.
@@ -146,7 +155,9 @@ def default_runs() -> dict[str, dict[str, Any]]:
 
 
 @shows_progress
-def run_comparison(comparison: Comparison, console: Console, only: Sequence[str] = ()) -> list[Row]:
+def run_comparison(
+    comparison: Comparison, console: Console, only: Sequence[str] = (), overwrite: bool = False
+) -> list[Row]:
     """Train what has no result yet, seed by seed, and write tables and plot.
 
     A training that has its ``result.json`` with the same config is not repeated, so a long
@@ -157,8 +168,10 @@ def run_comparison(comparison: Comparison, console: Console, only: Sequence[str]
         comparison: what to compare.
         console: where to print.
         only: names of the runs to train; all by default.
+        overwrite: replace results of other configs.
 
     Raises:
+        FileExistsError: a run's folder has results of another config, and ``overwrite`` is not set.
         ValueError: ``only`` names a run that is not there, or a training refuses its data.
         KeyboardInterrupt: Ctrl-C; what is complete is kept.
     """
@@ -169,12 +182,17 @@ def run_comparison(comparison: Comparison, console: Console, only: Sequence[str]
         if name not in comparison.runs:
             raise ValueError(f"there is no run {name!r}, only {', '.join(comparison.runs)}")
     folder = Path(comparison.base.output_dir)
+    names = only or list(comparison.runs)
+    if not overwrite:  # before hours of training
+        for seed in comparison.seeds:
+            for name in names:
+                _check_same(comparison.config(name, seed))
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     untrained: _Untrained = {}
     # Seed by seed, so that a comparison that is stopped early compares the same seeds.
     for seed in comparison.seeds:
-        for name in only or comparison.runs:
+        for name in names:
             config = comparison.config(name, seed)
             if _kept(config, comparison) is None:
                 console.rule(f"{name}, seed {seed}")
@@ -231,7 +249,7 @@ def _kept(config: TrainConfig, comparison: Comparison) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
-    same = result["config"] == _identity(config)
+    same = result["config"] == _identity(config) and _same_heads(config)
     # Results from before it was recorded are taken as they are.
     data = _data_of(config, comparison)
     same = same and result.get("data", data) == data
@@ -269,6 +287,41 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in asdict(config).items() if key not in _INCIDENTAL}
 
 
+def _same_heads(config: TrainConfig) -> bool:
+    """Whether a run with a head file was made with the heads that the file holds now."""
+    used = Path(config.output_dir) / HEADS
+    if config.heads == "auto" or not used.is_file():
+        return True
+    return read_heads(config.heads).heads == read_heads(used).heads
+
+
+def _check_same(config: TrainConfig) -> None:
+    """Raise if training would replace the results of another config.
+
+    Raises:
+        FileExistsError: it would.
+    """
+    folder = Path(config.output_dir)
+    if not results_in(folder):
+        return
+    before = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    now = json.loads(json.dumps(_identity(config)))
+    reasons = [
+        f"{key} {before.get(key)!r}, now {now[key]!r}" for key in now if before.get(key) != now[key]
+    ]
+    if not _same_heads(config):
+        reasons.append(f"other heads than {config.heads} has now")
+    from dream_training.training.resuming import has_checkpoint_of
+
+    # An unfinished training may go on with another number of steps, for example.
+    unfinished = not (folder / RESULT).is_file() and _same_heads(config)
+    if reasons and not (unfinished and has_checkpoint_of(config)):
+        raise FileExistsError(
+            f"{folder} has results of a run with {reasons[0]}: use --overwrite to replace them, or "
+            "another output_dir"
+        )
+
+
 def _measure(
     config: TrainConfig, comparison: Comparison, console: Console, untrained: _Untrained
 ) -> None:
@@ -276,7 +329,7 @@ def _measure(
     from dream_training.models.loading import make_retriever
     from dream_training.models.retriever import merged
     from dream_training.training.driver import make_evaluator, train
-    from dream_training.training.resuming import CHECKPOINTS, has_checkpoint_of
+    from dream_training.training.resuming import has_checkpoint_of
 
     model = make_retriever(config)
     evaluators = {}
@@ -295,7 +348,7 @@ def _measure(
         if name not in before:
             before[name] = evaluator(untouched)
     del untouched
-    resume = has_checkpoint_of(config)
+    resume = has_checkpoint_of(config) and _same_heads(config)
     trained = train(
         config,
         model=model,
@@ -313,7 +366,7 @@ def _measure(
         for name, evaluator in evaluators.items()
     }
     if not comparison.keep_models:
-        for name in ("best", "last", CHECKPOINTS):
+        for name in (BEST, LAST, CHECKPOINTS):
             shutil.rmtree(Path(config.output_dir) / name, ignore_errors=True)
     write_json(
         Path(config.output_dir) / RESULT,

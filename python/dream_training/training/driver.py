@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from dream_kernels import HeadFile, read_heads, write_heads
+from dream_kernels.files import recover
 from dream_training.checkpointing.documents import StoredDocuments
 from dream_training.config import TrainConfig
 from dream_training.console import make_console, show_on, shows_progress
@@ -32,7 +33,6 @@ from dream_training.heads.selection import (
 )
 from dream_training.json_file import write_json
 from dream_training.models.loading import load_reader, make_retriever
-from dream_training.models.retriever import recover_folder, save_retriever
 from dream_training.objectives.build import build_objective
 from dream_training.objectives.temperature import Temperature
 from dream_training.plots import plot_curve, plot_heads
@@ -43,13 +43,19 @@ from dream_training.training.callbacks import (
     TemperatureCallback,
 )
 from dream_training.training.faults import MemoryWatch, StepGuard, explained
-from dream_training.training.resuming import (
+from dream_training.training.output_folder import (
     CHECKPOINTS,
-    check_identity,
+    CONFIG,
+    CURVE,
+    HEAD_MAP,
+    HEADS,
+    HISTORY,
+    check_inputs,
     check_unused,
-    find_checkpoint,
-    identity_of,
+    claimed,
+    remove_run,
 )
+from dream_training.training.resuming import check_identity, find_checkpoint, identity_of
 from dream_training.training.run_record import RunRecord
 from dream_training.training.signals import StopSignals
 from dream_training.training.trainer import RunTrainer, Stateful, build_trainer
@@ -67,7 +73,9 @@ class TrainResult:
 
     Attributes:
         model: the retriever after the last step.
-        path: the folder to load: the best model, or the last where nothing was evaluated.
+        path: the folder to load, ``best/``: the model with the best evaluation, which is the
+            untrained one if none was better (``history.not_improved``), or the last model where
+            nothing was evaluated.
         history: losses and evaluations.
         interrupted: whether a signal ended the run.
         signal: which one, None if none.
@@ -181,12 +189,14 @@ def train(
         callbacks: the trainer's, beside the run's own.
         resume: go on from the newest checkpoint that is whole, as if the run had not stopped; from
             the first step if there is none.
-        overwrite: a new run deletes the checkpoints of an unfinished one.
+        overwrite: a new run deletes what an earlier one wrote to ``output_dir``, once it has
+            loaded its models.
 
     Raises:
         FileNotFoundError: a file of the config is missing.
-        FileExistsError: ``output_dir`` has checkpoints of an unfinished run, and neither
-            ``resume`` nor ``overwrite`` is set.
+        FileExistsError: ``output_dir`` has results of an earlier run, and ``overwrite`` is not set,
+            nor ``resume`` where there are checkpoints.
+        BlockingIOError: another run is writing to ``output_dir``.
         ValueError: something in config, data or checkpoint does not fit; the message says what.
         FloatingPointError: more than ``max_skipped_steps`` steps were not finite.
         ChildProcessError: a process of ``dataloader_workers`` died.
@@ -198,8 +208,9 @@ def train(
     console = (console or make_console()) if world.is_main() else Console(quiet=True)
     show_on(console)
     output_dir = Path(config.output_dir)
-    if not resume and not overwrite:
-        check_unused(output_dir / CHECKPOINTS)
+    check_inputs(config)
+    if not overwrite:
+        world.on_main(lambda: check_unused(output_dir, resume))
     own_data = data is None
     data = load_training_data(config) if data is None else data
     lines = config.batch_size * world.size()
@@ -210,30 +221,71 @@ def train(
     if evaluator is None:
         evaluator = make_evaluator(config)
     check_tasks(config.final_tasks or [])
-    world.on_main(lambda: _prepare_folder(output_dir))
+    steps_data = data
+    if config.streaming and own_data:
+        steps_data = load_training_data(config, endless=True)
+    with ExitStack() as held:
+
+        def prepare() -> None:
+            _make_folder(output_dir)
+            held.enter_context(claimed(output_dir))
+            if not overwrite:  # another run may have ended since
+                check_unused(output_dir, resume)
+            recover(output_dir)
+            recover(output_dir / CHECKPOINTS)
+
+        world.on_main(prepare)
+        return _run(
+            config, given, data, steps_data, evaluator, heads, model, console, evaluate_first,
+            history, callbacks, resume,
+        )  # fmt: skip
+
+
+def _run(
+    config: TrainConfig,
+    given: dict[str, Any],
+    data: Dataset | IterableDataset,
+    steps_data: Dataset | IterableDataset,
+    evaluator: RetrievalEvaluator | None,
+    heads: HeadFile | None,
+    model: SentenceTransformer | None,
+    console: Console,
+    evaluate_first: bool,
+    history: History | None,
+    callbacks: Sequence[TrainerCallback],
+    resume: bool,
+) -> TrainResult:
+    """Train in a folder that is this run's own; ``given`` is the config as it is written there."""
+    output_dir = Path(config.output_dir)
     identity = identity_of(config, data)
     checkpoint = find_checkpoint(output_dir / CHECKPOINTS, console) if resume else None
     if checkpoint is not None:
         check_identity(checkpoint, identity, config)
-    if world.is_main():
-        if checkpoint is None:
-            shutil.rmtree(output_dir / CHECKPOINTS, ignore_errors=True)
-        write_json(output_dir / "config.json", given)
+    elif resume:
+        check_unused(output_dir, resume, checkpoint=False)
     if model is None:
         model = make_retriever(config)
+    begun = False
+
+    def begin() -> None:
+        """Replace an earlier run, as late as can be: what fails before costs nothing."""
+        nonlocal begun
+        if world.is_main() and not begun:
+            if checkpoint is None:
+                remove_run(output_dir)
+            write_json(output_dir / CONFIG, given)
+        begun = True
 
     def choose_heads() -> dict[int, list[int]]:
         if checkpoint is None:
-            chosen = _choose_heads(config, data, heads, output_dir, console)
+            chosen = _choose_heads(config, data, heads, output_dir, console, begin)
         else:
             chosen = {int(k): list(v) for k, v in checkpoint.document("run")["heads"].items()}
         identity["heads"] = chosen
         return chosen
 
-    steps_data = data
-    if config.streaming and own_data:
-        steps_data = load_training_data(config, endless=True)
     objective = build_objective(config, model, steps_data, choose_heads)
+    begin()
     history = history or History()
     record = RunRecord(
         config, model, data, objective.loss, evaluator, history, resumed=checkpoint is not None
@@ -288,11 +340,10 @@ def train(
         progress.close()
     interrupted = interrupted or signals.received is not None
     seconds = time.perf_counter() - start
-    save_retriever(model, output_dir / "last")
-    path = keeper.best_path or output_dir / "last"
+    path = keeper.finish()
     if world.is_main():
-        write_json(output_dir / "history.json", history.state())
-        plot_curve(history, output_dir / "curve.png")
+        write_json(output_dir / HISTORY, history.state())
+        plot_curve(history, output_dir / CURVE)
     if interrupted:
         console.print(f"Interrupted after {len(history.steps)} steps; the retriever is in {path}")
         _say_how_to_go_on(trainer, console)
@@ -300,16 +351,14 @@ def train(
     return TrainResult(model, path, history, interrupted, seconds, signals.received)
 
 
-def _prepare_folder(output_dir: Path) -> None:
-    """Make the folder, show that it can be written, and mend what a killed run left half-moved."""
+def _make_folder(output_dir: Path) -> None:
+    """Make the folder, and show that it can be written."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / ".writable", {})
         (output_dir / ".writable").unlink()
     except OSError as error:
         raise OSError(f"output_dir {output_dir} cannot be written: {error}") from error
-    for name in ("best", "last"):
-        recover_folder(output_dir / name)
 
 
 def _say_how_to_go_on(trainer: RunTrainer, console: Console) -> None:
@@ -333,6 +382,7 @@ def _choose_heads(
     heads: HeadFile | None,
     output_dir: Path,
     console: Console,
+    begin: Callable[[], None],
 ) -> dict[int, list[int]]:
     """The heads that receive the scores: given, read or selected; written and drawn."""
 
@@ -341,10 +391,11 @@ def _choose_heads(
             if config.heads == "auto":
                 console.print("selecting the reader's heads ...")
             heads = find_heads(config, data)
+        begin()
         if world.is_main():
             if heads.scores:
-                plot_heads(heads, output_dir / "heads.png", config.top_k or len(heads.heads))
-            write_heads(output_dir / "heads.yaml", heads)
+                plot_heads(heads, output_dir / HEAD_MAP, config.top_k or len(heads.heads))
+            write_heads(output_dir / HEADS, heads)
         return [[layer, own] for layer, own in heads.by_layer(config.top_k).items()]
 
     # A reader that is cut over the processes needs all of them to run.

@@ -16,12 +16,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from dream_training.data.jsonl import write_json_lines
 from dream_training.distributed import world
 from dream_training.memory import peak_memory, total_memory, used_memory
+from dream_training.training.output_folder import FAULTS
 from dream_training.training.workers import dead_worker, error_in_worker
 
 if TYPE_CHECKING:
     from dream_training.config import TrainConfig
 
-FAULTS = "faults"
 _GIB = 2**30
 
 

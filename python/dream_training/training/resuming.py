@@ -14,12 +14,12 @@ from rich.console import Console
 from dream_training.checkpointing.folder import (
     Checkpoint,
     add_file,
-    has_checkpoints,
     newest_checkpoint,
 )
 from dream_training.config import TrainConfig
 from dream_training.console import tracked
 from dream_training.distributed import world
+from dream_training.training.output_folder import CHECKPOINTS
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -32,8 +32,6 @@ _MAY_CHANGE = frozenset(
         *("dataloader_workers", "document_store_gb", "distributed_timeout"),
     }
 )
-# In output_dir.
-CHECKPOINTS = "checkpoints"
 # Rows of a large data set that its digest looks at.
 _ROWS = 10_000
 
@@ -129,21 +127,3 @@ def _differing(before: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
         for key in sorted(now.keys() | before.keys())
         if key not in _MAY_CHANGE and now.get(key) != before.get(key)
     }
-
-
-def check_unused(folder: Path) -> None:
-    """Raise if a new run would destroy the checkpoints of an unfinished one.
-
-    Raises:
-        FileExistsError: there are some.
-    """
-    if not has_checkpoints(folder):
-        return
-    newest = newest_checkpoint(folder, lambda reason: None)
-    if newest is not None and newest.step >= newest.document("run")["config"]["max_steps"]:
-        return
-    step = "" if newest is None else f", the newest of step {newest.step}"
-    raise FileExistsError(
-        f"{folder} has checkpoints of an unfinished run{step}: go on with --resume, let "
-        "--overwrite delete them, or choose another output_dir"
-    )

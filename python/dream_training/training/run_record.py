@@ -26,11 +26,10 @@ from dream_training.json_file import write_json
 from dream_training.reading.reader import Reader
 from dream_training.training.callbacks import History
 from dream_training.training.examples import TrainingExamples
+from dream_training.training.output_folder import ENVIRONMENT, EXAMPLES
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-EXAMPLES, ENVIRONMENT = "examples.json", "environment.json"
 
 
 class RunRecord(TrainerCallback):
@@ -70,8 +69,6 @@ class RunRecord(TrainerCallback):
         if history.evaluations:
             self._take(0)
         if world.is_main():
-            for name in (EXAMPLES, FILE_NAME):  # of an earlier run with other settings
-                (self.output_dir / name).unlink(missing_ok=True)
             write_json(self.output_dir / ENVIRONMENT, describe_environment(model.device))
         self.examples: TrainingExamples | None = None
         if config.report_queries:
@@ -154,25 +151,12 @@ class RunRecord(TrainerCallback):
         if scores and scores is not self._taken:
             self._scores[step] = self._taken = scores
             # Of the others, none is written any more.
-            needed = {0, self._best_step(), step}
+            needed = {0, self.history.best_step, step}
             self._scores = {s: kept for s, kept in self._scores.items() if s in needed}
-
-    def _trained(self) -> dict[int, float]:
-        """nDCG@10 by step, after the first step."""
-        found = {int(e["step"]): e["ndcg_at_10"] for e in self.history.evaluations}
-        return {step: ndcg for step, ndcg in found.items() if step > 0}
-
-    def _best_step(self) -> int:
-        """The step of the best evaluation after the first step, -1 if there is none."""
-        trained = self._trained()
-        return max(trained, key=lambda step: trained[step], default=-1)
 
     def _evaluations(self, path: Path) -> list[Evaluation]:
         if self.evaluator is None:
             return []
-        best = self._best_step()
-        if path.name != "best":  # nothing was better than the untrained one: the last model counts
-            best = len(self.history.steps) if len(self.history.steps) in self._trained() else -1
         found = []
         settings = retrieval_settings(
             self.model,
@@ -182,7 +166,7 @@ class RunRecord(TrainerCallback):
             passage_max_len=self.config.passage_max_len,
             path=self.config.eval_data,
         )
-        for step, name in ((0, UNTRAINED), (best, str(path))):
+        for step, name in ((0, UNTRAINED), (self.history.best_step, str(path))):
             if step in self._scores:
                 task = self.config.eval_data or "evaluation during training"
                 found.append(

@@ -28,7 +28,7 @@ from dream_training.distributed.engine import check_trainer, engine_arguments
 from dream_training.distributed.sharding import whole
 from dream_training.distributed.trainer import Trainer
 from dream_training.models.retriever import merged
-from dream_training.training.resuming import CHECKPOINTS
+from dream_training.training.output_folder import CHECKPOINTS
 from dream_training.training.workers import leave_signals_to_the_run
 
 if TYPE_CHECKING:

@@ -1,0 +1,191 @@
+"""The folder of a run: one run at a time, and nothing of an earlier one left beside it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dream_kernels.files import is_stream
+from dream_training.checkpointing.documents import FOLDER as DOCUMENTS
+from dream_training.checkpointing.folder import has_checkpoints, newest_checkpoint
+from dream_training.config import TrainConfig
+from dream_training.evaluation.results import FILE_NAME as EVALUATION
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+BEST, LAST, CHECKPOINTS, FAULTS = "best", "last", "checkpoints", "faults"
+HISTORY, CONFIG, CURVE = "history.json", "config.json", "curve.png"
+HEADS, HEAD_MAP = "heads.yaml", "heads.png"
+EXAMPLES, ENVIRONMENT = "examples.json", "environment.json"
+RESULT = "result.json"  # of dream compare
+
+_MODELS = (BEST, LAST)
+# A new run asks before it deletes these; the others can be had again in a minute.
+_RESULTS = (*_MODELS, CHECKPOINTS, HISTORY, EVALUATION, EXAMPLES, RESULT)
+_FILES = (HISTORY, CONFIG, CURVE, HEADS, HEAD_MAP, EVALUATION, EXAMPLES, ENVIRONMENT, RESULT)
+_LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+logger = logging.getLogger(__name__)
+# By this process: the system's locks do not tell its threads apart.
+_claimed: set[str] = set()
+
+
+def check_unused(folder: Path, resume: bool, checkpoint: bool = True) -> None:
+    """Raise if a run would destroy what an earlier one left.
+
+    Args:
+        folder: ``output_dir``.
+        resume: the run continues from the newest checkpoint. Where there is none it starts at the
+            first step, which loses nothing unless a run has ended here.
+        checkpoint: whether one of the checkpoints may be whole.
+
+    Raises:
+        FileExistsError: there are results of a run, and no checkpoint to resume from.
+    """
+    checkpoints, there = folder / CHECKPOINTS, results_in(folder)
+    if not there:
+        return
+    if resume and not (folder / HISTORY).exists():
+        return
+    if resume and checkpoint and has_checkpoints(checkpoints):
+        return
+    newest = newest_checkpoint(checkpoints, lambda reason: None)
+    ways = "use --overwrite to delete them, or another output_dir"
+    if newest is not None:
+        ways = f"use --resume to continue after step {newest.step}, {ways.removeprefix('use ')}"
+    elif resume:
+        ways = f"there is no checkpoint to resume from: {ways}"
+    raise FileExistsError(
+        f"output_dir {folder} has results of an earlier run ({', '.join(there)}): {ways}"
+    )
+
+
+def results_in(folder: Path) -> list[str]:
+    """Name what a run would be missed for: models, checkpoints, history, evaluations."""
+    names = []
+    for name in _RESULTS:
+        path = folder / name
+        if path.is_dir():
+            names += [f"{name}/"] if any(path.iterdir()) else []
+        elif path.exists():
+            names.append(name)
+    return names
+
+
+def check_inputs(config: TrainConfig) -> None:
+    """Raise if a run would replace what it reads, or has no folder to write to.
+
+    Raises:
+        ValueError: a model or data set of the config is one of the folders that the run writes, or
+            ``output_dir`` is standard output, a device or a pipe.
+    """
+    if is_stream(config.output_dir):
+        raise ValueError(f"output_dir must be a folder, got {config.output_dir}")
+    folder = Path(config.output_dir).resolve()
+    written = [folder / name for name in (*_MODELS, CHECKPOINTS, FAULTS)]
+    for key in ("reader", "retriever", "train_data", "eval_data"):
+        value = getattr(config, key)
+        if value is None or not os.path.exists(value):
+            continue
+        path = Path(value).resolve()
+        if any(path == own or own in path.parents for own in written):
+            raise ValueError(
+                f"{key} {value} is what a run in output_dir {config.output_dir} replaces: choose "
+                "another output_dir"
+            )
+
+
+def remove_run(folder: Path) -> None:
+    """Delete what a run wrote to a folder, and nothing else."""
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)
+    for name in _MODELS:
+        # Of a link to a folder elsewhere the link stays.
+        shutil.rmtree(os.path.realpath(folder / name), ignore_errors=True)
+    for pattern in ("step-*", f"{DOCUMENTS}/*.safetensors", f"{DOCUMENTS}/*.tmp"):
+        for path in (folder / CHECKPOINTS).glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+    for path in (folder / FAULTS).glob("step-*.jsonl"):
+        path.unlink(missing_ok=True)
+    for name in (f"{CHECKPOINTS}/{DOCUMENTS}", CHECKPOINTS, FAULTS):
+        with suppress(OSError):  # it is not there, or holds something else
+            (folder / name).rmdir()
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, until the block ends or the process does.
+
+    Raises:
+        BlockingIOError: another run is in the folder; the message names its process.
+    """
+    key = os.path.realpath(folder)
+    if key in _claimed:
+        raise _in_use(folder, _who())
+    if fcntl is None:
+        _warn(folder)
+        yield
+        return
+    path = folder / _LOCK
+    handle = _lock(folder, path)
+    _claimed.add(key)
+    try:
+        yield
+    finally:
+        _claimed.discard(key)
+        with suppress(OSError):
+            path.unlink()
+        os.close(handle)
+
+
+def _lock(folder: Path, path: Path) -> int:
+    """Open and lock a file; the lock goes with the process, whatever becomes of the file."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            # Not flock: a worker process would inherit its lock and outlive the run with it.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                _warn(folder)
+                return handle
+            who = os.read(handle, 1000).decode(errors="replace").strip()
+            os.close(handle)
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise _in_use(folder, who) from None
+            raise
+        # The run before deletes the file while it has the lock: this may be the deleted one.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                os.ftruncate(handle, 0)
+                os.write(handle, f"{_who()}\n".encode())
+                return handle
+        os.close(handle)
+
+
+def _who() -> str:
+    return f"process {os.getpid()} on {platform.node()}"
+
+
+def _in_use(folder: Path, who: str) -> BlockingIOError:
+    return BlockingIOError(
+        f"output_dir {folder} is in use by {who or 'another process'}: wait for its end, or choose "
+        "another output_dir"
+    )
+
+
+def _warn(folder: Path) -> None:
+    logger.warning("%s: no file locks here, so a second run in it will not be noticed", folder)
