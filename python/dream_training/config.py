@@ -100,8 +100,9 @@ class TrainConfig:
             ``passage_max_len``. What a document tells about the target may stand far behind what
             it is found by.
         target_max_len: tokens of a target that are predicted.
-        query_prompt: put before queries by the retriever.
-        document_prompt: put before documents by the retriever.
+        query_prompt: put before queries by the retriever; None for the prompt that the model
+            brings along, if any, and an empty text for none.
+        document_prompt: put before documents, in the same way.
         learning_rate: peak learning rate.
         lr_scheduler: as in transformers: ``linear``, ``cosine``, ``constant_with_warmup``, ...
         warmup_steps: steps until the peak.
@@ -176,8 +177,8 @@ class TrainConfig:
     passage_max_len: int = 128
     reader_passage_max_len: int | None = None
     target_max_len: int = 32
-    query_prompt: str = ""
-    document_prompt: str = ""
+    query_prompt: str | None = None
+    document_prompt: str | None = None
     learning_rate: float = 3e-4
     lr_scheduler: str = "linear"
     warmup_steps: int = 10

@@ -111,7 +111,7 @@ def run_demo(
 
     console.rule("before")
     model = make_retriever(config)
-    evaluator = _DemoEvaluator(both, config, test)
+    evaluator = _DemoEvaluator(both, test)
     untrained = evaluator(model)
     before = evaluator.ranking
     bm25 = search_bm25(both)
@@ -172,8 +172,8 @@ def run_demo(
 class _DemoEvaluator(RetrievalEvaluator):
     """Ranks the documents for all queries in one pass; the score is that of the test queries."""
 
-    def __init__(self, task: RetrievalTask, config: TrainConfig, test: RetrievalTask) -> None:
-        super().__init__(task, config.query_max_len, config.passage_max_len)
+    def __init__(self, task: RetrievalTask, test: RetrievalTask) -> None:
+        super().__init__(task)
         self.test = test
         self.ranking: Ranking = {}
 

@@ -74,11 +74,6 @@ def run_evaluate(
         given = ", ".join(models)
         raise ValueError(f"name a task: --tasks, or a BEIR folder with a corpus.jsonl; got {given}")
     check_tasks(names)
-    if options.query_max_len and any(map(is_mteb_task, names)):
-        raise ValueError(
-            "query-max-len cannot be set for tasks of mteb, which cut queries and documents to one "
-            "length: passage-max-len"
-        )
     evaluations: list[Evaluation] = []
     for name in models:
         model = _load(name, trust_remote_code)

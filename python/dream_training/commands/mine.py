@@ -8,6 +8,7 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from dream_kernels.files import is_stream
 from dream_training.console import make_console, print_paths, show_on, shows_progress, tracked
@@ -45,10 +46,11 @@ def run_mine(
     rows = list(tracked(read, f"reading {Path(data).name}"))
     texts = read_documents(corpus, data, rows)
     rank: Rank
+    settings: dict[str, Any] = {}
     if retriever == BM25:
         rank, package = rank_bm25, "bm25s"
     else:
-        rank = dense_rank(
+        rank, settings = dense_rank(
             retriever, query_max_len, passage_max_len, batch_size, device, trust_remote_code
         )
         package = "sentence-transformers"
@@ -69,8 +71,7 @@ def run_mine(
             "retriever": retriever,
             package: importlib.metadata.version(package),
             **asdict(options),
-            "query_max_len": query_max_len,
-            "passage_max_len": passage_max_len,
+            **settings,
             "counts": asdict(counts),
             "date": datetime.date.today().isoformat(),
         },
@@ -118,8 +119,18 @@ def dense_rank(
     batch_size: int,
     device: str | None,
     trust_remote_code: bool = False,
-) -> Rank:
-    """Return what ranks by a sentence-transformers model, a checkpoint's folder or a hub name."""
+) -> tuple[Rank, dict[str, Any]]:
+    """Return what ranks by a sentence-transformers model, and the lengths and prompts it takes.
+
+    Args:
+        model: a checkpoint's folder or a hub name.
+        query_max_len: tokens of a query; the model's own limit by default.
+        passage_max_len: tokens of a document; the same.
+        batch_size: texts encoded at once.
+        device: where to; None for sentence-transformers' choice.
+        trust_remote_code: run code that comes with the model.
+    """
+    from dream_training.models.texts import text_settings
     from dream_training.models.trust import load_sentence_transformer
 
     retriever = load_sentence_transformer(model, device=device, trust_remote_code=trust_remote_code)
@@ -136,7 +147,7 @@ def dense_rank(
             k=k,
         )
 
-    return rank
+    return rank, text_settings(retriever, query_max_len, passage_max_len)
 
 
 def _summary(counts: MiningCounts, options: MiningOptions) -> str:

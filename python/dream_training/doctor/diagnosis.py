@@ -74,6 +74,7 @@ def diagnose(
     """
     from dream_training.data.jsonl import read_training_data
     from dream_training.models.loading import load_reader, make_retriever
+    from dream_training.models.texts import prepare_retriever
     from dream_training.training.driver import find_heads
 
     checks: list[Check] = []
@@ -96,7 +97,8 @@ def diagnose(
             f"train_data must hold at least one batch of {config.batch_size} lines, got {len(data)}"
         )
     data = data.shuffle(seed=config.seed).select(range(min(len(data), _ROWS)))
-    patient = Patient(config, data, make_retriever(config) if model is None else model)
+    model = make_retriever(config) if model is None else prepare_retriever(config, model)
+    patient = Patient(config, data, model)
     if config.objective == "dream":
         try:
             heads = find_heads(config, data, _HEAD_EXAMPLES) if heads is None else heads

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from dream_training.console import duration
 from dream_training.doctor.check import FAULT, OK, WARNING, Check
 from dream_training.memory import peak_memory, total_memory
+from dream_training.models.texts import DOCUMENT, QUERY, encode, prompt_of
 from dream_training.objectives.pools import pool_scores
 
 if TYPE_CHECKING:
@@ -42,11 +43,15 @@ def truncation(patient: Patient) -> list[Check]:
     """How many queries, passages and targets are cut, by the retriever and by the reader."""
     config, data = patient.config, patient.data
     fields = {
-        "queries": (list(data["query"]), config.query_max_len, config.query_prompt),
+        "queries": (
+            list(data["query"]),
+            config.query_max_len,
+            prompt_of(patient.model, QUERY),
+        ),
         "passages": (
             list(dict.fromkeys(d for documents in data["documents"] for d in documents)),
             config.passage_max_len,
-            config.document_prompt,
+            prompt_of(patient.model, DOCUMENT),
         ),
         "targets": (list(data["target"]), config.target_max_len, None),
     }
@@ -156,16 +161,9 @@ def _similarities(patient: Patient, queries: list[str], documents: list[str]) ->
     """Cosine similarities ``[B, C]`` float32 on the CPU."""
     from sentence_transformers.util import cos_sim
 
-    model, config = patient.model, patient.config
-    limit = model.max_seq_length
     options: dict[str, Any] = {"convert_to_tensor": True, "show_progress_bar": False}
-    try:
-        model.max_seq_length = config.query_max_len
-        of_queries = model.encode_query(queries, **options)
-        model.max_seq_length = config.passage_max_len
-        of_documents = model.encode_document(documents, **options)
-    finally:
-        model.max_seq_length = limit
+    of_queries = encode(patient.model, queries, QUERY, **options)
+    of_documents = encode(patient.model, documents, DOCUMENT, **options)
     return cos_sim(of_queries.float(), of_documents.float()).cpu()
 
 
@@ -297,6 +295,6 @@ def _seconds_of_evaluation(patient: Patient) -> float:
     corpus, queries, _ = read_beir_folder(config.eval_data, config.eval_split)
     texts = list(corpus.values())[:_TIMED_TEXTS]
     begin = time.perf_counter()
-    patient.model.encode_document(texts, show_progress_bar=False)
+    encode(patient.model, texts, DOCUMENT, show_progress_bar=False)
     each = (time.perf_counter() - begin) / len(texts)
     return each * (len(corpus) + len(queries) * config.query_max_len / config.passage_max_len)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dream_training.console import progress
 from dream_training.evaluation.results import Evaluation
 from dream_training.evaluation.retrieval import TOP_K, RetrievalTask, encoding, score_queries
+from dream_training.models.texts import fixed_lengths, text_settings
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -59,14 +60,14 @@ def evaluate_mteb_task(
     """
     mteb = _import_mteb()
     _load(task)
-    limit, home = model.max_seq_length, model.device
+    home = model.device
+    lengths = options.query_max_len, options.passage_max_len
     encode: dict[str, Any] = {"batch_size": options.batch_size, "show_progress_bar": False}
     if options.devices:
         encode["device"] = list(options.devices)
     try:
-        model.max_seq_length = options.passage_max_len or limit
-        used = model.max_seq_length
         with (
+            fixed_lengths(model, *lengths),
             tempfile.TemporaryDirectory() as folder,
             warnings.catch_warnings(),
             encoding(model, f"for {name}", devices=options.devices),
@@ -80,7 +81,6 @@ def evaluate_mteb_task(
             )  # fmt: skip
             text = (Path(folder) / task.prediction_file_name).read_text(encoding="utf-8")
     finally:
-        model.max_seq_length = limit
         model.to(home)
     rankings = json.loads(text)
     parts = [
@@ -108,8 +108,7 @@ def evaluate_mteb_task(
             "splits": sorted({split for split, *_ in parts}),
             "revision": task.metadata.dataset.get("revision"),
             "mteb": mteb.__version__,
-            "max_len": used,
-            "prompts": dict(model.prompts or {}),
+            **text_settings(model, *lengths),
         },
     )
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dream_kernels.parsing import shortened
 from dream_training.evaluation.retrieval import TOP_K, RetrievalTask, average
 from dream_training.json_file import read_json, write_json
+from dream_training.models.texts import text_settings
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -87,11 +88,11 @@ def retrieval_settings(
     with those of the others.
 
     Args:
-        model: the retriever; None for BM25, which has neither lengths nor prompts.
+        model: the retriever; None for BM25, which has neither lengths nor prompts nor similarity.
         data: queries, documents and relevance.
         split: of the queries.
         query_max_len: tokens of a query; the model's own limit by default.
-        passage_max_len: tokens of a document.
+        passage_max_len: tokens of a document; the same.
         path: the folder of the data.
         more: other settings.
     """
@@ -107,11 +108,7 @@ def retrieval_settings(
     if path is not None:
         settings["path"] = os.path.realpath(path)
     if model is not None:
-        settings |= {
-            "query_max_len": query_max_len or model.max_seq_length,
-            "passage_max_len": passage_max_len or model.max_seq_length,
-            "prompts": dict(model.prompts or {}),
-        }
+        settings |= text_settings(model, query_max_len, passage_max_len)
     return settings | more
 
 

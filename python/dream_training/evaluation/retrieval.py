@@ -17,7 +17,7 @@ from dream_training.distributed import world
 from dream_training.distributed.gather import gather_rows
 from dream_training.distributed.pool import share_of
 from dream_training.distributed.sharding import whole
-from dream_training.reading.text_tokens import cut_text
+from dream_training.models.texts import COSINE, DOCUMENT, QUERY, encode
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -117,7 +117,7 @@ def search(
     k: int = TOP_K,
     over_ranks: bool = False,
 ) -> Ranking:
-    """Return the ``k`` nearest documents of every query by cosine similarity.
+    """Return the ``k`` nearest documents of every query by the model's similarity, mostly cosine.
 
     With ``over_ranks`` every process of a training encodes its share of queries and documents and
     searches the latter for all queries; the nearest of all shares are then the same everywhere.
@@ -126,7 +126,7 @@ def search(
         model: the retriever.
         task: queries and corpus.
         query_max_len: tokens of a query that are encoded; the model's own limit by default.
-        passage_max_len: tokens of a document that are encoded.
+        passage_max_len: tokens of a document that are encoded; the same.
         batch_size: texts encoded at once.
         devices: encode the documents with one process for each of these devices, such as
             ``["cuda:0", "cuda:1"]`` or ``["cpu", "cpu"]``; None for this process alone.
@@ -134,7 +134,7 @@ def search(
         over_ranks: share the work between the processes of a training; all of them call it, and
             ``devices`` is None.
     """
-    from sentence_transformers.util import semantic_search
+    from sentence_transformers.util import cos_sim, semantic_search
 
     documents, queries = list(task.corpus), list(task.queries)
     own, asked = range(len(documents)), range(len(queries))
@@ -142,32 +142,33 @@ def search(
     if shared:
         own, asked = share_of(len(documents)), share_of(len(queries))
         model = whole(model)
-    limit, home = model.max_seq_length, model.device
-    # Where the library would let other processes encode, those have lengths of their own.
+    home, cosine = model.device, model.similarity_fn_name == COSINE
+    # The library would let the other processes of a training encode, which do not call this.
     alone = str(home) if getattr(model, "_distributed_inference", None) else None
     options: dict[str, Any] = {"batch_size": batch_size, "convert_to_tensor": True}
-    options |= {"show_progress_bar": False, "normalize_embeddings": True}
-    try:
-        model.max_seq_length = passage_max_len or limit
-        with encoding(model, "documents", len(own), devices):
-            corpus_embeddings = model.encode_document(
-                [cut_text(task.corpus[documents[i]], model.max_seq_length) for i in own],
-                device=list(devices) if devices else alone,
-                **options,
-            )
-        # Several processes leave the model, and its embeddings, on the CPU.
-        model.to(home)
-        corpus_embeddings = corpus_embeddings.to(home).float()
-        model.max_seq_length = query_max_len or limit
-        # Few and short: the processes, whose copies have the documents' limit, are not worth it.
-        with encoding(model, "queries", len(asked)):
-            query_embeddings = model.encode_query(
-                [cut_text(task.queries[queries[i]], model.max_seq_length) for i in asked],
-                device=alone,
-                **options,
-            ).float()
-    finally:
-        model.max_seq_length = limit
+    options |= {"show_progress_bar": False, "normalize_embeddings": cosine}
+    with encoding(model, "documents", len(own), devices):
+        corpus_embeddings = encode(
+            model,
+            [task.corpus[documents[i]] for i in own],
+            DOCUMENT,
+            passage_max_len,
+            device=list(devices) if devices else alone,
+            **options,
+        )
+    # Several processes leave the model, and its embeddings, on the CPU.
+    model.to(home)
+    corpus_embeddings = corpus_embeddings.to(home).float()
+    # Few and short: other processes are not worth it.
+    with encoding(model, "queries", len(asked)):
+        query_embeddings = encode(
+            model,
+            [task.queries[queries[i]] for i in asked],
+            QUERY,
+            query_max_len,
+            device=alone,
+            **options,
+        ).float()
     if shared:
         # Embeddings of no text have no width.
         width = world.max_over_ranks(query_embeddings.shape[-1])
@@ -175,8 +176,11 @@ def search(
         query_embeddings = gather_rows(query_embeddings.reshape(-1, width), counts)
     found: list[list[dict[str, Any]]] = [[] for _ in queries]
     if own:
+        similarity = cos_sim if cosine else model.similarity
         with progress(f"searching {len(own):,} documents"):
-            found = semantic_search(query_embeddings, corpus_embeddings, top_k=k)
+            found = semantic_search(
+                query_embeddings, corpus_embeddings, top_k=k, score_function=similarity
+            )
     best = [[(float(hit["score"]), own[int(hit["corpus_id"])]) for hit in hits] for hits in found]
     if shared:
         best = _nearest_of_all(best, k)
@@ -242,8 +246,8 @@ class RetrievalEvaluator(SentenceEvaluator):
 
     Args:
         task: queries, corpus and relevance.
-        query_max_len: tokens of a query that are encoded.
-        passage_max_len: tokens of a document that are encoded.
+        query_max_len: tokens of a query that are encoded; the model's own limit by default.
+        passage_max_len: tokens of a document that are encoded; the same.
         batch_size: texts encoded at once.
         devices: as in :func:`search`.
 

@@ -46,9 +46,8 @@ class EvaluationOptions:
     Attributes:
         split: ``qrels/<split>.tsv`` of BEIR folders and sets; mteb's tasks name their own.
         batch_size: texts encoded at once.
-        query_max_len: tokens of a query; the model's own limit by default. mteb's tasks have one
-            limit for queries and documents, ``passage_max_len``.
-        passage_max_len: tokens of a document.
+        query_max_len: tokens of a query; the model's own limit by default.
+        passage_max_len: tokens of a document; the same.
         devices: one process for each of these devices; None for this process alone.
         cache_dir: where sets of BEIR are kept.
     """

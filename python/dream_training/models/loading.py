@@ -10,6 +10,7 @@ from dream_training.config import TrainConfig
 from dream_training.distributed.sharding import loaded_whole
 from dream_training.models.retriever import build_retriever
 from dream_training.models.smollm2 import smollm2_path
+from dream_training.models.texts import prepare_retriever
 from dream_training.models.trust import load_model_config
 from dream_training.reading.reader import Reader
 
@@ -66,7 +67,7 @@ def make_retriever(config: TrainConfig) -> SentenceTransformer:
     """Build the untrained retriever of a config."""
     torch.manual_seed(config.seed)
     with loaded_whole():
-        return build_retriever(
+        model = build_retriever(
             resolve_model(config.retriever, config.dtype),
             layers=config.retriever_layers,
             lora_r=config.lora_r,
@@ -74,6 +75,6 @@ def make_retriever(config: TrainConfig) -> SentenceTransformer:
             max_len=config.passage_max_len,
             dtype=config.dtype,
             device=config.device,
-            prompts={"query": config.query_prompt, "document": config.document_prompt},
             trust_remote_code=config.trust_remote_code,
         )
+    return prepare_retriever(config, model)

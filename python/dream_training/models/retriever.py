@@ -13,6 +13,7 @@ from dream_kernels.files import whole_folder
 from dream_training.console import progress
 from dream_training.distributed import world
 from dream_training.distributed.sharding import whole
+from dream_training.models.texts import write_lengths
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -44,7 +45,8 @@ def build_retriever(
         dtype: of the weights: ``"auto"`` as stored, ``"float32"``, ``"bfloat16"``, ... Adapters
             are kept in float32.
         device: where to put the model; None for sentence-transformers' choice.
-        prompts: prompt texts by name, such as ``{"query": ..., "document": ...}``.
+        prompts: prompt texts by name, such as ``{"query": ..., "document": ...}``; of other names
+            the model's own stay.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -173,7 +175,9 @@ def save_retriever(model: SentenceTransformer, path: str | os.PathLike[str]) -> 
     if not world.is_main():
         return path
     with progress(f"saving {path.name}"), whole_folder(path) as folder:
-        merged(own, private=own is not model).save_pretrained(str(folder))
+        saved = merged(own, private=own is not model)
+        saved.save_pretrained(str(folder))
+        write_lengths(saved, folder)
     return path
 
 

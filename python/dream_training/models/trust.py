@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dream_kernels.parsing import parse_json, read_text, shortened
 from dream_training.console import progress
+from dream_training.models.texts import read_lengths
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -111,9 +112,11 @@ def load_sentence_transformer(
 
     model_kwargs = {**options.pop("model_kwargs", {}), "use_safetensors": True}
     with guarded(path, trust_remote_code):
-        return SentenceTransformer(
+        model = SentenceTransformer(
             str(path), model_kwargs=model_kwargs, trust_remote_code=trust_remote_code, **options
         )
+    read_lengths(model, Path(path))
+    return model
 
 
 def load_tokenizer(path: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:

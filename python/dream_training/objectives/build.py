@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dream_training.models.loading import all_heads, load_reader
-from dream_training.objectives.collator import DreamCollator
+from dream_training.objectives.collator import DreamCollator, LabelledCollator
 from dream_training.objectives.distillation import EmdrLoss, ReplugLoss
 from dream_training.objectives.distilled_dream import DistilledDreamLoss
 from dream_training.objectives.dream import DreamLoss
@@ -35,13 +35,13 @@ class Objective:
     Attributes:
         loss: a sentence-transformers loss.
         data: the training data in the columns that the loss expects.
-        collator: makes batches of texts and tokens; None for the trainer's own.
+        collator: makes batches of texts and tokens.
         no_duplicates: whether equal texts in one batch would count as each other's negatives.
     """
 
     loss: Any
     data: Dataset | IterableDataset
-    collator: DreamCollator | None
+    collator: DreamCollator | LabelledCollator
     no_duplicates: bool = False
 
 
@@ -110,8 +110,6 @@ def build_collator(config: TrainConfig, model: SentenceTransformer) -> DreamColl
     """Build what makes the batches of a run, with its pools."""
     return DreamCollator(
         model,
-        config.query_max_len,
-        config.passage_max_len,
         pool=config.pool,
         documents_per_query=config.documents_per_query,
         seed=config.seed,
@@ -137,7 +135,8 @@ def _library_infonce(config: TrainConfig, model: SentenceTransformer, data: Data
         loss = InBatchInfoNCELoss(model, **options)
     else:
         loss = CachedInBatchInfoNCELoss(model, mini_batch_size=config.mini_batch_size, **options)
-    return Objective(loss, labelled_columns(data), None, no_duplicates=True)
+    collator = LabelledCollator(model)
+    return Objective(loss, labelled_columns(data), collator, no_duplicates=True)
 
 
 def labelled(data: Dataset) -> Dataset:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dream_training.models.texts import DOCUMENT, QUERY, text_features
 from dream_training.objectives.pools import Candidates, build_pools, check_pool, choose_candidates
-from dream_training.reading.text_tokens import cut_text
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-QUERY, DOCUMENT = "query", "document"
+_DATASET = "dataset_name"  # a column that the trainer adds where there are several data sets
 _COLUMNS = "query, target, and documents (a list of texts) or document / positive / negative..."
 
 
@@ -30,18 +30,24 @@ class DreamCollator:
     ``positive`` may also be an integer, the index of the known relevant document in ``documents``
     (-1 for unknown). It is only watched, never trained on.
 
+    Prompts are those that ``encode_query`` and ``encode_document`` of the model use, unless
+    ``prompts`` says otherwise, here or in the trainer's arguments. There it may be, as for the
+    library's own collator, a text for all columns, or texts by column, by data set, or by both;
+    what such texts by name leave out has no prompt.
+
     Args:
-        model: the retriever; its tokenizer and prompts are used.
+        model: the retriever; its tokenizer, lengths and prompts are used.
         query_max_len: tokens of a query that are encoded; the model's own limit by default.
-        passage_max_len: tokens of a document that are encoded.
-        prompts: prompt texts of ``"query"`` and ``"document"``; the model's own by default.
+        passage_max_len: tokens of a document that are encoded; the same.
+        prompts: prompt texts of ``"query"`` and ``"document"``.
         pool: ``"both"``, ``"in_batch"`` or ``"mined"``.
         documents_per_query: how many candidates of a row are drawn for a batch, the relevant one
             always among them where it is known; None for all.
         seed: of the draw.
 
     Raises:
-        ValueError: ``pool`` is unknown, or ``documents_per_query`` below 1 or without meaning.
+        ValueError: ``pool`` is unknown, or ``documents_per_query`` below 1 or without meaning; of a
+            batch, that a column is missing, or the trainer's prompts do not fit.
     """
 
     # read by SentenceTransformerTrainer
@@ -54,7 +60,7 @@ class DreamCollator:
         model: SentenceTransformer,
         query_max_len: int | None = None,
         passage_max_len: int | None = None,
-        prompts: dict[str, str] | None = None,
+        prompts: Mapping[str, str] | None = None,
         pool: str = "both",
         documents_per_query: int | None = None,
         seed: int = 0,
@@ -63,7 +69,7 @@ class DreamCollator:
         self.pool, self.documents_per_query, self.seed = pool, documents_per_query, seed
         self.model = model
         self.max_len = {QUERY: query_max_len, DOCUMENT: passage_max_len}
-        self._prompts = prompts if prompts is not None else (model.prompts or {})
+        self._prompts = prompts
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if not rows:
@@ -80,26 +86,105 @@ class DreamCollator:
         )
         documents, pools, positives = build_pools(candidates, self.pool)
         batch: dict[str, Any] = {}
+        prompts = self._batch_prompts(rows[0])
         for name, texts in ((QUERY, queries), (DOCUMENT, documents)):
-            for key, value in self._tokenize(name, texts).items():
+            limit, prompt = self.max_len[name], prompts.get(name)
+            for key, value in text_features(self.model, texts, name, limit, prompt).items():
                 batch[f"{name}_{key}"] = value
             batch[f"{name}_texts"] = texts
         batch[f"{QUERY}_targets"] = [row["target"] for row in rows]
         batch[f"{QUERY}_positives"] = positives
         if pools is not None:
             batch[f"{QUERY}_pools"] = pools
+        if _DATASET in rows[0]:
+            batch[_DATASET] = rows[0][_DATASET]
         return batch
 
-    def _tokenize(self, name: str, texts: list[str]) -> dict[str, Any]:
-        limit, previous = self.max_len[name], self.model.max_seq_length
-        prompt = self._prompts.get(name)
-        try:
-            if limit is not None:
-                self.model.max_seq_length = limit
-            texts = [cut_text(text, self.model.max_seq_length) for text in texts]
-            return dict(self.model.preprocess(texts, prompt=prompt))
-        finally:
-            self.model.max_seq_length = previous
+    def _batch_prompts(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """The prompt of queries and that of documents, where it is not the model's own."""
+        # The trainer tells a collator nothing, and its model's card what it was given.
+        given = getattr(self.model.model_card_data, "all_hyperparameters", {}).get("prompts")
+        if self._prompts is not None:
+            if given:
+                raise ValueError(
+                    "prompts must be given to the trainer or to DreamCollator, not both"
+                )
+            return {name: self._prompts.get(name, "") for name in (QUERY, DOCUMENT)}
+        if not given:
+            return {}
+        columns = _document_columns(row)
+        by_column = _column_prompts(given, row, columns)
+        of_documents = {by_column.get(column, "") for column in columns}
+        if len(of_documents) > 1:
+            raise ValueError(
+                "prompts must be the same for every column of documents, which form one pool, got "
+                f"{ {column: by_column.get(column, '') for column in columns} }"
+            )
+        return {QUERY: by_column.get(QUERY, ""), DOCUMENT: of_documents.pop()}
+
+
+class LabelledCollator:
+    """Data collator for losses of the library over a column ``query`` and columns of documents.
+
+    Args:
+        model: the retriever; its tokenizer, lengths and prompts are used.
+    """
+
+    # read by SentenceTransformerTrainer
+    valid_label_columns: Sequence[str] = ()
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        self.model = model
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            f"{column}_{key}": value
+            for column in (rows[0] if rows else ())
+            for key, value in text_features(
+                self.model,
+                [row[column] for row in rows],
+                QUERY if column == QUERY else DOCUMENT,
+            ).items()
+        }
+
+
+def _column_prompts(given: Any, row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, str]:
+    """The prompts of a trainer by column of this row's data set."""
+    dataset = row.get(_DATASET)
+    if isinstance(given, dict):
+        if dataset in given:
+            given = given[dataset]
+        elif isinstance(next(iter(given.values())), dict):
+            if dataset is None:
+                raise ValueError(
+                    f"prompts names data sets ({', '.join(given)}), and there is only one: give a "
+                    "text for all columns, or texts by column"
+                )
+            given = {}
+    if isinstance(given, str):
+        return dict.fromkeys((QUERY, *columns), given)
+    unknown = given.keys() - {QUERY, *columns}
+    # Other data sets may have other columns.
+    if unknown and dataset is None:
+        raise ValueError(
+            f"prompts must be for columns that are embedded, {', '.join((QUERY, *columns))}, got "
+            f"{', '.join(sorted(unknown))}"
+        )
+    return dict(given)
+
+
+def _document_columns(row: Mapping[str, Any]) -> list[str]:
+    """The columns of a row that hold its candidate documents."""
+    if "documents" in row:
+        return ["documents"]
+    columns = [
+        name
+        for name, value in row.items()
+        if name not in ("query", "target", _DATASET) and isinstance(value, str)
+    ]
+    if not columns:
+        raise ValueError(f"DreamLoss needs the columns {_COLUMNS}; got {', '.join(row)}")
+    return columns
 
 
 def _candidates(row: dict[str, Any]) -> Candidates:
@@ -107,12 +192,6 @@ def _candidates(row: dict[str, Any]) -> Candidates:
     if "documents" in row:
         positive = row.get("positive", -1)
         return list(row["documents"]), -1 if positive is None else int(positive)
-    columns = [
-        name
-        for name, value in row.items()
-        if name not in ("query", "target") and isinstance(value, str)
-    ]
-    if not columns:
-        raise ValueError(f"DreamLoss needs the columns {_COLUMNS}; got {', '.join(row)}")
+    columns = _document_columns(row)
     known = columns.index("positive") if "positive" in columns else -1
     return [row[name] for name in columns], known

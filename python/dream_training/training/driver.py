@@ -33,6 +33,7 @@ from dream_training.heads.selection import (
 )
 from dream_training.json_file import write_json
 from dream_training.models.loading import load_reader, make_retriever
+from dream_training.models.texts import prepare_retriever
 from dream_training.objectives.build import build_objective
 from dream_training.objectives.temperature import Temperature
 from dream_training.plots import plot_curve, plot_heads
@@ -147,7 +148,7 @@ def make_evaluator(config: TrainConfig) -> RetrievalEvaluator | None:
         return None
     corpus, queries, qrels = read_beir_folder(config.eval_data, config.eval_split)
     task = sample_queries(RetrievalTask(queries, corpus, qrels), config.eval_queries, config.seed)
-    return RetrievalEvaluator(task, config.query_max_len, config.passage_max_len)
+    return RetrievalEvaluator(task)
 
 
 @shows_progress
@@ -182,7 +183,8 @@ def train(
         data: training data; read from ``config.train_data`` by default.
         evaluator: what to evaluate with; made from ``config.eval_data`` by default.
         heads: the reader's heads; from ``config.heads`` by default.
-        model: the untrained retriever; built from the config by default.
+        model: the untrained retriever; built from the config by default. It gets the config's
+            lengths and prompts.
         console: where to print.
         evaluate_first: evaluate before the first step too.
         history: what was measured before; the run adds to it.
@@ -263,8 +265,7 @@ def _run(
         check_identity(checkpoint, identity, config)
     elif resume:
         check_unused(output_dir, resume, checkpoint=False)
-    if model is None:
-        model = make_retriever(config)
+    model = make_retriever(config) if model is None else prepare_retriever(config, model)
     begun = False
 
     def begin() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dream_training.console import progress
+from dream_training.models.texts import DOCUMENT, QUERY, encode
 from dream_training.reading.reader import Reader
 
 if TYPE_CHECKING:
@@ -30,17 +31,12 @@ class TrainingExamples:
     Args:
         data: rows with ``query``, ``target``, ``documents`` and ``positive``.
         count: how many queries.
-        query_max_len: tokens of a query that are encoded.
-        passage_max_len: tokens of a document that are encoded.
         seed: of the choice.
     """
 
-    def __init__(
-        self, data: Iterable[Any], count: int, query_max_len: int, passage_max_len: int, seed: int
-    ) -> None:
+    def __init__(self, data: Iterable[Any], count: int, seed: int) -> None:
         rows = _draw(data, max(count, _PAIRS), seed)
         self.rows = rows[:count]
-        self.max_len = {"query": query_max_len, "document": passage_max_len}
         pool: dict[str, int] = {}
         self.positives = []
         for row in self.rows:
@@ -82,8 +78,8 @@ class TrainingExamples:
         self, name: str, model: SentenceTransformer, reader: Reader | None, temperature: float
     ) -> None:
         texts = [row["query"] for row in self.rows]
-        queries = self._encode(model, "query", texts)
-        documents = self._encode(model, "document", self.documents)
+        queries = _embed(model, texts, QUERY)
+        documents = _embed(model, self.documents, DOCUMENT)
         scores = queries @ documents.T / temperature
         moment: dict[str, Any] = {"weights": torch.softmax(scores, -1), "losses": None}
         if reader is not None:
@@ -96,8 +92,8 @@ class TrainingExamples:
         self.measured[name] = moment
         if len(self.pairs) > 1:
             self.geometry[name] = geometry(
-                self._encode(model, "query", [query for query, _ in self.pairs]),
-                self._encode(model, "document", [document for _, document in self.pairs]),
+                _embed(model, [query for query, _ in self.pairs], QUERY),
+                _embed(model, [document for _, document in self.pairs], DOCUMENT),
             )
 
     def state(self) -> dict[str, Any]:
@@ -154,24 +150,12 @@ class TrainingExamples:
             "geometry": {"pairs": len(self.pairs), **self.geometry},
         }
 
-    def _encode(self, model: SentenceTransformer, kind: str, texts: list[str]) -> Tensor:
-        """Unit embeddings ``[N, D]`` in float32 on the CPU."""
-        limit = model.max_seq_length
-        encode = model.encode_query if kind == "query" else model.encode_document
-        try:
-            model.max_seq_length = self.max_len[kind]
-            return (
-                encode(
-                    texts,
-                    convert_to_tensor=True,
-                    normalize_embeddings=True,
-                    show_progress_bar=False,
-                )
-                .float()
-                .cpu()
-            )
-        finally:
-            model.max_seq_length = limit
+
+def _embed(model: SentenceTransformer, texts: list[str], task: str) -> Tensor:
+    """Unit embeddings ``[N, D]`` in float32 on the CPU."""
+    options = {"convert_to_tensor": True, "normalize_embeddings": True, "show_progress_bar": False}
+    embeddings: Tensor = encode(model, texts, task, **options)
+    return embeddings.float().cpu()
 
 
 def geometry(queries: Tensor, documents: Tensor) -> dict[str, float]:

@@ -75,8 +75,6 @@ class RunRecord(TrainerCallback):
             self.examples = TrainingExamples(
                 data,
                 config.report_queries,
-                config.query_max_len,
-                config.passage_max_len,
                 config.seed,
             )
             if not resumed:
@@ -129,11 +127,7 @@ class RunRecord(TrainerCallback):
                 device=str(self.model.device),
                 trust_remote_code=self.config.trust_remote_code,
             )
-        options = EvaluationOptions(
-            split=self.config.eval_split,
-            query_max_len=self.config.query_max_len,
-            passage_max_len=self.config.passage_max_len,
-        )
+        options = EvaluationOptions(split=self.config.eval_split)
         for task in expand_tasks(self.config.final_tasks):
             evaluation = evaluate_task(best, str(path), task, options)
             console.print(
@@ -162,8 +156,6 @@ class RunRecord(TrainerCallback):
             self.model,
             self.evaluator.task,
             split=self.config.eval_split,
-            query_max_len=self.config.query_max_len,
-            passage_max_len=self.config.passage_max_len,
             path=self.config.eval_data,
         )
         for step, name in ((0, UNTRAINED), (self.history.best_step, str(path))):

@@ -269,7 +269,6 @@ def build_trainer(
         report_to="none",
         disable_tqdm=True,
         batch_sampler="no_duplicates" if objective.no_duplicates else "batch_sampler",
-        prompts={"query": config.query_prompt, "positive": config.document_prompt},
         **arguments,
         **engine_arguments(config),
     )
