@@ -33,7 +33,7 @@ from dream_training.heads.selection import (
 )
 from dream_training.json_file import write_json
 from dream_training.models.loading import load_reader, make_retriever
-from dream_training.models.texts import prepare_retriever
+from dream_training.models.texts import library_keeps_lengths, prepare_retriever
 from dream_training.objectives.build import build_objective
 from dream_training.objectives.temperature import Temperature
 from dream_training.plots import plot_curve, plot_heads
@@ -348,6 +348,11 @@ def _run(
     if interrupted:
         console.print(f"Interrupted after {len(history.steps)} steps; the retriever is in {path}")
         _say_how_to_go_on(trainer, console)
+    if config.query_max_len != config.passage_max_len and not library_keeps_lengths():
+        console.print(
+            "This sentence-transformers has one length for queries and documents, from 6.0 on it "
+            "has two: by encode_query both have the longer one, and in dream's commands their own."
+        )
     record.finish(path, console, interrupted)
     return TrainResult(model, path, history, interrupted, seconds, signals.received)
 
