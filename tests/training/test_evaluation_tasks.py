@@ -189,7 +189,8 @@ def test_mteb_evaluates_and_every_query_is_kept(model, monkeypatch) -> None:
         assert result.query_ndcg_at_10.keys() == QUERIES.keys()
         mean = sum(result.query_ndcg_at_10.values()) / 3
         assert result.ndcg_at_10 == pytest.approx(mean, abs=1e-5)
-        assert result.settings["max_len"] == 16 and model.max_seq_length == 64
+        assert result.settings["passage_max_len"] == 16 and result.settings["query_max_len"] == 64
+        assert model.max_seq_length == 64 and "encode_query" not in vars(model)
         assert not task.data_loaded
 
 

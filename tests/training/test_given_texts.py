@@ -6,8 +6,8 @@ It must be what ``encode_query`` and ``encode_document`` of the saved model give
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,19 +115,19 @@ def given(monkeypatch: pytest.MonkeyPatch) -> Given:
 def of_folder(folder: Path, data: dict[str, str], given: Given) -> tuple[Given, Given]:
     """What the library gives the saved model for the queries and for the documents."""
     before, found = set(given), []
-    model = SentenceTransformer(str(folder), device="cpu")
+    model, both = SentenceTransformer(str(folder), device="cpu"), nullcontext()
     if not texts.library_keeps_lengths():  # before sentence-transformers 6.0
         model = load_sentence_transformer(folder, device="cpu")
-        for task in ("query", "document"):
-            setattr(model, f"encode_{task}", partial(encode, model, task=task))
+        both = texts.fixed_lengths(model, None, None)
     own = load_task(data["eval_data"], EvaluationOptions())
-    for encode_kind, of_kind in (
-        (model.encode_query, own.queries),
-        (model.encode_document, own.corpus),
-    ):
-        given.clear()
-        encode_kind(list(of_kind.values()))
-        found.append(set(given))
+    with both:
+        for encode_kind, of_kind in (
+            (model.encode_query, own.queries),
+            (model.encode_document, own.corpus),
+        ):
+            given.clear()
+            encode_kind(list(of_kind.values()))
+            found.append(set(given))
     given.clear()
     given |= before
     return found[0], found[1]

@@ -128,7 +128,7 @@ def test_the_mass_is_the_attention_of_the_injected_heads(tiny_model: Path) -> No
     rows = make_rows(3)
     reader = Reader.from_pretrained(tiny_model, {1: [2], 2: [0, 3]}, device="cpu")
     model = build_retriever(tiny_model, layers=1, device="cpu", max_len=32)
-    examples = TrainingExamples(rows, 2, 16, 32, seed=0)
+    examples = TrainingExamples(rows, 2, seed=0)
     examples.measure("before", model, reader, 0.1)
     prefix = reader.read(examples.documents)
     queries = [row["query"] for row in examples.rows]
@@ -143,7 +143,7 @@ def test_the_mass_is_the_attention_of_the_injected_heads(tiny_model: Path) -> No
 def test_known_documents_come_first_and_pools_stay_small() -> None:
     row = {"query": "q", "target": "t", "documents": ["a", "b", "c", "d"], "positive": 2}
     unknown = {"query": "p", "target": "t", "documents": ["a", "e"], "positive": None}
-    examples = TrainingExamples(iter([row, unknown]), 2, 8, 8, seed=0)
+    examples = TrainingExamples(iter([row, unknown]), 2, seed=0)
     assert examples.documents == ["c", "a", "e"]
     assert examples.positives == [0, -1]
     assert examples.pairs == [("q", "c")]
