@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -32,11 +33,16 @@ def used_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that were in use: since the peak was reset, or on a CPU, since the start."""
+    """Most bytes that were in use: since the peak was reset, or on a CPU, since the start.
+
+    0 where the system does not tell: ``resource`` is a module of Unix alone.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-    import sys
+    try:
+        import resource
+    except ImportError:
+        return 0
 
     # in KiB, but on macOS in bytes
     unit = 1 if sys.platform == "darwin" else 1024

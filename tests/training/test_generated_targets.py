@@ -76,6 +76,29 @@ def test_generation_is_greedy_and_no_line_depends_on_its_neighbours() -> None:
     assert together[0].target == expected
 
 
+@pytest.mark.parametrize(
+    "settings",
+    (
+        {"num_beams": 4, "length_penalty": 3.0, "early_stopping": True},
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 12, "suppress_tokens": list(range(3, 200))},
+        {"forced_bos_token_id": 70, "forced_eos_token_id": 71},
+        {"do_sample": True, "temperature": 9.0, "top_k": 3, "max_length": 3},
+        {"num_return_sequences": 3, "do_sample": True, "return_dict_in_generate": True},
+    ),
+)
+def test_the_models_own_generation_settings_change_no_target(settings) -> None:
+    expected = [row.target for row in write(ROWS)[0]]
+    model, counts = make_decoder(), GenerationCounts()
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    own = model.generation_config
+    found = write_targets(ROWS, model, make_tokenizer(), counts, max_new_tokens=12)
+    assert [row.target for row in found] == expected
+    assert model.generation_config is own
+
+
 def test_the_model_is_shown_query_and_positive() -> None:
     recorder = Recorder(" Here.\nAnd more", "\n  There")
     counts = GenerationCounts()

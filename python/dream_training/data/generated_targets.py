@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -50,9 +51,9 @@ def write_targets(
 ) -> Iterator[TrainingRow]:
     """Yield the rows with a target: their own, or what the model writes to query and positive.
 
-    Generation is greedy, so the same rows in the same batches give the same targets. The
-    instruction goes through the tokenizer's chat template if it has one. What follows the first
-    line of an answer is left off.
+    Generation is greedy whatever the model's own generation config says, so the same rows in the
+    same batches give the same targets. The instruction goes through the tokenizer's chat template
+    if it has one. What follows the first line of an answer is left off.
 
     Args:
         rows: rows; one without a target or an answer must know its positive.
@@ -139,20 +140,35 @@ def _generate(prompts: Sequence[str], model: Any, tokenizer: Any, max_new_tokens
     # Padding stands on the left, so that what is generated follows the prompt.
     inputs = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
-    with torch.no_grad():
-        output = model.generate(
-            input_ids=inputs,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=padding,
-            do_sample=False,
-            # The defaults of a model's own generation config, which greedy decoding warns of.
-            temperature=None,
-            top_p=None,
-            top_k=None,
-        )
+    with torch.no_grad(), _neutral_generation(model, max_new_tokens, padding) as settings:
+        output = model.generate(input_ids=inputs, attention_mask=mask, generation_config=settings)
     answers = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
     return [_first_line(answer) for answer in answers]
+
+
+@contextmanager
+def _neutral_generation(model: Any, max_new_tokens: int, padding: int) -> Iterator[Any]:
+    """Settings of plain greedy decoding: of the model's own, only where a text ends.
+
+    Beams, penalties, minimal lengths, forced and suppressed tokens would change the targets.
+    transformers takes what a given config leaves open from the model's, so that is put aside.
+    """
+    from transformers import GenerationConfig
+
+    own = getattr(model, "generation_config", None)
+    settings = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        bos_token_id=getattr(own, "bos_token_id", None),
+        eos_token_id=getattr(own, "eos_token_id", None),
+        pad_token_id=padding,
+    )
+    model.generation_config = settings
+    try:
+        yield settings
+    finally:
+        model.generation_config = own
 
 
 def _first_line(answer: str) -> str:

@@ -275,11 +275,12 @@ def _of_cost(patient: Patient, history: History) -> Check:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak, total = peak_memory(device), total_memory(device)
     kind = "GPU memory" if device.type == "cuda" else "memory"
-    figure = (
-        f"{step:.2f} s a step, {duration(training)} for {config.max_steps} steps"
-        + (f" and {duration(evaluation)} for {evaluations} evaluations" if evaluations else "")
-        + f"; {peak / 2**30:.1f} of {total / 2**30:.0f} GiB of {kind} at the most"
+    figure = f"{step:.2f} s a step, {duration(training)} for {config.max_steps} steps" + (
+        f" and {duration(evaluation)} for {evaluations} evaluations" if evaluations else ""
     )
+    if not (peak and total):  # not every system tells
+        return Check("time and memory", OK, figure)
+    figure += f"; {peak / 2**30:.1f} of {total / 2**30:.0f} GiB of {kind} at the most"
     if peak > _MUCH_MEMORY * total:
         advice = "memory is nearly full: lower batch_size or passage_max_len"
         return Check("time and memory", WARNING, figure, advice)

@@ -196,10 +196,13 @@ def memory_advice(error: BaseException, config: TrainConfig, watch: MemoryWatch,
     needed = max(watch.highest(), resting) + _asked(error)
     share = 0.9 * max(capacity - resting, 0) / max(needed - resting, 1)
     share = min(share, 0.5)  # it did not fit, whatever the measurement says
-    lines = [
-        f"out of memory in step {step}: {needed / _GIB:.2f} GiB were needed, {resting / _GIB:.2f} "
-        f"of them before the step, and there are {capacity / _GIB:.2f}. To lower, in this order:"
-    ]
+    figures = ""
+    if watch.highest() and capacity:  # not every system tells
+        figures = (
+            f": {needed / _GIB:.2f} GiB were needed, {resting / _GIB:.2f} of them before the step, "
+            f"and there are {capacity / _GIB:.2f}"
+        )
+    lines = [f"out of memory in step {step}{figures}. To lower, in this order:"]
     texts = config.batch_size * (1 + (config.documents_per_query or 1))
     now = config.mini_batch_size or texts
     if now > 1:
