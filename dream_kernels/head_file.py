@@ -3,7 +3,8 @@
 Two forms are read and written, both of the QRHead project (Zhang et al., EMNLP 2025): YAML with the
 chosen heads, best first, as ``attn_head_set: "17-3,12-0"`` (a list of ``"layer-head"`` works too),
 and JSON with the score of every head, ``{"17-3": 0.53, ...}`` sorted from the best. Files written
-here also say how they came about, under ``provenance``.
+here also say how many heads were chosen, under ``top_k``, and how they came about, under
+``provenance``; they hold the scores of all heads beside the chosen ones.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from dream_kernels.parsing import parse_json, parse_yaml, read_text, shortened
 
 HEADS_KEY = "attn_head_set"
 SCORES_KEY = "head_scores"
+TOP_K_KEY = "top_k"
 PROVENANCE_KEY = "provenance"
 
 
@@ -33,22 +35,47 @@ class HeadFile:
         heads: ``(layer, head)`` pairs, best first.
         scores: the score of each pair, empty when the file carries none.
         provenance: how the heads were chosen: reader, criterion, data, null query, ...
+        chosen: how many of ``heads`` are to receive the scores. None where nothing says so: then
+            a plain list means all of its heads, and a ranking by a criterion none in particular.
+
+    Raises:
+        ValueError: ``chosen`` is more than there are heads, or not positive.
     """
 
     heads: list[tuple[int, int]]
     scores: dict[tuple[int, int], float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    chosen: int | None = None
 
-    def by_layer(self, top_k: int | None = None) -> dict[int, list[int]]:
-        """Return ``{layer: [head, ...]}`` of the first ``top_k`` heads (all by default).
+    def __post_init__(self) -> None:
+        if self.chosen is not None and not 1 <= self.chosen <= len(self.heads):
+            raise ValueError(f"top_k must lie in 1 .. {len(self.heads)}, got {self.chosen}")
+
+    def choose(self, top_k: int | None = None) -> HeadFile:
+        """Return the same heads with the first ``top_k`` chosen; None keeps the choice made.
 
         Raises:
-            ValueError: fewer than ``top_k`` heads are in the file.
+            ValueError: fewer than ``top_k`` heads are there, or they are a ranking in which none
+                were chosen and ``top_k`` is not given.
         """
-        if top_k is not None and not 1 <= top_k <= len(self.heads):
-            raise ValueError(f"top_k must lie in 1 .. {len(self.heads)}, got {top_k}")
+        chosen = self.chosen if top_k is None else top_k
+        if chosen is None:
+            if self.scores or "criterion" in self.provenance:
+                raise ValueError(
+                    f"the heads are a ranking of {len(self.heads)} in which none are chosen: "
+                    "give top_k, how many of the best receive the scores"
+                )
+            chosen = len(self.heads)
+        return replace(self, chosen=chosen)
+
+    def by_layer(self, top_k: int | None = None) -> dict[int, list[int]]:
+        """Return ``{layer: [head, ...]}`` of the chosen heads, or of the first ``top_k``.
+
+        Raises:
+            ValueError: as :meth:`choose`.
+        """
         layers: dict[int, list[int]] = {}
-        for layer, head in self.heads[:top_k]:
+        for layer, head in self.heads[: self.choose(top_k).chosen]:
             layers.setdefault(layer, []).append(head)
         return {layer: sorted(heads) for layer, heads in sorted(layers.items())}
 
@@ -137,11 +164,23 @@ def read_heads(path: str | os.PathLike[str]) -> HeadFile:
     content = parse_json(text, source) if path.suffix == ".json" else parse_yaml(text, source)
 
     provenance: dict[str, Any] = {}
+    chosen: int | None = None
     if isinstance(content, Mapping) and HEADS_KEY in content:
         heads = _parse_names(content[HEADS_KEY], source)
+        if TOP_K_KEY in content:
+            chosen = len(heads)
+            if content[TOP_K_KEY] != chosen:
+                raise ValueError(
+                    f"{source}: {TOP_K_KEY} must be {chosen}, the number of heads in {HEADS_KEY}, "
+                    f"got {shortened(content[TOP_K_KEY])}"
+                )
         scores = {}
         if SCORES_KEY in content:
             scores = _parse_scores(content[SCORES_KEY], source)
+            others = scores.keys() - set(heads)
+            if others:
+                chosen = len(heads)
+            heads += sorted((h for h in scores if h in others), key=lambda head: -scores[head])
         provenance = _parse_provenance(content, source)
     elif isinstance(content, list) and content and isinstance(content[0], str):
         heads, scores = _parse_names(content, source), {}
@@ -151,36 +190,53 @@ def read_heads(path: str | os.PathLike[str]) -> HeadFile:
             content = content[SCORES_KEY]
         scores = _parse_scores(content, source)
         heads = sorted(scores, key=lambda head: -scores[head])
-    return HeadFile(heads, scores, provenance)
+    return HeadFile(heads, scores, provenance, chosen)
+
+
+def read_chosen_heads(path: str | os.PathLike[str], top_k: int | None = None) -> HeadFile:
+    """Read a head file and choose: :func:`read_heads`, then :meth:`HeadFile.choose`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as either; the message names the file.
+    """
+    head_file = read_heads(path)
+    try:
+        return head_file.choose(top_k)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)}: {error}") from None
 
 
 def write_heads(path: str | os.PathLike[str], head_file: HeadFile) -> Path:
     """Write a head file, YAML or JSON by its ending; an existing file is replaced as a whole.
 
+    It names the chosen heads of :attr:`HeadFile.heads`, and holds the score of every head where
+    there are scores. Where none are chosen, YAML names all, and JSON holds the scores alone.
     ``-`` is standard output; there, and on devices and pipes, it is YAML unless the name ends in
-    ``.json``. YAML holds the heads in :attr:`HeadFile.heads`; JSON holds the score of every head.
+    ``.json``.
 
     Raises:
         ValueError: the ending is unknown, or JSON was asked for and there are no scores.
     """
     path = Path(path)
-    names = [head_name(*head) for head in head_file.heads]
+    chosen, scores = head_file.chosen, head_file.scores
+    names = ",".join(head_name(*head) for head in head_file.heads[:chosen])
+    content: dict[str, Any] = {} if chosen is None else {HEADS_KEY: names, TOP_K_KEY: chosen}
     if path.suffix in (".yaml", ".yml") or (is_stream(path) and path.suffix != ".json"):
         import yaml
 
-        content: dict[str, Any] = {HEADS_KEY: ",".join(names)}
-        if head_file.scores:
-            content[SCORES_KEY] = {head_name(*h): head_file.scores[h] for h in head_file.heads}
+        content[HEADS_KEY] = names
+        if scores:
+            ranked = [head for head in head_file.heads if head in scores]
+            content[SCORES_KEY] = {head_name(*head): scores[head] for head in ranked}
         content[PROVENANCE_KEY] = head_file.provenance
         text = yaml.safe_dump(content, sort_keys=False, width=10_000)
     elif path.suffix == ".json":
-        if not head_file.scores:
+        if not scores:
             raise ValueError(f"{path}: JSON head files hold scores, and there are none")
-        ranked = sorted(head_file.scores.items(), key=lambda item: -item[1])
-        content = {
-            SCORES_KEY: {head_name(*head): score for head, score in ranked},
-            PROVENANCE_KEY: head_file.provenance,
-        }
+        ranked = sorted(scores, key=lambda head: -scores[head])
+        content[SCORES_KEY] = {head_name(*head): scores[head] for head in ranked}
+        content[PROVENANCE_KEY] = head_file.provenance
         text = json.dumps(content, indent=1) + "\n"
     else:
         raise ValueError(f"{path}: a head file must end in .yaml, .yml or .json")

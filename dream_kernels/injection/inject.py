@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dream_kernels.dispatch import check_impl
-from dream_kernels.head_file import HeadFile, read_heads
+from dream_kernels.head_file import HeadFile, read_chosen_heads
 from dream_kernels.injection import attention, support
 from dream_kernels.injection.context import DocumentContext, MassRecorder, Prefix
 from dream_kernels.validation import check_mode
@@ -77,17 +77,18 @@ class Injection:
     ) -> None:
         self.remove()
 
-    def use_heads(self, heads: Heads) -> None:
+    def use_heads(self, heads: Heads, top_k: int | None = None) -> None:
         """Let the scores act in other heads from now on.
 
         Args:
             heads: as in :func:`inject_attention`.
+            top_k: as in :func:`inject_attention`.
 
         Raises:
             TypeError: ``heads`` has the wrong form.
-            ValueError: the model has no such head.
+            ValueError: the model has no such head, or a head file does not say which are chosen.
         """
-        self.heads = support.check_heads(_by_layer(heads), self.model)
+        self.heads = support.check_heads(_by_layer(heads, top_k), self.model)
 
     def read_mass(self, row_weights: Tensor, **inputs: Any) -> Tensor:
         """Return the plain attention mass of every document in every layer and head.
@@ -210,6 +211,7 @@ def inject_attention(
     model: PreTrainedModel,
     heads: Heads,
     *,
+    top_k: int | None = None,
     mode: str = "reweight",
     document_mass: float | None = None,
     impl: str = "auto",
@@ -237,6 +239,7 @@ def inject_attention(
     Args:
         model: the reader.
         heads: ``{layer: [head, ...]}``, a :class:`HeadFile`, or the path of a head file.
+        top_k: how many of the best heads of a head file; None for those that it says were chosen.
         mode: as in :func:`dream_kernels.document_attention`.
         document_mass: as in :func:`dream_kernels.document_attention`.
         impl: as in :func:`dream_kernels.document_attention`.
@@ -246,7 +249,8 @@ def inject_attention(
 
     Raises:
         TypeError: ``model`` is not a transformers model, or ``heads`` has the wrong form.
-        ValueError: the model cannot be injected (the message says why), or has no such head.
+        ValueError: the model cannot be injected (the message says why), or has no such head; or a
+            head file is a ranking in which none are chosen, and ``top_k`` is not given.
     """
     from transformers import PreTrainedModel
 
@@ -257,15 +261,17 @@ def inject_attention(
         raise ValueError(f"{type(model).__name__} cannot be injected: {reason}")
     check_mode(mode, document_mass)
     check_impl(impl)
-    checked = support.check_heads(_by_layer(heads), model)
+    checked = support.check_heads(_by_layer(heads, top_k), model)
     return Injection(model, checked, mode, document_mass, impl)
 
 
-def _by_layer(heads: Heads) -> Mapping[int, Sequence[int]]:
+def _by_layer(heads: Heads, top_k: int | None) -> Mapping[int, Sequence[int]]:
     if isinstance(heads, (str, os.PathLike)):
-        heads = read_heads(heads)
+        return read_chosen_heads(heads, top_k).by_layer()
     if isinstance(heads, HeadFile):
-        heads = heads.by_layer()
+        return heads.by_layer(top_k)
+    if top_k is not None:
+        raise ValueError(f"top_k is for head files, got {top_k} and a {type(heads).__name__}")
     if not isinstance(heads, Mapping):
         raise TypeError(
             "heads must be {layer: [head, ...]}, a HeadFile or a path, "

@@ -171,7 +171,7 @@ def heads(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="with --train: replace results of other settings")
     ] = False,
-    top_k: Annotated[int, typer.Option(min=1, help="heads to print and outline")] = 16,
+    top_k: Annotated[int, typer.Option(min=1, help="heads to choose")] = 16,
     examples: Annotated[int, typer.Option(min=2, help="training lines to look at")] = 96,
     pool_size: Annotated[int, typer.Option(min=2, help="documents per pool")] = 16,
     context: Annotated[str, typer.Option(help="independent or joint reading")] = "independent",

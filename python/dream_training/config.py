@@ -41,7 +41,8 @@ class TrainConfig:
         heads: head file, or ``auto`` to select heads on the training data first.
         head_criterion: what ``auto`` goes by: ``loss_gradient``, ``qr_mass`` or ``qr_ndcg``, which
             need known positives, or ``random``.
-        top_k: how many heads of the head file receive the scores; None for all it names.
+        top_k: how many of the best heads receive the scores; None for those that the head file
+            says were chosen, and for 16 with ``heads: auto``.
         context: how documents are read, ``independent`` or ``joint``.
         mode: ``reweight`` or ``bias``.
         document_mass: fixes the attention that all documents get together; None keeps the reader's.
@@ -139,7 +140,7 @@ class TrainConfig:
     train_data: str
     heads: str = "auto"
     head_criterion: str = "loss_gradient"
-    top_k: int | None = 16
+    top_k: int | None = None
     context: str = "independent"
     mode: str = "reweight"
     document_mass: float | None = None
@@ -247,7 +248,7 @@ class TrainConfig:
             _at_least(name, getattr(self, name), 2 if name == "batch_size" else 1)
         for name in ("max_steps", "eval_steps", "log_steps", "keep_checkpoints"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("mini_batch_size", "reader_passage_max_len"):
+        for name in ("top_k", "mini_batch_size", "reader_passage_max_len"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         if self.eval_queries is not None:

@@ -39,8 +39,8 @@ _MARKS = (
 )
 
 
-def plot_heads(head_file: HeadFile, path: str | os.PathLike[str], top_k: int = 16) -> Path:
-    """Draw the score of every head as a layer x head map, the ``top_k`` best outlined.
+def plot_heads(head_file: HeadFile, path: str | os.PathLike[str]) -> Path:
+    """Draw the score of every head as a layer x head map, the chosen ones outlined.
 
     Raises:
         ValueError: the file carries no scores.
@@ -56,7 +56,7 @@ def plot_heads(head_file: HeadFile, path: str | os.PathLike[str], top_k: int = 1
     width = min(14.0, 3.0 + 0.32 * layers)
     figure, axes = plt.subplots(figsize=(width, 1.8 + 0.28 * heads), layout="constrained")
     image = axes.imshow(grid, aspect="auto", cmap="PuOr_r", vmin=-limit, vmax=limit, origin="lower")
-    for rank, (layer, head) in enumerate(head_file.heads[:top_k]):
+    for rank, (layer, head) in enumerate(head_file.heads[: head_file.chosen or 0]):
         axes.add_patch(
             plt.Rectangle((layer - 0.5, head - 0.5), 1, 1, fill=False, lw=1.5, ec="black")
         )
@@ -67,7 +67,8 @@ def plot_heads(head_file: HeadFile, path: str | os.PathLike[str], top_k: int = 1
     axes.set_xticks(range(0, layers, max(1, layers // 15)))
     axes.set_yticks(range(0, heads, max(1, heads // 16)))
     title, meaning = _HEAD_SCORES.get(head_file.provenance.get("criterion", ""), ("Score", "score"))
-    axes.set_title(f"{title} of each head, the best {top_k} outlined")
+    outlined = f", the best {head_file.chosen} outlined" if head_file.chosen else ""
+    axes.set_title(f"{title} of each head{outlined}")
     figure.colorbar(image, ax=axes, label=meaning)
     return _save(figure, path)
 

@@ -209,6 +209,25 @@ def test_a_head_file_names_the_heads(tmp_path) -> None:
             assert injection.heads == {1: [0, 3], 2: [4]}
 
 
+def test_only_the_chosen_heads_of_a_ranking_receive_scores(tmp_path) -> None:
+    heads = [(layer, head) for layer in range(3) for head in range(6)]
+    ranking = HeadFile(heads, {head: 5.0 - i for i, head in enumerate(heads)})
+    model = make_model("Llama", torch.float32)
+    for name in ("heads.yaml", "heads.json"):
+        path = write_heads(tmp_path / name, ranking.choose(2))
+        with inject_attention(model, path) as injection:
+            assert injection.heads == {0: [0, 1]}
+        with inject_attention(model, path, top_k=7) as injection:
+            assert injection.heads == {0: [0, 1, 2, 3, 4, 5], 1: [0]}
+            injection.use_heads(path)
+            assert injection.heads == {0: [0, 1]}
+        write_heads(path, ranking)
+        with pytest.raises(ValueError, match=f"{name}: the heads are a ranking of 18"):
+            inject_attention(model, path)
+    with pytest.raises(ValueError, match="top_k is for head files, got 1 and a dict"):
+        inject_attention(model, HEADS, top_k=1)
+
+
 def test_a_second_injection_is_refused_and_removal_allows_the_next() -> None:
     model = make_model("Llama", torch.float32)
     first = inject_attention(model, HEADS)

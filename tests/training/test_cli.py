@@ -44,7 +44,8 @@ def test_heads_then_train_then_evaluate(tiny_model: Path, data: Path, tmp_path: 
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     heads = read_heads(tmp_path / "heads.yaml")
-    assert len(heads.scores) == 12 and heads.provenance["data"] == str(data)
+    assert heads.chosen == 3 and len(heads.scores) == 12 and heads.provenance["data"] == str(data)
+    assert f"These 3 of 12 heads and the scores of all: {tmp_path / 'heads.yaml'}" in result.stdout
     assert (tmp_path / "heads.png").stat().st_size > 5000
     best = "-".join(map(str, heads.heads[0]))
     assert f"   1  {best:>6}  {heads.scores[heads.heads[0]]:.4f}" in result.stdout
@@ -52,7 +53,7 @@ def test_heads_then_train_then_evaluate(tiny_model: Path, data: Path, tmp_path: 
     config = tmp_path / "config.yaml"
     config.write_text(
         f"reader: {tiny_model}\nretriever: {tiny_model}\nheads: {tmp_path / 'heads.yaml'}\n"
-        f"train_data: {data}\ntop_k: 3\nbatch_size: 4\nmax_steps: 9\n"
+        f"train_data: {data}\nbatch_size: 4\nmax_steps: 9\n"
     )
     out = tmp_path / "out"
     result = dream("train", config, "max_steps=2", f"output_dir={out}", "lora_r=2")
@@ -60,6 +61,7 @@ def test_heads_then_train_then_evaluate(tiny_model: Path, data: Path, tmp_path: 
     assert f'SentenceTransformer("{out / "best"}")' in result.stdout
     assert "Nothing was evaluated: best/ is a copy of last/" in result.stdout
     assert json.loads((out / "config.json").read_text())["max_steps"] == 2
+    assert read_heads(out / "heads.yaml") == heads
 
     beir = tmp_path / "beir"
     (beir / "qrels").mkdir(parents=True)

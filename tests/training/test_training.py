@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,14 @@ from dream_kernels import HeadFile, read_heads, write_heads
 from dream_training.config import OBJECTIVES, TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import to_training_data
+from dream_training.doctor.diagnosis import diagnose
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask
 from dream_training.objectives.distilled_dream import DistilledDreamLoss
-from dream_training.training.driver import train
+from dream_training.reading.reader import Reader
+from dream_training.report.run_folder import read_run
+from dream_training.training import driver
+from dream_training.training.driver import find_heads, load_training_data, train
+from dream_training.training.dry_run import dry_run
 
 
 def test_a_run_leaves_everything_behind(run, tmp_path: Path) -> None:
@@ -121,7 +127,39 @@ def test_ctrl_c_keeps_the_last_model_and_says_where(run, tmp_path: Path, monkeyp
 def test_a_head_file_is_used_as_it_is(run, tmp_path: Path) -> None:
     path = write_heads(tmp_path / "my.yaml", HeadFile([(2, 1), (0, 3)]))
     train(run(heads=str(path), top_k=1, eval_data=None), console=quiet())
-    assert read_heads(tmp_path / "out" / "heads.yaml").heads == [(2, 1), (0, 3)]
+    assert read_heads(tmp_path / "out" / "heads.yaml").heads == [(2, 1)]
+
+
+def test_the_heads_that_a_file_chose_are_those_of_a_run(run, tmp_path: Path, tiny_model) -> None:
+    heads = [(layer, head) for layer in range(3) for head in range(4)]
+    ranking = HeadFile(heads, {head: 0.5 - i for i, head in enumerate(heads)})
+    path, out = tmp_path / "my.yaml", tmp_path / "out" / "heads.yaml"
+    write_heads(path, ranking.choose(2))
+    config = run(heads=str(path), top_k=None, eval_data=None, max_steps=1)
+    for top_k, chosen in ((None, {0: [0, 1]}), (5, {0: [0, 1, 2, 3], 1: [0]})):
+        train(replace(config, top_k=top_k), console=quiet(), overwrite=True)
+        assert read_heads(out).by_layer() == chosen
+        assert read_run(out.parent).top_k == (top_k or 2)
+    # As the README loads it.
+    assert Reader.from_pretrained(tiny_model, heads=path).injection.heads == {0: [0, 1]}
+    assert Reader.from_pretrained(tiny_model, heads=path, top_k=1).injection.heads == {0: [0]}
+    assert dry_run(config, quiet()).steps == 1
+    write_heads(path, ranking)
+    message = "my.yaml: the heads are a ranking of 12 in which none are chosen"
+    with pytest.raises(ValueError, match=message):
+        train(config, console=quiet(), overwrite=True)
+    with pytest.raises(ValueError, match=message):
+        dry_run(config, quiet())
+    assert message in diagnose(config)[0].figure
+
+
+def test_without_top_k_a_run_chooses_sixteen_heads(run, monkeypatch) -> None:
+    config, data = run(top_k=None), load_training_data(run())
+    assert find_heads(config, data, 4).chosen == 12, "all that there are"
+    many = [(0, head) for head in range(40)]
+    ranking = HeadFile(many, dict.fromkeys(many, 0.0))
+    monkeypatch.setattr(driver, "select_heads", lambda *_, **__: ranking)
+    assert find_heads(config, data, 4).chosen == 16
 
 
 def test_infonce_runs_on_the_same_data(run) -> None:

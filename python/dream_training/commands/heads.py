@@ -101,15 +101,17 @@ def run_heads(options: HeadOptions, output: Path, criterion: str) -> None:
         seed=options.seed,
         **options.selection(),
     )
+    head_file = head_file.choose(min(options.top_k, len(head_file.heads)))
     write_heads(output, head_file)
     console.print(f"{'rank':>4}  {'head':>6}  {'score' if head_file.scores else ''}".rstrip())
-    for rank, head in enumerate(head_file.heads[: options.top_k], 1):
+    for rank, head in enumerate(head_file.heads[: head_file.chosen], 1):
         score = f"  {head_file.scores[head]:.4f}" if head_file.scores else ""
         console.print(f"{rank:>4}  {head_name(*head):>6}{score}")
     console.print()
-    paths = {f"All {len(head_file.heads)} heads:": output}
+    ranked = " and the scores of all" if head_file.scores else ""
+    paths = {f"These {head_file.chosen} of {len(head_file.heads)} heads{ranked}:": output}
     if head_file.scores and not is_stream(output):
-        paths["Their map:"] = plot_heads(head_file, output.with_suffix(".png"), options.top_k)
+        paths["Their map:"] = plot_heads(head_file, output.with_suffix(".png"))
     print_paths(console, paths)
     preferred = head_file.provenance.get("prefers_the_positive")
     if preferred is not None:

@@ -30,6 +30,8 @@ HEAD_EXAMPLES = 96
 # Lines of a stream among which the examples are drawn.
 STREAM_SAMPLE = 10_000
 HEAD_POOL = 16
+# As many as the paper takes.
+CHOSEN_HEADS = 16
 
 # What the score of a head is under each criterion, as written into head files.
 MEANINGS = {

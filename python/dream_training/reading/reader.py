@@ -57,6 +57,7 @@ class Reader(nn.Module):
         model: a transformers decoder; it is frozen and set to eval mode.
         tokenizer: its tokenizer.
         heads: the heads that receive the scores: ``{layer: [head, ...]}``, a head file or its path.
+        top_k: how many of the best heads of a head file; None for those that it says were chosen.
         context: ``"independent"``: each document is read alone, at the same positions; or
             ``"joint"``: the documents are read as one sequence.
         mode: as in :func:`dream_kernels.document_attention`.
@@ -90,6 +91,7 @@ class Reader(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         heads: Mapping[int, Sequence[int]] | HeadFile | str | os.PathLike[str],
         *,
+        top_k: int | None = None,
         context: str = "independent",
         mode: str = "reweight",
         document_mass: float | None = None,
@@ -129,7 +131,7 @@ class Reader(nn.Module):
             prompt = load_reader_prompt(prompt, tokenizer)
         self.prompt = prompt
         self.injection = inject_attention(
-            self.model, heads, mode=mode, document_mass=document_mass, impl=impl
+            self.model, heads, top_k=top_k, mode=mode, document_mass=document_mass, impl=impl
         )
         self.store = open_document_store(document_store, self.model, document_store_gb)
         self._head = plain_head(self.model)

@@ -43,6 +43,8 @@ class Run:
     def top_k(self) -> int:
         """Number of heads that received the scores."""
         count = len(self.heads.heads) if self.heads else 0
+        if self.heads and self.heads.chosen is not None:
+            return self.heads.chosen
         return min(self.config.get("top_k") or count, count)
 
     @property

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dream_kernels import HeadFile, read_heads, write_heads
+from dream_kernels import HeadFile, write_heads
 from dream_kernels.files import recover
+from dream_kernels.head_file import read_chosen_heads
 from dream_training.checkpointing.documents import StoredDocuments
 from dream_training.config import TrainConfig
 from dream_training.console import make_console, show_on, shows_progress
@@ -26,6 +27,7 @@ from dream_training.distributed import world
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask, sample_queries
 from dream_training.evaluation.tasks import check_tasks
 from dream_training.heads.selection import (
+    CHOSEN_HEADS,
     HEAD_EXAMPLES,
     WITHOUT_LABELS,
     head_examples,
@@ -118,7 +120,7 @@ def load_training_data(config: TrainConfig, endless: bool = False) -> Dataset | 
 def find_heads(
     config: TrainConfig, data: Dataset | IterableDataset, examples: int = HEAD_EXAMPLES
 ) -> HeadFile:
-    """Read the head file that a config names, or select heads on the data.
+    """Read the head file that a config names, or select heads on the data; choose ``top_k``.
 
     Args:
         config: names the file, or the criterion.
@@ -130,9 +132,9 @@ def find_heads(
         ValueError: the file is not valid, or the data lacks what the criterion needs.
     """
     if config.heads != "auto":
-        return read_heads(config.heads)
+        return read_chosen_heads(config.heads, config.top_k)
     criterion = config.head_criterion
-    return select_heads(
+    ranked = select_heads(
         load_reader(config, {}),
         head_examples(data, examples, config.seed, labelled=criterion not in WITHOUT_LABELS),
         criterion=criterion,
@@ -140,6 +142,7 @@ def find_heads(
         data_name=config.train_data,
         reader_name=config.reader,
     )
+    return ranked.choose(config.top_k or min(CHOSEN_HEADS, len(ranked.heads)))
 
 
 def make_evaluator(config: TrainConfig) -> RetrievalEvaluator | None:
@@ -397,12 +400,13 @@ def _choose_heads(
             if config.heads == "auto":
                 console.print("selecting the reader's heads ...")
             heads = find_heads(config, data)
+        heads = heads.choose(config.top_k)
         begin()
         if world.is_main():
             if heads.scores:
-                plot_heads(heads, output_dir / HEAD_MAP, config.top_k or len(heads.heads))
+                plot_heads(heads, output_dir / HEAD_MAP)
             write_heads(output_dir / HEADS, heads)
-        return [[layer, own] for layer, own in heads.by_layer(config.top_k).items()]
+        return [[layer, own] for layer, own in heads.by_layer().items()]
 
     # A reader that is cut over the processes needs all of them to run.
     if config.heads == "auto" and heads is None and config.reader_sharding == "sharded":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from dream_kernels import HeadFile, read_heads
+from dream_kernels import HeadFile
 from dream_training.console import duration, print_entry, progress, show_on, shows_progress
 from dream_training.models.architectures import save_tiny
 from dream_training.reading.document_store import MEMORY
@@ -86,11 +86,11 @@ def _rows(config: TrainConfig) -> tuple[Any, bool]:
 
 
 def _two_steps(config: TrainConfig, rows: Any, folder: Path) -> History:
-    from dream_training.training.driver import train
+    from dream_training.training.driver import find_heads, train
 
     heads = None
     if config.heads != "auto":
-        read_heads(config.heads)  # a file at fault shall show here
+        find_heads(config, rows)  # a file at fault shall show here
         heads = HeadFile(heads=[(0, 0), (1, 0)])
     reader = save_tiny(shape_of(config, config.reader), folder / "reader", seed=0)
     retriever = save_tiny(shape_of(config, config.retriever), folder / "retriever", seed=1)
