@@ -342,6 +342,14 @@ def evaluate(
         Optional[Path],  # noqa: UP045
         typer.Option(help="where sets of BEIR are kept"),
     ] = None,
+    keep_identical_ids: Annotated[
+        bool,
+        typer.Option(
+            "--keep-identical-ids",
+            help="rank the document that has a query's id too; by default only where it is "
+            "relevant, as beir and mteb's tasks leave out queries that are documents themselves",
+        ),
+    ] = False,
     bm25: Annotated[bool, typer.Option(help="evaluate BM25 on BEIR folders as well")] = True,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -361,6 +369,7 @@ def evaluate(
             passage_max_len=passage_max_len,
             devices=choose_devices(processes, devices),
             cache_dir=cache_dir,
+            keep_identical_ids=keep_identical_ids,
         ),
         bm25=bm25,
         trust_remote_code=trust_remote_code,

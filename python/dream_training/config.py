@@ -69,6 +69,8 @@ class TrainConfig:
         eval_split: split of the BEIR folder.
         eval_queries: evaluate on this many of its queries during training, drawn by the seed; the
             corpus stays whole. None for all.
+        keep_identical_ids: evaluate with the document that has a query's id ranked for that query
+            too; by default only where it is relevant, as a query may be a document itself.
         final_tasks: tasks that the best model is evaluated on after training, as ``dream evaluate``
             names them; the scores of every query go to evaluation.json.
         report_queries: training queries whose weights before and after are kept for
@@ -159,6 +161,7 @@ class TrainConfig:
     eval_data: str | None = None
     eval_split: str = "test"
     eval_queries: int | None = None
+    keep_identical_ids: bool = False
     final_tasks: list | None = None
     report_queries: int = 8
     objective: str = "dream"

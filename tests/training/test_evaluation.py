@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from sentence_transformers.evaluation import SentenceEvaluator
@@ -60,9 +61,35 @@ def test_a_query_without_results_counts_as_zero() -> None:
     assert half["ndcg_at_10"] == empty["ndcg_at_10"] == 0.5
 
 
-def test_one_query_is_enough_and_equal_ids_are_kept() -> None:
+def test_one_query_is_enough_and_what_is_relevant_is_not_the_query_itself() -> None:
     task = RetrievalTask({"q1": "clouds"}, CORPUS, {"q1": {"q1": 1}})
     assert score_ranking(task, {"q1": {"q1": 1.0}}) == {"ndcg_at_10": 1.0, "recall_at_10": 1.0}
+
+
+# A query that is a document: it finds itself first, and its duplicate next.
+DUPLICATES = RetrievalTask(
+    {"q": "red apples"}, {"q": "red apples", "d": "red apples again"}, {"q": {"d": 1}}
+)
+
+
+def test_a_query_that_is_a_document_does_not_find_itself(tiny_model) -> None:
+    from beir.retrieval.evaluation import EvaluateRetrieval
+
+    model = build_retriever(tiny_model, device="cpu", max_len=64)
+    kept = replace(DUPLICATES, keep_identical_ids=True)
+    for find in (search_bm25, lambda task, **options: search(model, task, **options)):
+        with_itself = find(kept)
+        assert list(with_itself["q"]) == ["q", "d"]
+        assert score_ranking(kept, with_itself)["ndcg_at_10"] == pytest.approx(0.631, abs=1e-3)
+        ranking = find(DUPLICATES)
+        assert list(ranking["q"]) == ["d"]
+        assert score_ranking(DUPLICATES, ranking) == score_ranking(DUPLICATES, with_itself)
+        # beir drops from the ranking that it is given, in place.
+        ndcg, *_ = EvaluateRetrieval.evaluate(DUPLICATES.qrels, with_itself, [10])
+        assert score_ranking(DUPLICATES, ranking)["ndcg_at_10"] == ndcg["NDCG@10"] == 1.0
+        assert list(find(DUPLICATES, k=1)["q"]) == ["d"], "as many are found as are wanted"
+    assert RetrievalEvaluator(DUPLICATES)(model)["ndcg_at_10"] == 1.0
+    assert sample_queries(kept, 1, 0).keep_identical_ids
 
 
 def test_bm25_finds_shared_words() -> None:
@@ -77,7 +104,7 @@ def test_the_evaluator_ranks_every_query(tiny_model) -> None:
     evaluator = RetrievalEvaluator(TASK, query_max_len=8, passage_max_len=16)
     assert isinstance(evaluator, SentenceEvaluator)
     ranking = evaluator.rank(model)
-    assert {q: len(found) for q, found in ranking.items()} == {"q1": 4, "q2": 4}
+    assert {q: len(found) for q, found in ranking.items()} == {"q1": 3, "q2": 4}
     assert evaluator(model) == score_ranking(TASK, ranking)
     assert model.max_seq_length == 64
 

@@ -11,7 +11,9 @@ import pytest
 import requests
 from beir import util
 from datasets import Dataset
+from typer.testing import CliRunner
 
+from dream_training.cli import app
 from dream_training.data.beir_folder import write_beir_folder
 from dream_training.data.docstrings import RetrievalSplit
 from dream_training.evaluation import PRESETS, Evaluation, evaluate_task, expand_tasks
@@ -20,6 +22,7 @@ from dream_training.evaluation.mteb_tasks import evaluate_mteb_task, get_task
 from dream_training.evaluation.results import read_evaluations, write_evaluations
 from dream_training.evaluation.tasks import EvaluationOptions, check_tasks, evaluate_bm25
 from dream_training.models.retriever import build_retriever
+from dream_training.training.driver import make_evaluator
 
 CORPUS = {"a": "red apples", "b": "blue rivers", "c": "green stones", "q1": "grey clouds"}
 QUERIES = {"q1": "apples", "q2": "rivers or stones", "q3": "clouds"}
@@ -84,6 +87,52 @@ def test_a_folder_and_its_file(model, folder: Path, tmp_path: Path) -> None:
     path = write_evaluations(tmp_path / "new" / "evaluation.json", [dense, bm25], {"x": 1})
     assert read_evaluations(path) == read_evaluations(path.parent) == [dense, bm25]
     assert [p.name for p in path.parent.iterdir()] == ["evaluation.json"]
+
+
+def test_one_set_has_one_figure_whichever_command_evaluates(
+    model, tmp_path: Path, monkeypatch, caplog, run
+) -> None:
+    """A query that is a document of the same id: a folder, a set of BEIR, mteb, BM25, training."""
+    queries, corpus = {"q": "red apples"}, {"q": "red apples", "d": "red apples again"}
+    split = RetrievalSplit(queries, {"q": {"d": 1}})
+    folder = str(write_beir_folder(tmp_path / "duplicates", corpus, {"test": split}))
+    monkeypatch.setattr("dream_training.evaluation.beir_sets.fetch", lambda *_: Path(folder))
+    options = EvaluationOptions()
+    found = [evaluate_task(model, "tiny", name, options) for name in (folder, "beir:quora")]
+    found.append(evaluate_bm25(folder, options))
+    task = mteb_task(corpus, split)
+    task.ignore_identical_ids = True
+    found.append(evaluate_mteb_task(model, "tiny", task, options))
+    assert [e.ndcg_at_10 for e in found] == [1.0] * 4
+    assert [e.settings["identical_ids_dropped"] for e in found] == [1] * 4
+    assert make_evaluator(run(eval_data=folder))(model)["ndcg_at_10"] == 1.0
+    assert not caplog.records, "a query that is a document is what the rule is for"
+    # The same on demand with them.
+    options = EvaluationOptions(keep_identical_ids=True)
+    task = mteb_task(corpus, split)
+    task.ignore_identical_ids = True
+    found = [evaluate_task(model, "tiny", folder, options), evaluate_bm25(folder, options)]
+    found.append(evaluate_mteb_task(model, "tiny", task, options))
+    assert [e.ndcg_at_10 for e in found] == [pytest.approx(0.631, abs=1e-3)] * 3
+    assert [e.settings["identical_ids_dropped"] for e in found] == [0] * 3
+    evaluator = make_evaluator(run(eval_data=folder, keep_identical_ids=True))
+    assert evaluator(model)["ndcg_at_10"] == pytest.approx(0.631, abs=1e-3)
+
+
+def test_ids_that_are_equal_by_chance_are_told_once(model, folder: Path, caplog) -> None:
+    options = EvaluationOptions()
+    for _ in range(2):
+        assert evaluate_bm25(str(folder), options).settings["identical_ids_dropped"] == 1
+    (record,) = caplog.records
+    assert "mine: 1 of 3 queries share their id with a document of another text" in record.message
+    assert "--keep-identical-ids" in record.message
+    # A document that is relevant is ranked, whatever its id.
+    numbered = {"1": "one", "2": "two"}
+    split = RetrievalSplit({"1": "what is one", "2": "what is two"}, {q: {q: 1} for q in numbered})
+    write_beir_folder(folder, numbered, {"test": split})
+    assert evaluate_bm25(str(folder), options).ndcg_at_10 == 1.0
+    result = CliRunner().invoke(app, ["evaluate", "--help"], env={"COLUMNS": "200"})
+    assert "--keep-identical-ids" in result.stdout
 
 
 def test_files_that_are_something_else_are_named(tmp_path: Path) -> None:
@@ -163,25 +212,31 @@ def test_what_cannot_be_fetched_leaves_nothing_behind(tmp_path: Path, monkeypatc
         assert not list(cache.iterdir())
 
 
-def test_mteb_evaluates_and_every_query_is_kept(model, monkeypatch) -> None:
-    """Data in memory stands for what mteb would fetch; identical ids are dropped if it says so."""
-    for ignore in (False, True):
-        task = get_task("NFCorpus")
-        task.dataset = {
-            "default": {
-                "test": {
-                    "corpus": Dataset.from_list(
-                        [{"id": d, "text": text, "title": ""} for d, text in CORPUS.items()]
-                    ),
-                    "queries": Dataset.from_list(
-                        [{"id": q, "text": text} for q, text in QUERIES.items()]
-                    ),
-                    "relevant_docs": QRELS,
-                    "top_ranked": None,
-                }
+def mteb_task(corpus: dict[str, str], split: RetrievalSplit):
+    """A task of mteb with data in memory, which stands for what it would fetch."""
+    task = get_task("NFCorpus")
+    task.dataset = {
+        "default": {
+            "test": {
+                "corpus": Dataset.from_list(
+                    [{"id": d, "text": text, "title": ""} for d, text in corpus.items()]
+                ),
+                "queries": Dataset.from_list(
+                    [{"id": q, "text": text} for q, text in split.queries.items()]
+                ),
+                "relevant_docs": split.qrels,
+                "top_ranked": None,
             }
         }
-        task.data_loaded = True
+    }
+    task.data_loaded = True
+    return task
+
+
+def test_mteb_evaluates_and_every_query_is_kept(model, monkeypatch) -> None:
+    """Identical ids are dropped if the task says so."""
+    for ignore in (False, True):
+        task = mteb_task(CORPUS, RetrievalSplit(QUERIES, QRELS))
         task.ignore_identical_ids = ignore
         result = evaluate_mteb_task(model, "tiny", task, EvaluationOptions(passage_max_len=16))
         assert isinstance(result, Evaluation)

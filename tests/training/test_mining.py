@@ -33,6 +33,27 @@ def test_ranks_are_counted_before_anything_is_left_out() -> None:
     assert (counts.mined, counts.known_positives, counts.short_rows) == (3, 1, 0)
 
 
+def test_a_query_that_is_a_document_is_no_candidate_and_has_no_rank() -> None:
+    rows = [
+        make_row("Document  1", ["p"], [0], query_id="a"),  # its text
+        make_row("something", ["p"], [0], query_id="d2"),  # its id
+        make_row("other", ["document 0"], [0], query_id="d0"),  # a positive of the same id
+        make_row("more", ["p"], [0], query_id="none"),
+    ]
+    corpus = {f"d{i}": text for i, text in enumerate(CORPUS)}
+    options = MiningOptions(per_query=9, last_rank=3, choose="best")
+    mined, counts = mine(rows, corpus, in_order, options)
+    assert [row.documents[1:] for row in mined] == [
+        ("document 0", "document 2", "document 3"),
+        ("document 0", "document 1", "document 3"),
+        ("document 1", "document 2"),
+        ("document 0", "document 1", "document 2"),
+    ]
+    assert (counts.itself, counts.known_positives) == (2, 1)
+    # Texts alone have no ids.
+    assert mine(rows[1:2], CORPUS, in_order, options)[1].itself == 0
+
+
 def test_a_positive_of_another_line_with_the_query_is_none_here() -> None:
     rows = [make_row("q", ["document 0"], [0]), make_row("Q", ["document 1"], [0])]
     options = MiningOptions(per_query=9, last_rank=4, choose="best")
@@ -127,7 +148,7 @@ def test_the_command_mines_by_bm25(beir: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert "15 candidates for 5 lines, of ranks 1 to 100" in result.stdout
-    assert "5 known positives" in result.stdout
+    assert "Left out: 0 times the query itself, 5 known positives" in result.stdout
     rows = list(read_training_data(output))
     assert [row["target"] for row in rows] == [
         f"note 2 on {w}" for w in ("apple", "river", "stone", "cloud", "tiger")
@@ -142,6 +163,23 @@ def test_the_command_mines_by_bm25(beir: Path, tmp_path: Path) -> None:
     before = output.read_bytes()
     CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert output.read_bytes() == before
+
+
+@pytest.mark.parametrize("corpus", ([], ["--corpus", "corpus.jsonl"]))
+def test_the_command_takes_no_query_for_its_own_negative(tmp_path: Path, corpus) -> None:
+    queries = {f"q{i}": f"why is {w} so {w}" for i, w in enumerate(("red", "blue", "low"))}
+    documents = {q: f"A title {text}" for q, text in queries.items()}  # not the text alone
+    documents |= {f"d{q}": f"{text} again" for q, text in queries.items()}
+    split = RetrievalSplit(queries, {q: {f"d{q}": 1} for q in queries})
+    folder = write_beir_folder(tmp_path / "beir", documents, {"train": split})
+    output = tmp_path / "mined.jsonl"
+    arguments = [str(folder), "--output", str(output), "--target-from", "positive"]
+    arguments += [part.replace("corpus.", f"{folder}/corpus.") for part in corpus]
+    result = CliRunner().invoke(app, ["mine", *arguments], catch_exceptions=False)
+    assert "Left out: 3 times the query itself, 3 known positives" in result.stdout
+    for line in output.read_text().splitlines():
+        row = json.loads(line)
+        assert len(row["documents"]) == 5 and f"A title {row['query']}" not in row["documents"]
 
 
 def test_the_command_mines_by_a_model_from_a_corpus_of_its_own(

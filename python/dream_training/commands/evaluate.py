@@ -19,7 +19,7 @@ from dream_training.console import (
     shows_progress,
 )
 from dream_training.environment import describe_environment
-from dream_training.evaluation.results import Evaluation, write_evaluations
+from dream_training.evaluation.results import DROPPED, Evaluation, write_evaluations
 from dream_training.evaluation.tasks import (
     EvaluationOptions,
     check_tasks,
@@ -85,6 +85,15 @@ def run_evaluate(
     if bm25:
         evaluations += [evaluate_bm25(task, options) for task in names if not is_mteb_task(task)]
     print_table(console, evaluations)
+    for task in names:
+        dropped = max(e.settings.get(DROPPED, 0) for e in evaluations if e.task == task)
+        if dropped:
+            console.print(
+                f"{task}: for {dropped:,} queries the document with the query's own id is not "
+                "ranked; --keep-identical-ids ranks it",
+                highlight=False,
+                soft_wrap=True,
+            )
     if output is not None:
         write_evaluations(output, evaluations, describe_environment(model.device))
         console.print(f"\nWith every query's score: {output}", soft_wrap=True)

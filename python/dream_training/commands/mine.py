@@ -67,7 +67,7 @@ def run_mine(
             "data": data,
             "corpus": corpus or data,
             "documents": len(texts),
-            "corpus_sha256": _digest(texts),
+            "corpus_sha256": _digest(texts.values() if isinstance(texts, dict) else texts),
             "retriever": retriever,
             package: importlib.metadata.version(package),
             **asdict(options),
@@ -84,8 +84,10 @@ def provenance_path(output: Path) -> Path:
     return output.with_name(f"{output.name.removesuffix('.jsonl')}.provenance.json")
 
 
-def read_documents(corpus: str | None, data: str, rows: Iterable[TrainingRow]) -> list[str]:
-    """Return the documents to mine from.
+def read_documents(
+    corpus: str | None, data: str, rows: Iterable[TrainingRow]
+) -> dict[str, str] | list[str]:
+    """Return the documents to mine from, by id if they come from a corpus.
 
     Args:
         corpus: a BEIR folder, or a file of lines with ``text`` and perhaps ``title``; None for
@@ -101,15 +103,20 @@ def read_documents(corpus: str | None, data: str, rows: Iterable[TrainingRow]) -
         return [document for row in rows for document in row.documents]
     source = Path(corpus or data)
     if source.is_dir():
-        return list(read_corpus(source).values())
-    return [document_text(row, "text", where) for where, row in read_rows(corpus or data)]
+        return read_corpus(source)
+    documents: dict[str, str] = {}
+    for where, row in read_rows(corpus or data):
+        key = str(row.get("_id", where))
+        # Nothing is lost where lines share an id.
+        documents[where if key in documents else key] = document_text(row, "text", where)
+    return documents
 
 
 def rank_bm25(
     queries: Mapping[str, str], corpus: Mapping[str, str], k: int
 ) -> Mapping[str, Mapping[str, float]]:
     """Rank by BM25."""
-    return search_bm25(RetrievalTask(queries, corpus, {}), k)
+    return search_bm25(RetrievalTask(queries, corpus, {}, keep_identical_ids=True), k)
 
 
 def dense_rank(
@@ -140,7 +147,7 @@ def dense_rank(
     ) -> Mapping[str, Mapping[str, float]]:
         return search(
             retriever,
-            RetrievalTask(queries, corpus, {}),
+            RetrievalTask(queries, corpus, {}, keep_identical_ids=True),
             query_max_len=query_max_len,
             passage_max_len=passage_max_len,
             batch_size=batch_size,
@@ -152,6 +159,7 @@ def dense_rank(
 
 def _summary(counts: MiningCounts, options: MiningOptions) -> str:
     left_out = {
+        "times the query itself": counts.itself,
         "known positives": counts.known_positives,
         "with an answer": counts.with_answer,
         "in the line already": counts.repeated,

@@ -64,6 +64,7 @@ class MiningCounts:
     Attributes:
         rows: training rows.
         mined: candidates that were added.
+        itself: left out because they are the query itself: its text, or a document of its id.
         known_positives: left out because they are known to be relevant to the query.
         with_answer: left out because an answer occurs in them.
         repeated: left out because the row has an equal text already.
@@ -72,6 +73,7 @@ class MiningCounts:
 
     rows: int = 0
     mined: int = 0
+    itself: int = 0
     known_positives: int = 0
     with_answer: int = 0
     repeated: int = 0
@@ -79,17 +81,22 @@ class MiningCounts:
 
 
 def mine(
-    rows: Sequence[TrainingRow], corpus: Iterable[str], rank: Rank, options: MiningOptions
+    rows: Sequence[TrainingRow],
+    corpus: Iterable[str] | Mapping[str, str],
+    rank: Rank,
+    options: MiningOptions,
 ) -> tuple[list[TrainingRow], MiningCounts]:
     """Give every row candidates from a corpus.
 
     A document is known to be relevant to a query when any row with that query says so; texts are
     compared as :func:`~dream_training.data.training_row.normalised` makes them. Blank and equal
-    texts of the corpus are searched once or not at all.
+    texts of the corpus are searched once or not at all. Where a query is a document too, as in
+    duplicate questions, that document has no rank: neither one of the query's text nor, where the
+    corpus has ids, the one of the query's id.
 
     Args:
         rows: training rows.
-        corpus: document texts.
+        corpus: document texts, by id if they have ids.
         rank: the retriever.
         options: what is mined.
 
@@ -101,7 +108,8 @@ def mine(
         ValueError: there is no document to mine from.
     """
     distinct: dict[str, str] = {}
-    for text in corpus:
+    by_id = dict(corpus) if isinstance(corpus, Mapping) else {}
+    for text in by_id.values() if isinstance(corpus, Mapping) else corpus:
         distinct.setdefault(normalised(text), text)
     distinct.pop("", None)
     if not distinct:
@@ -110,17 +118,22 @@ def mine(
     texts = dict(zip(keys, distinct.values()))
     # Equal queries are searched once: the key of a query is its text.
     queries = {query: query for query in dict.fromkeys(row.query for row in rows)}
-    ranking = rank(queries, texts, options.last_rank)
     relevant: dict[str, set[str]] = {}
     for row in rows:
         known = relevant.setdefault(normalised(row.query), set())
         known.update(normalised(row.documents[i]) for i in row.positives)
+    itself = [_itself(row, by_id) - relevant[normalised(row.query)] for row in rows]
+    most = max((len(own & distinct.keys()) for own in itself), default=0)
+    ranking = rank(queries, texts, options.last_rank + most)
     counts = MiningCounts(rows=len(rows))
     mined = []
-    for row in tracked(rows, "choosing candidates", len(rows)):
+    paired = zip(rows, itself)
+    for row, own in tracked(paired, "choosing candidates", len(rows)):
         scores = ranking.get(row.query, {})
         # Equal scores in the order of the corpus, whatever order the search found them in.
-        order = sorted(scores, key=lambda key: (-scores[key], int(key)))
+        found = sorted(scores, key=lambda key: (-scores[key], int(key)))
+        order = [key for key in found if keys[key] not in own]
+        counts.itself += len(found) - len(order)
         ranked = order[options.first_rank - 1 : options.last_rank]
         kept = _kept(row, options.keep_candidates)
         known = relevant[normalised(row.query)]
@@ -148,6 +161,14 @@ def holds_answer(document: str, answers: Iterable[str]) -> bool:
     """Whether one of the answers occurs in the document, word by word, whatever the case."""
     words = _words(document)
     return any(_words(answer) in words for answer in answers if _words(answer).strip())
+
+
+def _itself(row: TrainingRow, corpus: Mapping[str, str]) -> set[str]:
+    """What texts are the query itself, normalised."""
+    texts = {normalised(row.query)}
+    if row.query_id is not None and row.query_id in corpus:
+        texts.add(normalised(corpus[row.query_id]))
+    return texts
 
 
 def _kept(row: TrainingRow, keep_candidates: bool) -> list[str]:

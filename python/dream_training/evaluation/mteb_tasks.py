@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dream_training.console import progress
-from dream_training.evaluation.results import Evaluation
+from dream_training.evaluation.results import DROPPED, Evaluation
 from dream_training.evaluation.retrieval import TOP_K, RetrievalTask, encoding, score_queries
 from dream_training.models.texts import fixed_lengths, text_settings
 
@@ -59,6 +59,8 @@ def evaluate_mteb_task(
         FileNotFoundError: the data could not be fetched.
     """
     mteb = _import_mteb()
+    if options.keep_identical_ids:
+        task.ignore_identical_ids = False
     _load(task)
     home = model.device
     lengths = options.query_max_len, options.passage_max_len
@@ -89,10 +91,12 @@ def evaluate_mteb_task(
         for scores in every
     ]
     queries: dict[str, float] = {}
-    documents = 0
+    documents = dropped = 0
     for split, subset, _ in parts:
         data = task.dataset[subset][split]
         documents += len(data["corpus"])
+        if task.ignore_identical_ids:
+            dropped += len(set(data["queries"]["id"]) & set(data["corpus"]["id"]))
         prefix = f"{split}/{subset}/" if len(parts) > 1 else ""
         for query, value in _query_scores(task, data, rankings[subset][split]).items():
             queries[prefix + query] = value
@@ -109,6 +113,7 @@ def evaluate_mteb_task(
             "revision": task.metadata.dataset.get("revision"),
             "mteb": mteb.__version__,
             **text_settings(model, *lengths),
+            DROPPED: dropped,
         },
     )
 

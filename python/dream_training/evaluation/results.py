@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 FILE_NAME = "evaluation.json"
+# In the settings: for how many queries the document of the same id was not ranked.
+DROPPED = "identical_ids_dropped"
 _LARGEST = 1e15
 # Settings that say where a figure comes from, and do not decide it.
 _INCIDENTAL = frozenset({"step", "mteb", "path"})
@@ -104,6 +106,7 @@ def retrieval_settings(
         "documents_digest": _digest(data.corpus),
         "queries_digest": _digest(data.queries),
         "relevance_digest": _digest(data.qrels),
+        DROPPED: len(data.left_out),
     }
     if path is not None:
         settings["path"] = os.path.realpath(path)

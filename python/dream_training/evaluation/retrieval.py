@@ -7,7 +7,9 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from sentence_transformers.evaluation import SentenceEvaluator
@@ -34,11 +36,37 @@ class RetrievalTask:
         queries: text by query id.
         corpus: document text by id.
         qrels: relevance by query id and document id; every query has at least one.
+        keep_identical_ids: rank the document that has a query's id for that query too. In sets
+            whose queries are documents (ArguAna, Quora) it is the query itself, which ``beir``
+            and ``mteb`` leave out.
     """
 
     queries: Mapping[str, str]
     corpus: Mapping[str, str]
     qrels: Mapping[str, Mapping[str, int]]
+    keep_identical_ids: bool = False
+
+    @cached_property
+    def left_out(self) -> frozenset[str]:
+        """Ids of the queries whose document of the same id is not ranked for them.
+
+        One that the qrels call relevant is not the query itself, whatever its id.
+        """
+        if self.keep_identical_ids:
+            return frozenset()
+        both = self.queries.keys() & self.corpus.keys()
+        return frozenset(q for q in both if self.qrels.get(q, {}).get(q, 0) <= 0)
+
+    @property
+    def searched(self) -> int:
+        """Documents to search beyond those that are wanted, so that enough are left."""
+        return 1 if self.left_out else 0
+
+    def without_itself(self, query: str, found: Mapping[str, float]) -> dict[str, float]:
+        """The documents found for a query without the one that is left out."""
+        if query not in self.left_out:
+            return dict(found)
+        return {document: score for document, score in found.items() if document != query}
 
 
 def sample_queries(task: RetrievalTask, count: int | None, seed: int) -> RetrievalTask:
@@ -49,10 +77,10 @@ def sample_queries(task: RetrievalTask, count: int | None, seed: int) -> Retriev
     if count is None or count >= len(task.queries):
         return task
     chosen = set(random.Random(seed).sample(sorted(task.queries), count))
-    return RetrievalTask(
-        {q: text for q, text in task.queries.items() if q in chosen},
-        task.corpus,
-        {q: relevant for q, relevant in task.qrels.items() if q in chosen},
+    return replace(
+        task,
+        queries={q: text for q, text in task.queries.items() if q in chosen},
+        qrels={q: relevant for q, relevant in task.qrels.items() if q in chosen},
     )
 
 
@@ -62,8 +90,8 @@ def score_queries(
     """Return ``ndcg_at_k`` and ``recall_at_k`` of every query of the task.
 
     Computed by ``pytrec_eval``, as ``beir`` does, without what ``beir`` does besides: it leaves
-    queries without results out of its mean, drops documents whose id equals the query's, and
-    rounds. Here a query without results has 0, and nothing is dropped.
+    queries without results out of its mean, and rounds. Here a query without results has 0.
+    Documents whose id equals the query's are dropped as :attr:`RetrievalTask.left_out` says.
 
     Raises:
         ValueError: the task has no query.
@@ -78,7 +106,7 @@ def score_queries(
         for q, relevant in task.qrels.items()
     }
     # A document id that is in no qrels keeps an empty result list, and so its query, in the mean.
-    results = {q: dict(ranking.get(q) or {"": 0.0}) for q in qrels}
+    results = {q: task.without_itself(q, ranking.get(q) or {}) or {"": 0.0} for q in qrels}
     evaluator = pytrec_eval.RelevanceEvaluator(qrels, {f"ndcg_cut.{k}", f"recall.{k}"})
     scores = evaluator.evaluate(results)
     return {
@@ -118,6 +146,8 @@ def search(
     over_ranks: bool = False,
 ) -> Ranking:
     """Return the ``k`` nearest documents of every query by the model's similarity, mostly cosine.
+
+    The best is first, and none is one that :attr:`RetrievalTask.left_out` names.
 
     With ``over_ranks`` every process of a training encodes its share of queries and documents and
     searches the latter for all queries; the nearest of all shares are then the same everywhere.
@@ -175,16 +205,23 @@ def search(
         counts = [len(share_of(len(queries), process)) for process in range(world.size())]
         query_embeddings = gather_rows(query_embeddings.reshape(-1, width), counts)
     found: list[list[dict[str, Any]]] = [[] for _ in queries]
+    wanted = k + task.searched
     if own:
         similarity = cos_sim if cosine else model.similarity
         with progress(f"searching {len(own):,} documents"):
             found = semantic_search(
-                query_embeddings, corpus_embeddings, top_k=k, score_function=similarity
+                query_embeddings, corpus_embeddings, top_k=wanted, score_function=similarity
             )
     best = [[(float(hit["score"]), own[int(hit["corpus_id"])]) for hit in hits] for hits in found]
     if shared:
-        best = _nearest_of_all(best, k)
-    return {q: {documents[i]: score for score, i in hits} for q, hits in zip(queries, best)}
+        best = _nearest_of_all(best, wanted)
+    nearest = ({documents[i]: score for score, i in hits} for hits in best)
+    return {q: _first(task.without_itself(q, found), k) for q, found in zip(queries, nearest)}
+
+
+def _first(found: dict[str, float], k: int) -> dict[str, float]:
+    """The first ``k`` documents of a ranking."""
+    return dict(islice(found.items(), k))
 
 
 @contextmanager
@@ -219,7 +256,10 @@ def _nearest_of_all(best: list[list[tuple[float, int]]], k: int) -> list[list[tu
 
 
 def search_bm25(task: RetrievalTask, k: int = TOP_K) -> Ranking:
-    """Return the ``k`` best documents of every query by BM25 (``bm25s``, English stop words)."""
+    """Return the ``k`` best documents of every query by BM25 (``bm25s``, English stop words).
+
+    As with :func:`search`, some may be left out.
+    """
     import bm25s
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs at debug level by default
@@ -232,13 +272,14 @@ def search_bm25(task: RetrievalTask, k: int = TOP_K) -> Ranking:
     with progress(f"BM25: {len(queries):,} queries"):
         found, scores = index.retrieve(
             bm25s.tokenize([task.queries[q] for q in queries], **options),
-            k=min(k, len(documents)),
+            k=min(k + task.searched, len(documents)),
             show_progress=False,
         )
-    return {
-        q: {documents[i]: float(s) for i, s in zip(row, row_scores) if s > 0}
-        for q, row, row_scores in zip(queries, found.tolist(), scores.tolist())
-    }
+    ranking = {}
+    for q, row, row_scores in zip(queries, found.tolist(), scores.tolist()):
+        matching = {documents[i]: float(s) for i, s in zip(row, row_scores) if s > 0}
+        ranking[q] = _first(task.without_itself(q, matching), k)
+    return ranking
 
 
 class RetrievalEvaluator(SentenceEvaluator):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dream_training.data.beir_folder import read_beir_folder
+from dream_training.data.training_row import normalised
 from dream_training.evaluation.results import BM25, Evaluation, retrieval_settings
 from dream_training.evaluation.retrieval import (
     RetrievalEvaluator,
@@ -18,6 +22,8 @@ from dream_training.evaluation.retrieval import (
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
 
 BEIR_PREFIX = "beir:"
 
@@ -50,6 +56,8 @@ class EvaluationOptions:
         passage_max_len: tokens of a document; the same.
         devices: one process for each of these devices; None for this process alone.
         cache_dir: where sets of BEIR are kept.
+        keep_identical_ids: see :class:`~dream_training.evaluation.retrieval.RetrievalTask`; mteb's
+            tasks decide for themselves unless it is set.
     """
 
     split: str = "test"
@@ -58,6 +66,7 @@ class EvaluationOptions:
     passage_max_len: int | None = None
     devices: Sequence[str] | None = None
     cache_dir: Path | None = None
+    keep_identical_ids: bool = False
 
 
 def is_beir_folder(name: str) -> bool:
@@ -122,8 +131,33 @@ def load_task(task: str, options: EvaluationOptions) -> RetrievalTask:
         from dream_training.evaluation.beir_sets import fetch
 
         folder = fetch(task.removeprefix(BEIR_PREFIX), options.cache_dir)
-    corpus, queries, qrels = read_beir_folder(folder, options.split)
-    return RetrievalTask(queries, corpus, qrels)
+    return read_task(folder, options.split, options.keep_identical_ids)
+
+
+def read_task(
+    folder: str | os.PathLike[str], split: str, keep_identical_ids: bool = False
+) -> RetrievalTask:
+    """Read a BEIR folder as a task; raises as :func:`read_beir_folder`.
+
+    Warns where queries and documents share ids by chance: a document of another text is left out.
+    """
+    corpus, queries, qrels = read_beir_folder(folder, split)
+    task = RetrievalTask(queries, corpus, qrels, keep_identical_ids)
+    # A query that is a document stands after its title, if there is one.
+    others = sum(not normalised(corpus[q]).endswith(normalised(queries[q])) for q in task.left_out)
+    if others:
+        _warn_once(
+            f"{os.fspath(folder)}: {others} of {len(queries)} queries share their id with a "
+            "document of another text, which is not ranked for them, as in beir's own evaluation; "
+            "if the ids are equal by chance, set --keep-identical-ids (keep_identical_ids=true in "
+            "a config)"
+        )
+    return task
+
+
+@lru_cache(maxsize=256)
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def evaluate_task(

@@ -46,6 +46,7 @@ _INCIDENTAL = ("output_dir", "log_steps", "save_steps", "keep_checkpoints")
 _START = (
     *("retriever", "retriever_layers", "lora_r", "seed", "dtype", "query_prompt"),
     *("document_prompt", "query_max_len", "passage_max_len", "eval_split"),
+    "keep_identical_ids",
 )
 _Untrained = dict[tuple[str, ...], dict[str, dict[str, float]]]
 

@@ -17,15 +17,14 @@ from dream_kernels.head_file import read_chosen_heads
 from dream_training.checkpointing.documents import StoredDocuments
 from dream_training.config import TrainConfig
 from dream_training.console import make_console, show_on, shows_progress
-from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import (
     STREAM_BUFFER,
     read_training_data,
     stream_training_data,
 )
 from dream_training.distributed import world
-from dream_training.evaluation import RetrievalEvaluator, RetrievalTask, sample_queries
-from dream_training.evaluation.tasks import check_tasks
+from dream_training.evaluation import RetrievalEvaluator, sample_queries
+from dream_training.evaluation.tasks import check_tasks, read_task
 from dream_training.heads.selection import (
     CHOSEN_HEADS,
     HEAD_EXAMPLES,
@@ -149,9 +148,8 @@ def make_evaluator(config: TrainConfig) -> RetrievalEvaluator | None:
     """Read the BEIR folder that a config evaluates on, if it names one."""
     if config.eval_data is None:
         return None
-    corpus, queries, qrels = read_beir_folder(config.eval_data, config.eval_split)
-    task = sample_queries(RetrievalTask(queries, corpus, qrels), config.eval_queries, config.seed)
-    return RetrievalEvaluator(task)
+    task = read_task(config.eval_data, config.eval_split, config.keep_identical_ids)
+    return RetrievalEvaluator(sample_queries(task, config.eval_queries, config.seed))
 
 
 @shows_progress

@@ -127,7 +127,9 @@ class RunRecord(TrainerCallback):
                 device=str(self.model.device),
                 trust_remote_code=self.config.trust_remote_code,
             )
-        options = EvaluationOptions(split=self.config.eval_split)
+        options = EvaluationOptions(
+            split=self.config.eval_split, keep_identical_ids=self.config.keep_identical_ids
+        )
         for task in expand_tasks(self.config.final_tasks):
             evaluation = evaluate_task(best, str(path), task, options)
             console.print(
