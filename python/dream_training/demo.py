@@ -203,7 +203,7 @@ def _sizes(reader: str) -> tuple[int, int]:
     """Layers of the retriever and heads of the reader, no more than the model has."""
     from dream_training.models.trust import load_model_config
 
-    model = load_model_config(resolve_model(reader))
+    model = load_model_config(resolve_model(reader), what="reader")
     heads = model.num_hidden_layers * model.num_attention_heads
     return min(RETRIEVER_LAYERS, model.num_hidden_layers), min(HEADS, heads)
 

@@ -46,7 +46,9 @@ def run_prepare(
         passage_len,
         query_len,
         target_len,
-        None if tokenizer is None else count_tokens(_load_tokenizer(tokenizer, trust_remote_code)),
+        None
+        if tokenizer is None
+        else count_tokens(_load_tokenizer(tokenizer, trust_remote_code, "tokenizer")),
     )
     rows = iterate_training_rows(
         source, split=split, target_from=target_from, text_lengths=lengths, streaming=True
@@ -77,11 +79,11 @@ def run_stats(
     limits = {"query": query_max_len, "document": passage_max_len}
     lengths = []
     if reader is not None:
-        count = token_lengths(_load_tokenizer(reader, trust_remote_code))
+        count = token_lengths(_load_tokenizer(reader, trust_remote_code, "reader"))
         own = {**limits, "target": target_max_len}
         lengths.append(Lengths("tokens of the reader", count, own))
     if retriever is not None:
-        tokenizer = _load_tokenizer(retriever, trust_remote_code)
+        tokenizer = _load_tokenizer(retriever, trust_remote_code, "retriever")
         # A language model's tokenizer gets an end-of-sequence token as a retriever's.
         count = token_lengths(tokenizer, max(tokenizer.num_special_tokens_to_add(), 1))
         # It never sees a target.
@@ -128,6 +130,7 @@ def run_targets(
     import torch
 
     from dream_training.models.loading import resolve_model
+    from dream_training.models.names import check_vocabulary
     from dream_training.models.trust import load_language_model, load_tokenizer
 
     if dtype not in DTYPES:
@@ -139,7 +142,10 @@ def run_targets(
         path,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
         trust_remote_code=trust_remote_code,
+        what="reader",
     ).eval()
+    model_tokenizer = load_tokenizer(path, trust_remote_code, "reader")
+    check_vocabulary(model_tokenizer, model, "reader")
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     counts = GenerationCounts()
     options: dict[str, Any] = {}
@@ -149,7 +155,7 @@ def run_targets(
         written = write_targets(
             rows,
             model,
-            load_tokenizer(path, trust_remote_code),
+            model_tokenizer,
             counts,
             passage_max_len=passage_max_len,
             max_new_tokens=max_new_tokens,
@@ -166,11 +172,11 @@ def run_targets(
     )
 
 
-def _load_tokenizer(name: str, trust_remote_code: bool) -> Any:
+def _load_tokenizer(name: str, trust_remote_code: bool, what: str) -> Any:
     from dream_training.models.loading import resolve_model
     from dream_training.models.trust import load_tokenizer
 
-    return load_tokenizer(resolve_model(name), trust_remote_code)
+    return load_tokenizer(resolve_model(name), trust_remote_code, what)
 
 
 def _tables(result: dict[str, Any]) -> Iterator[Table]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -29,9 +28,6 @@ from dream_training.evaluation.tasks import (
     is_beir_folder,
     is_mteb_task,
 )
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 
 # Of names this long, a table may show the beginning alone.
@@ -64,6 +60,8 @@ def run_evaluate(
         FileNotFoundError: a folder is missing, or data could not be fetched.
         ValueError: no model or no task is named, or a task is unknown.
     """
+    from dream_training.models.trust import load_sentence_transformer
+
     console = show_on(console or make_console(beside=output))
     folders = [name for name in arguments if is_beir_folder(name)]
     models = [name for name in arguments if name not in folders]
@@ -76,7 +74,7 @@ def run_evaluate(
     check_tasks(names)
     evaluations: list[Evaluation] = []
     for name in models:
-        model = _load(name, trust_remote_code)
+        model = load_sentence_transformer(name, trust_remote_code=trust_remote_code)
         for task in names:
             evaluations.append(evaluate_task(model, name, task, options))
             # What took hours is kept when the next task fails.
@@ -98,16 +96,6 @@ def run_evaluate(
         write_evaluations(output, evaluations, describe_environment(model.device))
         console.print(f"\nWith every query's score: {output}", soft_wrap=True)
     return evaluations
-
-
-def _load(name: str, trust_remote_code: bool) -> SentenceTransformer:
-    from dream_training.models.trust import load_sentence_transformer
-
-    try:
-        return load_sentence_transformer(name, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"model {name!r} could not be loaded: {reason}") from error
 
 
 def print_table(console: Console, evaluations: Sequence[Evaluation]) -> None:

@@ -140,7 +140,9 @@ def dense_rank(
     from dream_training.models.texts import text_settings
     from dream_training.models.trust import load_sentence_transformer
 
-    retriever = load_sentence_transformer(model, device=device, trust_remote_code=trust_remote_code)
+    retriever = load_sentence_transformer(
+        model, device=device, trust_remote_code=trust_remote_code, what="retriever"
+    )
 
     def rank(
         queries: Mapping[str, str], corpus: Mapping[str, str], k: int

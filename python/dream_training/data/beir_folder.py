@@ -126,11 +126,12 @@ def read_beir_folder(
             unknown queries or documents.
     """
     folder = Path(path)
+    qrels_file = _qrels_file(folder, split)
     corpus = read_corpus(folder)
     every_query: Queries = {}
     for where, row in tracked(_read_jsonl(folder / _QUERIES), "reading queries"):
         _add(every_query, _id(row, where), _text(row, "text", where), where)
-    qrels = _read_qrels(folder / "qrels" / f"{split}.tsv")
+    qrels = _read_qrels(qrels_file)
     _check_qrels(qrels, corpus, every_query)
     queries = {key: text for key, text in every_query.items() if key in qrels}
     if dropped := len(every_query) - len(queries):
@@ -201,6 +202,8 @@ def _write_qrels(path: Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yield each line with its place, ``corpus.jsonl:17``."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file; a BEIR folder has one")
     with path.open("rb") as file:
         number = 0
         while content := file.readline(MAX_LINE + 1):
@@ -227,25 +230,76 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_qrels(path: Path) -> Qrels:
+    """Read qrels with beir's header and three columns, or TREC's four without a header."""
     qrels: Qrels = {}
-    for number, (where, line) in enumerate(_lines(path), start=1):
-        fields = line.rstrip("\r\n").split("\t")
-        if number == 1 or not line.strip():
-            if number == 1 and len(fields) == 3 and fields[2].lstrip("-").isdigit():
-                raise ValueError(f"{where}: expected the header {_QRELS_HEADER!r}")
+    trec: bool | None = None
+    for where, line in _lines(path):
+        if not line.strip():
             continue
+        fields = line.rstrip("\r\n").split("\t")
+        if trec is None:
+            trec = _is_trec(line)
+            if not trec:
+                if len(fields) != 3 or "id" not in fields[0].casefold() or _is_number(fields[2]):
+                    raise ValueError(
+                        f"{where}: expected the header {_QRELS_HEADER!r}, or the four columns of "
+                        f"TREC (query id, 0, document id, grade), got {shortened(line.rstrip())}"
+                    )
+                continue
         try:
-            query, document, score = fields
+            query, document, score = _trec_fields(line) if trec else fields
             relevance = int(score)
             if abs(relevance) > _MOST_RELEVANT:
                 raise ValueError(score)
         except ValueError:
+            columns = (
+                "query id, 0, document id and a whole number of at most "
+                f"{_MOST_RELEVANT}, separated by white space"
+                if trec
+                else "query id, document id and a whole number of at most "
+                f"{_MOST_RELEVANT}, separated by tabs"
+            )
             raise ValueError(
-                f"{where}: expected query id, document id and a whole number of at most "
-                f"{_MOST_RELEVANT}, separated by tabs, got {shortened(line.rstrip())}"
+                f"{where}: expected {columns}, got {shortened(line.rstrip())}"
             ) from None
         _add(qrels.setdefault(query, {}), document, relevance, where)
+    if not qrels:
+        raise ValueError(
+            f"{path}: has no judgement, only {'a header' if trec is False else 'blanks'}"
+        )
     return qrels
+
+
+def _is_trec(line: str) -> bool:
+    fields = line.split()
+    return len(fields) == 4 and _is_number(fields[3])
+
+
+def _trec_fields(line: str) -> tuple[str, str, str]:
+    query, _, document, score = line.split()
+    return query, document, score
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _qrels_file(folder: Path, split: str) -> Path:
+    """The file of a split; where there is none, the error names the splits that there are."""
+    path = folder / "qrels" / f"{split}.tsv"
+    if path.is_file():
+        return path
+    splits = sorted(file.stem for file in path.parent.glob("*.tsv"))
+    if not splits:
+        raise FileNotFoundError(f"{path}: there is no such file, nor any other .tsv beside it")
+    raise FileNotFoundError(
+        f"{path}: there is no such split, only {', '.join(splits)}: choose one with --split, or in "
+        "a config with eval_split or train_split"
+    )
 
 
 def _id(row: Mapping[str, Any], where: str) -> str:

@@ -76,7 +76,9 @@ KNOWN = {
 _TINY_LAYERS, _TINY_HEAD_DIM, _TINY_VOCABULARY = 4, 16, 512
 
 
-def model_config(name: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def model_config(
+    name: str, *, trust_remote_code: bool = False, what: str = "model"
+) -> PretrainedConfig:
     """Return the configuration of a decoder: of a folder, a model known here, or the hub's.
 
     Raises:
@@ -87,7 +89,7 @@ def model_config(name: str, *, trust_remote_code: bool = False) -> PretrainedCon
     if not Path(name).is_dir() and name in KNOWN:
         shape: dict[str, Any] = dict(KNOWN[name])
         return AutoConfig.for_model(shape.pop("model_type"), **shape)
-    return load_model_config(name, trust_remote_code).get_text_config()
+    return load_model_config(name, trust_remote_code, what).get_text_config()
 
 
 def parameter_count(config: PretrainedConfig, layers: int | None = None) -> dict[str, int]:

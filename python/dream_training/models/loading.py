@@ -8,6 +8,7 @@ import torch
 
 from dream_training.config import TrainConfig
 from dream_training.distributed.sharding import loaded_whole
+from dream_training.models.names import PACKAGED_MODEL, check_name
 from dream_training.models.retriever import build_retriever
 from dream_training.models.smollm2 import smollm2_path
 from dream_training.models.texts import prepare_retriever
@@ -17,14 +18,24 @@ from dream_training.reading.reader import Reader
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-PACKAGED_MODEL = "smollm2"
-
 
 def resolve_model(name: str, dtype: str = "auto") -> str:
     """Return the path behind the name of a model: ``smollm2`` stands for the packaged one."""
     if name != PACKAGED_MODEL:
         return name
     return str(smollm2_path(dtype))
+
+
+def check_models(config: TrainConfig) -> None:
+    """Find wrong names of reader and retriever before anything is loaded or written.
+
+    Raises:
+        FileNotFoundError: there is no such model, as far as can be told here.
+    """
+    for key in ("reader", "retriever"):
+        name = getattr(config, key)
+        if name != PACKAGED_MODEL and not (key == "reader" and config.objective == "infonce"):
+            check_name(name, key)
 
 
 def load_reader(config: TrainConfig, heads: Any, **options: Any) -> Reader:
@@ -58,7 +69,7 @@ def load_reader(config: TrainConfig, heads: Any, **options: Any) -> Reader:
 def all_heads(config: TrainConfig) -> dict[int, list[int]]:
     """Every head of every layer of the reader that a config names."""
     path = resolve_model(config.reader, config.dtype)
-    settings = load_model_config(path, config.trust_remote_code).get_text_config()
+    settings = load_model_config(path, config.trust_remote_code, "reader").get_text_config()
     heads = list(range(settings.num_attention_heads))
     return dict.fromkeys(range(settings.num_hidden_layers), heads)
 

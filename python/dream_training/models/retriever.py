@@ -50,14 +50,17 @@ def build_retriever(
         trust_remote_code: run code that comes with the model.
 
     Raises:
+        FileNotFoundError: there is no such model.
         ValueError: ``layers`` does not fit the model, the model brings code and
             ``trust_remote_code`` is not set, or its weights are pickled.
     """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import is_sentence_transformer_model
 
+    from dream_training.models.names import check_name, check_vocabulary
     from dream_training.models.trust import guarded, load_sentence_transformer
 
+    check_name(path, "retriever")
     model_kwargs = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if is_sentence_transformer_model(str(path)):
         if layers is not None:
@@ -71,11 +74,13 @@ def build_retriever(
             prompts=prompts,
             model_kwargs=model_kwargs,
             trust_remote_code=trust_remote_code,
+            what="retriever",
         )
         model.max_seq_length = max_len
     else:
-        with guarded(path, trust_remote_code):
+        with guarded(path, trust_remote_code, "retriever"):
             modules = _modules_of_decoder(path, layers, max_len, model_kwargs, trust_remote_code)
+        check_vocabulary(modules[0].tokenizer, modules[0].auto_model, "retriever")
         model = SentenceTransformer(modules=modules, device=device, prompts=prompts)
     if lora_r:
         _add_lora(model, lora_r, lora_alpha or 2 * lora_r)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dream_kernels.parsing import parse_json, read_text, shortened
 from dream_training.console import progress
+from dream_training.models.names import check_name, check_vocabulary, first_line, not_found
 from dream_training.models.texts import read_lengths
 
 if TYPE_CHECKING:
@@ -72,12 +73,22 @@ def check_model_folder(path: str | os.PathLike[str], trust_remote_code: bool = F
 
 
 @contextmanager
-def guarded(path: str | os.PathLike[str], trust_remote_code: bool = False) -> Iterator[None]:
+def guarded(
+    path: str | os.PathLike[str], trust_remote_code: bool = False, what: str = "model"
+) -> Iterator[None]:
     """Load a model inside: its folder is checked, and refusals of the libraries are put plainly.
 
+    Args:
+        path: folder or hub name.
+        trust_remote_code: run code that comes with the model.
+        what: the argument or config key that names the model.
+
     Raises:
+        FileNotFoundError: there is no such model.
+        ModuleNotFoundError: the model needs a package that is missing, such as a quantiser.
         ValueError: the model brings code that nobody allowed, or pickled weights.
     """
+    check_name(path, what)
     check_model_folder(path, trust_remote_code)
     try:
         with progress(f"loading {Path(path).name}"):
@@ -91,7 +102,13 @@ def guarded(path: str | os.PathLike[str], trust_remote_code: bool = False) -> It
             raise ValueError(
                 f"{path} has no weights in safetensors; what else there may be {_PICKLED}"
             ) from error
-        raise
+        if not Path(path).is_dir():
+            raise not_found(path, what, error) from error
+        raise OSError(f"{what} {path}: {first_line(error)}") from error
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{what} {path} needs a package that is missing: {first_line(error)}"
+        ) from error
 
 
 def weight_options(trust_remote_code: bool = False) -> dict[str, Any]:
@@ -100,26 +117,34 @@ def weight_options(trust_remote_code: bool = False) -> dict[str, Any]:
 
 
 def load_sentence_transformer(
-    path: str | os.PathLike[str], *, trust_remote_code: bool = False, **options: Any
+    path: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
+    what: str = "model",
+    **options: Any,
 ) -> SentenceTransformer:
     """Load a sentence-transformers model; ``options`` are its own.
 
     Raises:
         OSError: there is no such model.
-        ValueError: the model brings code that nobody allowed, or pickled weights.
+        ValueError: the model brings code that nobody allowed, or pickled weights; or its tokenizer
+            does not fit.
     """
     from sentence_transformers import SentenceTransformer
 
     model_kwargs = {**options.pop("model_kwargs", {}), "use_safetensors": True}
-    with guarded(path, trust_remote_code):
+    with guarded(path, trust_remote_code, what):
         model = SentenceTransformer(
             str(path), model_kwargs=model_kwargs, trust_remote_code=trust_remote_code, **options
         )
+    check_vocabulary(model.tokenizer, getattr(model[0], "auto_model", None), what)
     read_lengths(model, Path(path))
     return model
 
 
-def load_tokenizer(path: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    path: str | os.PathLike[str], trust_remote_code: bool = False, what: str = "model"
+) -> Any:
     """Load the tokenizer of a model.
 
     Raises:
@@ -128,12 +153,16 @@ def load_tokenizer(path: str | os.PathLike[str], trust_remote_code: bool = False
     """
     from transformers import AutoTokenizer
 
-    with guarded(path, trust_remote_code):
+    with guarded(path, trust_remote_code, what):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def load_language_model(
-    path: str | os.PathLike[str], *, trust_remote_code: bool = False, **options: Any
+    path: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
+    what: str = "model",
+    **options: Any,
 ) -> Any:
     """Load a decoder with its head; ``options`` are those of ``from_pretrained``.
 
@@ -143,13 +172,15 @@ def load_language_model(
     """
     from transformers import AutoModelForCausalLM
 
-    with guarded(path, trust_remote_code):
+    with guarded(path, trust_remote_code, what):
         return AutoModelForCausalLM.from_pretrained(
             path, **weight_options(trust_remote_code), **options
         )
 
 
-def load_model_config(path: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
+def load_model_config(
+    path: str | os.PathLike[str], trust_remote_code: bool = False, what: str = "model"
+) -> Any:
     """Load the configuration of a model.
 
     Raises:
@@ -158,5 +189,5 @@ def load_model_config(path: str | os.PathLike[str], trust_remote_code: bool = Fa
     """
     from transformers import AutoConfig
 
-    with guarded(path, trust_remote_code):
+    with guarded(path, trust_remote_code, what):
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

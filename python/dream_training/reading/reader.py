@@ -20,6 +20,7 @@ from dream_kernels import (
 from dream_kernels.parsing import shortened, why_not_text
 from dream_training.config import CONTEXTS, INJECTED_ROWS
 from dream_training.distributed.sharding import Pace, shard_model
+from dream_training.models.names import check_vocabulary
 from dream_training.reading.document_store import check_document_store, open_document_store
 from dream_training.reading.prompts import PLAIN, ReaderPrompt, load_reader_prompt
 from dream_training.reading.target_loss import at_least_float32, plain_head, target_losses
@@ -82,7 +83,8 @@ class Reader(nn.Module):
         store: the :class:`~dream_training.reading.document_store.DocumentStore`, or None.
 
     Raises:
-        ValueError: an argument is out of range, or the model cannot be injected.
+        ValueError: an argument is out of range, the model cannot be injected, or the tokenizer has
+            tokens that its embedding lacks.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Reader(nn.Module):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        check_vocabulary(tokenizer, model, "reader")
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.context = context
@@ -160,8 +163,10 @@ class Reader(nn.Module):
         """
         from dream_training.models.trust import load_language_model, load_tokenizer
 
-        tokenizer = load_tokenizer(path, trust_remote_code)
-        model = load_language_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(path, trust_remote_code, "reader")
+        model = load_language_model(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, what="reader"
+        )
         return cls(model if device is None else model.to(device), tokenizer, heads, **options)
 
     def train(self, mode: bool = True) -> Reader:

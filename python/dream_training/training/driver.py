@@ -33,7 +33,7 @@ from dream_training.heads.selection import (
     select_heads,
 )
 from dream_training.json_file import write_json
-from dream_training.models.loading import load_reader, make_retriever
+from dream_training.models.loading import check_models, load_reader, make_retriever
 from dream_training.models.texts import library_keeps_lengths, prepare_retriever
 from dream_training.objectives.build import build_objective
 from dream_training.objectives.temperature import Temperature
@@ -212,6 +212,7 @@ def train(
     show_on(console)
     output_dir = Path(config.output_dir)
     check_inputs(config)
+    check_models(config)
     if not overwrite:
         world.on_main(lambda: check_unused(output_dir, resume))
     own_data = data is None

@@ -142,7 +142,9 @@ def measured_rate(device: torch.device, dtype: torch.dtype, size: int = 1536) ->
 def shape_of(config: TrainConfig, name: str) -> Any:
     """The configuration of a model that a config names."""
     return model_config(
-        resolve_model(name, config.dtype), trust_remote_code=config.trust_remote_code
+        resolve_model(name, config.dtype),
+        trust_remote_code=config.trust_remote_code,
+        what="reader" if name == config.reader else "retriever",
     )
 
 
