@@ -11,6 +11,7 @@ import pytest
 from dream_training.data import beir_folder
 from dream_training.data.beir_folder import read_beir_folder, write_beir_folder
 from dream_training.data.docstrings import RetrievalSplit, TrainExample
+from dream_training.training.driver import load_training_data, make_evaluator
 
 CORPUS = {"a.b": "naïve text\nwith two lines", "c": 'tab\tand "quotes"', "d": "other"}
 SPLIT = RetrievalSplit(
@@ -156,8 +157,59 @@ def test_errors_name_file_and_line(
         read_beir_folder(path)
 
 
-def test_qrels_without_header_are_an_error(tmp_path: Path) -> None:
-    path = write_files(tmp_path / "set", GOOD_CORPUS, GOOD_QUERIES, "")
-    (path / "qrels" / "test.tsv").write_text("q\td\t1\n")
-    with pytest.raises(ValueError, match=r"test\.tsv:1: expected the header"):
+TWO_QUERIES = GOOD_QUERIES + '{"_id": "r", "text": "other"}\n'
+
+
+@pytest.mark.parametrize(
+    "qrels",
+    (
+        "q 0 d 2\nr 0 d 0\n",  # as TREC writes them: no header
+        "q\t0\td\t2\nr\tQ0\td\t0\n",
+        "\nq  0   d 2\r\nr 0 d 0",
+        "query-id\tcorpus-id\tscore\nq\td\t2\nr\td\t0\n",
+        "\n\nqid\tdocid\trelevance\nq\td\t2\nr\td\t0\n",
+    ),
+)
+def test_no_line_of_qrels_is_lost_whatever_their_form(tmp_path: Path, qrels: str) -> None:
+    path = write_files(tmp_path / "set", GOOD_CORPUS, TWO_QUERIES, "")
+    (path / "qrels" / "test.tsv").write_text(qrels)
+    assert read_beir_folder(path)[2] == {"q": {"d": 2}, "r": {"d": 0}}
+
+
+@pytest.mark.parametrize(
+    "qrels, message",
+    [
+        ("q\td\t1\n", r"test\.tsv:1: expected the header .* or the four columns of TREC"),
+        ("q\td\t1.0\n", r"test\.tsv:1: expected the header"),
+        ("q d 1\n", r"test\.tsv:1: expected the header"),
+        ("q 0 d 1\nr d 1\n", r"test\.tsv:2: expected query id, 0, document id and a whole number"),
+        ("q 0 d 1.5\n", r"test\.tsv:1: expected query id, 0, document id and a whole number"),
+        ("", r"test\.tsv: has no line with a judgement"),
+        ("query-id\tcorpus-id\tscore\n\n", r"test\.tsv: has no line with a judgement"),
+    ],
+)
+def test_qrels_of_no_form_and_without_a_line_are_an_error(
+    tmp_path: Path, qrels: str, message: str
+) -> None:
+    path = write_files(tmp_path / "set", GOOD_CORPUS, TWO_QUERIES, "")
+    (path / "qrels" / "test.tsv").write_text(qrels)
+    with pytest.raises(ValueError, match=message):
         read_beir_folder(path)
+
+
+def test_a_missing_split_or_file_is_named_with_what_there_is(tmp_path: Path, run) -> None:
+    path = write_files(tmp_path / "set", GOOD_CORPUS, GOOD_QUERIES, "q\td\t0\n")
+    with pytest.raises(ValueError, match=r"set: qrels/test\.tsv calls no document relevant"):
+        make_evaluator(run(eval_data=str(path)))
+    (path / "qrels" / "test.tsv").rename(path / "qrels" / "dev.tsv")
+    message = r"qrels/test\.tsv: there is no such split, only dev: choose .* eval_split"
+    with pytest.raises(FileNotFoundError, match=message):
+        make_evaluator(run(eval_data=str(path)))
+    with pytest.raises(FileNotFoundError, match=r"qrels/train\.tsv: there is no .* train_split"):
+        load_training_data(run(train_data=str(path)))
+    assert read_beir_folder(path, "dev")[2] == {"q": {"d": 0}}
+    (path / "queries.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"^[^\[]*queries\.jsonl: there is no such file"):
+        read_beir_folder(path, "dev")
+    with pytest.raises(FileNotFoundError, match=f"^there is no folder {tmp_path}/nowhere$"):
+        read_beir_folder(tmp_path / "nowhere")

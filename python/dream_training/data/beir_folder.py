@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -121,9 +122,10 @@ def read_beir_folder(
         qrels: relevance by query id and document id; 0 means judged and not relevant.
 
     Raises:
-        FileNotFoundError: if one of the three files is missing.
-        ValueError: for a line that cannot be read, an id that appears twice, or qrels that name
-            unknown queries or documents.
+        FileNotFoundError: if one of the three files is missing; the message names the splits there
+            are.
+        ValueError: for a line that cannot be read, qrels without a line, an id that appears twice,
+            or qrels that name unknown queries or documents.
     """
     folder = Path(path)
     qrels_file = _qrels_file(folder, split)
@@ -240,7 +242,7 @@ def _read_qrels(path: Path) -> Qrels:
         if trec is None:
             trec = _is_trec(line)
             if not trec:
-                if len(fields) != 3 or "id" not in fields[0].casefold() or _is_number(fields[2]):
+                if not _is_header(fields):
                     raise ValueError(
                         f"{where}: expected the header {_QRELS_HEADER!r}, or the four columns of "
                         f"TREC (query id, 0, document id, grade), got {shortened(line.rstrip())}"
@@ -264,10 +266,14 @@ def _read_qrels(path: Path) -> Qrels:
             ) from None
         _add(qrels.setdefault(query, {}), document, relevance, where)
     if not qrels:
-        raise ValueError(
-            f"{path}: has no judgement, only {'a header' if trec is False else 'blanks'}"
-        )
+        raise ValueError(f"{path}: has no line with a judgement")
     return qrels
+
+
+def _is_header(fields: list[str]) -> bool:
+    """Whether these are names of columns; the first line of data must not be lost as such."""
+    named = re.search("id|query", fields[0], re.IGNORECASE)
+    return len(fields) == 3 and named is not None and not _is_number(fields[2])
 
 
 def _is_trec(line: str) -> bool:
@@ -293,9 +299,11 @@ def _qrels_file(folder: Path, split: str) -> Path:
     path = folder / "qrels" / f"{split}.tsv"
     if path.is_file():
         return path
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
     splits = sorted(file.stem for file in path.parent.glob("*.tsv"))
     if not splits:
-        raise FileNotFoundError(f"{path}: there is no such file, nor any other .tsv beside it")
+        return path  # reading it says that it is missing
     raise FileNotFoundError(
         f"{path}: there is no such split, only {', '.join(splits)}: choose one with --split, or in "
         "a config with eval_split or train_split"

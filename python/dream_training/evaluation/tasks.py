@@ -142,6 +142,8 @@ def read_task(
     Warns where queries and documents share ids by chance: a document of another text is left out.
     """
     corpus, queries, qrels = read_beir_folder(folder, split)
+    if not any(grade > 0 for judged in qrels.values() for grade in judged.values()):
+        raise ValueError(f"{os.fspath(folder)}: qrels/{split}.tsv calls no document relevant")
     task = RetrievalTask(queries, corpus, qrels, keep_identical_ids)
     # A query that is a document stands after its title, if there is one.
     others = sum(not normalised(corpus[q]).endswith(normalised(queries[q])) for q in task.left_out)
