@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Annotated, Optional
@@ -456,6 +459,7 @@ _EXPECTED = (OSError, ModuleNotFoundError, TypeError, ValueError, MemoryError, F
 def main() -> None:
     """Run the command; mistakes of the user end in one line, not in a traceback."""
     _quieten_libraries()
+    _find_cache()
     try:
         if sys.argv[1:2] != ["train"] or "--dry-run" in sys.argv:
             refuse_several(" ".join(["dream", *sys.argv[1:2]]))
@@ -464,6 +468,28 @@ def main() -> None:
         if os.environ.get("DREAM_TRACEBACK"):
             raise
         sys.exit(f"dream: {error}")
+
+
+def _find_cache() -> None:
+    """Let ``datasets`` have a temporary cache where its own cannot be written, and say so.
+
+    It makes the folder also for what it never keeps, such as a stream.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
+    cache = Path(os.environ.get("HF_HOME") or home).expanduser() / "datasets"
+    if os.environ.get("HF_DATASETS_CACHE"):
+        return
+    there = next((folder for folder in (cache, *cache.parents) if folder.exists()), cache)
+    if there.is_dir() and os.access(there, os.W_OK):
+        return
+    temporary = tempfile.mkdtemp(prefix="dream-datasets-")
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    os.environ["HF_DATASETS_CACHE"] = temporary
+    typer.echo(
+        f"dream: the cache {cache} cannot be written: data sets of the hub are fetched anew in "
+        "every run; set HF_DATASETS_CACHE to a folder that can be",
+        err=True,
+    )
 
 
 def _quieten_libraries() -> None:

@@ -29,7 +29,6 @@ from dream_training.evaluation.tasks import (
     is_mteb_task,
 )
 
-
 # Of names this long, a table may show the beginning alone.
 _LONG = 16
 

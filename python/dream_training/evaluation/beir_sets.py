@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import tempfile
 from pathlib import Path
 
@@ -34,21 +33,25 @@ def fetch(name: str, cache_dir: Path | None = None) -> Path:
 
     Args:
         name: as in BEIR's table, such as ``scifact``.
-        cache_dir: where sets are kept; ``$DREAM_CACHE/beir`` or ``~/.cache/dream-kernels/beir`` by
-            default.
+        cache_dir: where sets are kept; ``beir`` in
+            :func:`~dream_training.models.smollm2.cache_root` by default.
 
     Raises:
         FileNotFoundError: the set could not be fetched.
+        OSError: the cache cannot be written.
         ValueError: BEIR has no such set.
     """
     from beir import util
 
+    from dream_training.models.smollm2 import cache_root, make_cache
+
     check_name(name)
-    cache = cache_dir or _default_cache()
+    cache = cache_dir or cache_root() / "beir"
     folder = cache / name
     if (folder / "corpus.jsonl").is_file():
         return folder
     url = _URL.format(name=name)
+    make_cache(cache, "--cache-dir or DREAM_CACHE")
     try:
         with (
             progress(f"fetching {name}"),
@@ -66,8 +69,3 @@ def fetch(name: str, cache_dir: Path | None = None) -> Path:
             f"a copy may be put at {folder}"
         ) from error
     return folder
-
-
-def _default_cache() -> Path:
-    root = os.environ.get("DREAM_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "dream-kernels") / "beir"

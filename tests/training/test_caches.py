@@ -1,0 +1,59 @@
+"""Where HOME cannot be written: a run goes on if it can, or names what to set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dream_training import cli
+from dream_training.evaluation import beir_sets
+from dream_training.models import smollm2
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file: whoever runs the test, root too, can make no folder in it."""
+    path = tmp_path / "home"
+    path.touch()
+    for name in ("DREAM_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.setenv(name, "x")  # so that its value is restored
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(path))
+    return path
+
+
+def test_the_cache_of_the_packaged_model_is_named(home: Path, monkeypatch) -> None:
+    monkeypatch.setattr(smollm2, "_find_gguf", lambda: (home / "model.gguf", "1"))
+    monkeypatch.setattr(smollm2, "faster_cpu_dtype", lambda: "float32")
+    assert smollm2._fastest_dtype(smollm2.cache_root()) in ("float32", "bfloat16"), "goes on"
+    message = f"the cache {home}/.cache/dream-kernels cannot be written: .*; set DREAM_CACHE to a"
+    with pytest.raises(OSError, match=message):
+        smollm2.smollm2_path("auto")
+
+
+def test_the_cache_of_the_sets_of_beir_is_named(home: Path) -> None:
+    pytest.importorskip("beir", reason="beir is not installed")
+    message = f"the cache {home}/.cache/dream-kernels/beir cannot .* set --cache-dir or DREAM_CACHE"
+    with pytest.raises(OSError, match=message):
+        beir_sets.fetch("scifact")
+
+
+def test_data_sets_get_a_temporary_cache(home: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    left = []
+    monkeypatch.setattr(cli.atexit, "register", lambda *call, **options: left.append(call[1]))
+    cli._find_cache()
+    folder = os.environ["HF_DATASETS_CACHE"]
+    assert left == [folder] and os.access(folder, os.W_OK)
+    os.rmdir(folder)
+    text = capsys.readouterr().err
+    assert f"{home}/.cache/huggingface/datasets cannot be written" in text
+    assert "set HF_DATASETS_CACHE" in text and text.count("\n") == 1
+    # What the user set stays, and a cache that can be written as well.
+    cli._find_cache()
+    assert os.environ["HF_DATASETS_CACHE"] == folder
+    monkeypatch.delenv("HF_DATASETS_CACHE")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "new" / "folder"))
+    cli._find_cache()
+    assert "HF_DATASETS_CACHE" not in os.environ and not capsys.readouterr().err
