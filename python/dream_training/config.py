@@ -56,7 +56,8 @@ class TrainConfig:
         document_store_gb: what the store keeps at most, in 10⁹ bytes.
         retriever: folder or hub name of a sentence-transformers model or a language model.
         retriever_layers: keep only the first layers of a language model; None for all.
-        lora_r: rank of the LoRA adapters; 0 trains every weight.
+        lora_r: rank of the LoRA adapters; 0 trains every weight, held and saved in float32 where
+            ``dtype`` is narrower, while the passes of training compute in bfloat16.
         lora_alpha: scale of the adapters, twice the rank by default.
         train_data: file, folder or data set of any form that
             :func:`~dream_training.data.jsonl.iterate_training_rows` reads.
@@ -93,9 +94,12 @@ class TrainConfig:
             document of each query of the batch; ``mined``, its own candidates.
         documents_per_query: candidates of a query that are drawn for a step, the relevant one
             always among them where it is known; None for all.
-        batch_size: queries per step; with several processes, of each.
+        batch_size: queries of a batch; with several processes, of each.
+        gradient_accumulation_steps: batches, each with a pool of its own, whose gradients make one
+            step, weighted by what they predict.
         mini_batch_size: texts that the retriever embeds at once, so that large pools fit into
-            memory; None for all of a step. Changes no result and costs one more forward pass.
+            memory; None for all of a batch. Costs one more forward pass. Changes no result but for
+            rounding, and in a retriever with dropout the masks that are drawn.
         query_max_len: tokens of a query, for retriever and reader.
         passage_max_len: tokens of a document, for the retriever, and for the reader unless the next
             key says otherwise.
@@ -120,7 +124,8 @@ class TrainConfig:
         dataloader_workers: processes that tokenise the next batches; 0 for none.
         log_steps: steps between printed lines where there is no terminal.
         seed: of weights, data order and head selection.
-        dtype: of reader and backbone weights, ``auto`` as stored.
+        dtype: of reader and backbone weights, ``auto`` as stored. What is trained is float32 at
+            least.
         device: ``cpu``, ``cuda``, ...; None for a GPU where there is one, and with several
             processes for one each.
         gather_across_devices: with several processes, let a query compete over the documents of
@@ -176,6 +181,7 @@ class TrainConfig:
     pool: str = "both"
     documents_per_query: int | None = None
     batch_size: int = 16
+    gradient_accumulation_steps: int = 1
     mini_batch_size: int | None = None
     query_max_len: int = 32
     passage_max_len: int = 128
@@ -249,7 +255,10 @@ class TrainConfig:
             check_document_store(self.document_store, self.document_store_gb, self.context)
         for name in ("batch_size", "query_max_len", "passage_max_len", "target_max_len"):
             _at_least(name, getattr(self, name), 2 if name == "batch_size" else 1)
-        for name in ("max_steps", "eval_steps", "log_steps", "keep_checkpoints"):
+        for name in (
+            *("gradient_accumulation_steps", "max_steps", "eval_steps", "log_steps"),
+            "keep_checkpoints",
+        ):
             _at_least(name, getattr(self, name), 1)
         for name in ("top_k", "mini_batch_size", "reader_passage_max_len"):
             if getattr(self, name) is not None:

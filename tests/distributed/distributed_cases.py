@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from tiny import WORDS, make_decoder, make_tokenizer
+from accelerate.state import GradientState
+from tiny import WORDS, in_double, make_decoder, make_tokenizer
 from torch import Tensor, nn
 
 from dream_training.distributed import world
@@ -45,19 +46,6 @@ def make_rows(count: int, *, shared: int = 0) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def in_double(model: nn.Module) -> Any:
-    """Make a Llama compute in double precision throughout; its norms would do so in single."""
-
-    def normed(module: Any, states: Tensor) -> Tensor:
-        scale = torch.rsqrt(states.square().mean(-1, keepdim=True) + module.variance_epsilon)
-        return module.weight * states * scale
-
-    for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.forward = partial(normed, module)  # type: ignore[method-assign]
-    return model.double()
 
 
 def make_retriever(folder: str, lora_r: int = 4) -> Any:
@@ -161,6 +149,31 @@ def step(
     if learnable:
         result["temperature"] = loss_of.temperature.log.grad
     return result
+
+
+def accumulated(
+    folder: str, batches: list[list[list[dict]]], objective: str = "dream", engine: str = "ddp"
+) -> dict[str, Any]:
+    """A step of several batches of this process, as the trainer takes it."""
+    model = make_retriever(folder)
+    loss_of = make_loss(model, objective)
+    loss_of.model = wrapped = wrap(model, engine)
+    own, state = batches[world.rank()], GradientState()
+    try:
+        for rows in own:
+            last = rows is own[-1]
+            state._set_sync_gradients(last)
+            if engine == "fsdp2":
+                model.set_requires_gradient_sync(last)
+            alone = engine == "ddp" and not last
+            with wrapped.no_sync() if alone else nullcontext():
+                loss = loss_of(features(model, rows, "both"))
+                (loss / len(own)).backward()
+    except ValueError as error:
+        return {"refused": str(error)}
+    finally:
+        state._set_sync_gradients(True)
+    return {"gradient": gradients(model), "metrics": loss_of.metrics}
 
 
 def alone(

@@ -94,6 +94,22 @@ def test_mini_batches_change_nothing(two, folder, engine: str, gather: bool) -> 
     check(two.run("step", folder, BATCHES, **options), expected)
 
 
+@pytest.mark.parametrize("objective", ("dream", "distilled", "revela"))
+def test_accumulated_batches_are_weighted_over_processes_too(two, folder, objective: str) -> None:
+    batches = [[ROWS[:1], ROWS[1:3]], [ROWS[3:5], ROWS[5:]]]
+    expected = distributed_cases.alone(folder, batches[0] + batches[1], objective)
+    size = expected["gradient"].norm()
+    for result in two.run("accumulated", folder, batches, objective):
+        assert (result["gradient"] - expected["gradient"]).norm() < 1e-9 * size
+        assert result["metrics"]["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+
+
+def test_an_engine_that_holds_the_gradients_cannot_weight_them(two, folder) -> None:
+    batches = [[ROWS[:1], ROWS[1:3]], [ROWS[3:5], ROWS[5:]]]
+    for result in two.run("accumulated", folder, batches, engine="fsdp2"):
+        assert "gradient_accumulation_steps must be 1 with FSDP" in result["refused"]
+
+
 @pytest.mark.parametrize("objective,gather", [("dream", True), ("dream", False), ("emdr", False)])
 def test_a_sharded_reader_reads_the_same(two, folder, objective: str, gather: bool) -> None:
     """Passes of one query: the second process has twice as many as the first."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -60,6 +62,19 @@ def make_decoder(**changes) -> LlamaForCausalLM:
         if parameter.dim() > 1:
             parameter.data.mul_(4.0)
     return model
+
+
+def in_double(model: torch.nn.Module) -> Any:
+    """Make a Llama compute in double precision throughout; its norms would do so in single."""
+
+    def normed(module: Any, states: torch.Tensor) -> torch.Tensor:
+        scale = torch.rsqrt(states.square().mean(-1, keepdim=True) + module.variance_epsilon)
+        return module.weight * states * scale
+
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = partial(normed, module)  # type: ignore[method-assign]
+    return model.double()
 
 
 def save_decoder(path: Path, **changes) -> Path:

@@ -31,10 +31,11 @@ class Patient:
 
     Attributes:
         config: the run.
-        data: its training data.
+        data: some of its training data.
         model: the untrained retriever.
         heads: the reader's heads, None where the objective uses none.
         reader: the reader with them, None where the objective uses none.
+        training_data: what steps are taken on, ``data`` if None.
     """
 
     config: TrainConfig
@@ -42,6 +43,7 @@ class Patient:
     model: SentenceTransformer
     heads: HeadFile | None = None
     reader: Reader | None = None
+    training_data: Dataset | None = None
 
 
 def diagnose(
@@ -75,6 +77,7 @@ def diagnose(
     from dream_training.data.jsonl import read_training_data
     from dream_training.models.loading import load_reader, make_retriever
     from dream_training.models.texts import prepare_retriever
+    from dream_training.objectives.build import build_objective, check_data
     from dream_training.training.driver import find_heads
 
     checks: list[Check] = []
@@ -92,13 +95,19 @@ def diagnose(
             target_from=config.target_from,
             positives=config.train_positives,
         )
-    if len(data) < config.batch_size:
-        raise ValueError(
-            f"train_data must hold at least one batch of {config.batch_size} lines, got {len(data)}"
-        )
-    data = data.shuffle(seed=config.seed).select(range(min(len(data), _ROWS)))
     model = make_retriever(config) if model is None else prepare_retriever(config, model)
-    patient = Patient(config, data, model)
+    try:
+        check_data(config, data)
+        if config.objective == "infonce":
+            build_objective(config, model, data, dict)
+    except ValueError as error:
+        add(Check("batches", FAULT, str(error)))
+        return checks
+    # Lines of few documents fill a batch only if all of them are there.
+    whole = data if config.objective == "infonce" else None
+    rows = max(_ROWS, config.batch_size * config.gradient_accumulation_steps)
+    data = data.shuffle(seed=config.seed).select(range(min(len(data), rows)))
+    patient = Patient(config, data, model, training_data=whole)
     if config.objective == "dream":
         try:
             heads = find_heads(config, data, _HEAD_EXAMPLES) if heads is None else heads
@@ -117,7 +126,10 @@ def diagnose(
         with progress("reading documents"):
             add(of_reader.spans(patient.reader, documents[: config.batch_size]))
             add(of_reader.heads(patient.reader, examples[: config.batch_size]))
-            add(of_reader.losses(patient.reader, examples))
+            try:
+                add(of_reader.losses(patient.reader, examples))
+            except ValueError as error:
+                add(Check("target loss", FAULT, str(error)))
         # The steps load their own, and two would count as the run's memory.
         patient = replace(patient, reader=None)
     try:
@@ -126,8 +138,11 @@ def diagnose(
     except ValueError as error:
         add(Check("pool", FAULT, str(error)))
         return checks
-    with progress("two steps of training"):
-        add(*of_retriever.steps(patient))
+    try:
+        with progress("two steps of training"):
+            add(*of_retriever.steps(patient))
+    except ValueError as error:
+        add(Check("steps", FAULT, str(error)))
     return checks
 
 

@@ -115,6 +115,10 @@ def of_similarity(similarity: Tensor, temperature: float) -> Check:
     Behind the end of a pool smaller than ``C`` they are -inf.
     """
     documents = similarity.shape[1]
+    if similarity.isfinite().sum(-1).max() < 2:
+        figure = "every query of a batch has one document to choose from, so no gradient"
+        advice = "raise batch_size, or bring more documents: dream mine"
+        return Check("weights", FAULT, figure, advice)
     share = _entropy_share(similarity, temperature)
     sensible = _temperature_for(similarity, _SENSIBLE)
     # A document at cosine 1 and all the others at -1.
@@ -235,7 +239,7 @@ def _train(patient: Patient, gradients: _Gradients) -> History:
         )
         return train(
             config,
-            data=patient.data,
+            data=patient.data if patient.training_data is None else patient.training_data,
             heads=patient.heads,
             model=patient.model,
             console=Console(file=io.StringIO()),

@@ -13,6 +13,7 @@ from dream_kernels.files import whole_folder
 from dream_training.console import progress
 from dream_training.distributed import world
 from dream_training.distributed.sharding import whole
+from dream_training.models.precision import train_in_float32
 from dream_training.models.texts import write_lengths
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ def build_retriever(
         lora_r: rank of the LoRA adapters on all linear layers; 0 trains every weight.
         lora_alpha: LoRA's scale, twice the rank by default.
         max_len: tokens of a text that are encoded, the end-of-sequence token included.
-        dtype: of the weights: ``"auto"`` as stored, ``"float32"``, ``"bfloat16"``, ... Adapters
-            are kept in float32.
+        dtype: of the weights: ``"auto"`` as stored, ``"float32"``, ``"bfloat16"``, ... What is
+            trained is kept in float32, see
+            :func:`~dream_training.models.precision.train_in_float32`.
         device: where to put the model; None for sentence-transformers' choice.
         prompts: prompt texts by name, such as ``{"query": ..., "document": ...}``; of other names
             the model's own stay.
@@ -84,6 +86,7 @@ def build_retriever(
         model = SentenceTransformer(modules=modules, device=device, prompts=prompts)
     if lora_r:
         _add_lora(model, lora_r, lora_alpha or 2 * lora_r)
+    train_in_float32(model)
     return model
 
 
@@ -160,10 +163,6 @@ def _add_lora(model: SentenceTransformer, rank: int, alpha: int) -> None:
     )
     backbone: Any = model.transformers_model
     inject_adapter_in_model(config, backbone)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            # An update of 1e-4 would vanish in a bfloat16 weight.
-            parameter.data = parameter.data.float()
 
 
 def save_retriever(model: SentenceTransformer, path: str | os.PathLike[str]) -> Path:

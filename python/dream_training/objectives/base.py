@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from dream_training.distributed import world
 from dream_training.distributed.pool import SHARE, gather_pool, mean_over_ranks
+from dream_training.objectives.accumulation import Accumulation, StepMetrics
 from dream_training.objectives.embedding import check_mini_batch_size, embed
 from dream_training.objectives.pools import pool_scores
 from dream_training.objectives.temperature import Temperature, as_temperature
+from dream_training.objectives.watch import TrainingWatch
 from dream_training.reading.target_loss import at_least_float32
 
 if TYPE_CHECKING:
@@ -34,7 +36,9 @@ class PoolObjective(nn.Module):
     what is read without a graph (:meth:`read`) and what the scores make of it (:meth:`loss`).
 
     In several processes the loss is weighted so that its mean over them is the mean over the
-    target tokens, or queries, of all of them; the metrics are those of all of them together.
+    target tokens, or queries, of all of them; the metrics are those of all of them together. The
+    batches of a step (``gradient_accumulation_steps``) are weighted alike, in their gradients: see
+    :class:`~dream_training.objectives.accumulation.Accumulation`.
 
     Args:
         model: the retriever.
@@ -46,7 +50,7 @@ class PoolObjective(nn.Module):
             of them.
 
     Attributes:
-        metrics: of the last batch, as floats: ``loss``, ``weight_on_positive`` (mean softmax
+        metrics: of the last step, as floats: ``loss``, ``weight_on_positive`` (mean softmax
             weight of the known relevant documents; absent when none is known), ``entropy`` (of
             the weights, nats), ``max_entropy`` (of uniform weights), ``tokens`` (encoded), and
             ``temperature`` where it changes, and with a document store ``store_hits`` and
@@ -72,6 +76,8 @@ class PoolObjective(nn.Module):
         self.model = model
         self.temperature = as_temperature(temperature)
         self.metrics: dict[str, float] = {}
+        self._accumulation, self._step = Accumulation(self), StepMetrics()
+        self._watch = TrainingWatch()
 
     def forward(
         self, sentence_features: list[dict[str, Any]], labels: Tensor | None = None
@@ -89,9 +95,10 @@ class PoolObjective(nn.Module):
         if self.temperature.changes:
             self.metrics["temperature"] = self.temperature.value
         self.metrics |= {name: n - before[name] for name, n in store_counts(self).items()}
-        if world.size() == 1:
-            return loss
-        return self._weighted(loss, terms, len(scores) if terms else 0, query["positives"])
+        if loss.requires_grad:
+            self._watch(self, scores)
+        loss, terms = self._weighted(loss, terms, len(scores) if terms else 0, query["positives"])
+        return self._accumulation.weighted(loss, terms)
 
     def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Any:
         """Return what the objective needs of the texts, without gradient."""
@@ -107,6 +114,10 @@ class PoolObjective(nn.Module):
         """Of how many things the loss is the mean: queries, unless a subclass says otherwise."""
         return len(query["texts"])
 
+    def choices(self, scores: Tensor) -> int:
+        """The most documents that a query of scores ``[B, C]`` can give its weight to."""
+        return int(scores.isfinite().sum(-1).max())
+
     def scores(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
         """Cosine similarities over the temperature, ``[B, C]`` float32."""
         similarity = self.embed(query) @ self.embed(pool).T
@@ -118,20 +129,27 @@ class PoolObjective(nn.Module):
         embeddings = nn.functional.normalize(embeddings, dim=-1)
         return embeddings if SHARE not in features else features[SHARE].gather(embeddings)
 
-    def _weighted(self, loss: Tensor, terms: int, rows: int, positives: Sequence[int]) -> Tensor:
-        """Make metrics and loss those of all processes, see the class."""
-        weights = {
+    def _weighted(
+        self, loss: Tensor, terms: int, rows: int, positives: Sequence[int]
+    ) -> tuple[Tensor, int]:
+        """Make metrics those of the step, and loss and terms those of all processes."""
+        weights: dict[str, float] = {
             "loss": terms,
             "entropy": rows,
             "max_entropy": rows,
             "weight_on_positive": sum(place >= 0 for place in positives),
         }
         own = {name: self.metrics.pop(name) for name in _METRICS if name in self.metrics}
+        if loss.requires_grad:
+            own, weights = self._step.add(own, weights)
+        if world.size() == 1:
+            self.metrics |= own
+            return loss, terms
         own["terms"] = terms
         metrics = mean_over_ranks(own, weights, [*_METRICS, "terms"])
-        share = terms * world.size() / metrics.pop("terms")
+        total = metrics.pop("terms")
         self.metrics |= metrics
-        return loss * share
+        return loss * (terms * world.size() / total), int(total)
 
     @torch.no_grad()
     def _record(

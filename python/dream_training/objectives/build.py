@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from dream_training.distributed import world
 from dream_training.models.loading import all_heads, load_reader
 from dream_training.objectives.collator import DreamCollator, LabelledCollator
 from dream_training.objectives.distillation import EmdrLoss, ReplugLoss
@@ -60,7 +64,8 @@ def build_objective(
         choose_heads: returns the heads that receive the scores; called where they matter.
 
     Raises:
-        ValueError: the objective needs labels that the data does not have.
+        ValueError: the objective needs labels that the data does not have, or lines that can be in
+            one batch.
     """
     name = config.objective
     options: dict[str, Any] = {
@@ -135,8 +140,83 @@ def _library_infonce(config: TrainConfig, model: SentenceTransformer, data: Data
         loss = InBatchInfoNCELoss(model, **options)
     else:
         loss = CachedInBatchInfoNCELoss(model, mini_batch_size=config.mini_batch_size, **options)
-    collator = LabelledCollator(model)
-    return Objective(loss, labelled_columns(data), collator, no_duplicates=True)
+    data = labelled_columns(data)
+    check_no_duplicates(config, data)
+    return Objective(loss, data, LabelledCollator(model), no_duplicates=True)
+
+
+def check_data(config: TrainConfig, data: Dataset | IterableDataset) -> None:
+    """Check that data makes a step, and gives a query something to choose from.
+
+    Args:
+        config: the run.
+        data: with the columns ``query``, ``target``, ``documents``, ``positive``; a stream passes.
+
+    Raises:
+        ValueError: there are fewer lines than a step takes, or all have the same document.
+    """
+    if not hasattr(data, "__len__"):
+        return
+    accumulated = config.gradient_accumulation_steps
+    lines = config.batch_size * world.size() * accumulated
+    of_step = f"{accumulated} batches" if accumulated > 1 else "one batch"
+    if len(data) < lines:
+        raise ValueError(
+            f"train_data must hold at least {of_step} of {lines // accumulated} lines, "
+            f"got {len(data)}"
+        )
+    if config.objective == "infonce" and len(known := labelled_lines(data)) < lines:
+        raise ValueError(
+            f"objective 'infonce' needs known positives, at least {of_step} of "
+            f"{lines // accumulated} lines with one, and {len(known)} of {len(data)} lines of "
+            "train_data have one"
+        )
+    texts = {text for row in islice(data, lines) for text in row["documents"]}
+    if len(texts) < 2 and len(texts.union(*(row["documents"] for row in data))) < 2:
+        raise ValueError(
+            "train_data must hold at least two distinct documents to choose from, and all "
+            f"{len(data)} lines have the same"
+        )
+
+
+def check_no_duplicates(config: TrainConfig, data: Dataset) -> None:
+    """Check that lines which share no text fill a batch, as the library's InfoNCE needs.
+
+    Args:
+        config: the run.
+        data: the columns of :func:`labelled_columns`.
+
+    Raises:
+        ValueError: they do not.
+    """
+    from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
+
+    def batches(drop_last: bool) -> NoDuplicatesBatchSampler:
+        return NoDuplicatesBatchSampler(
+            data,
+            batch_size=config.batch_size,
+            drop_last=drop_last,
+            generator=torch.Generator(),
+            seed=config.seed,
+        )
+
+    if len(list(islice(batches(drop_last=True), world.size()))) == world.size():
+        return
+    largest = max(map(len, batches(drop_last=False)))
+    distinct = len(set(data["positive"]))
+    way = "Set" if largest < 2 else f"Lower batch_size to {largest} or less, or set"
+    processes = f" in each of {world.size()} processes" if world.size() > 1 else ""
+    raise ValueError(
+        f"batch_size {config.batch_size} cannot be filled{processes}: objective 'infonce' takes "
+        "lines that share no text, for one line's document counts as wrong for the others, and "
+        f"the {len(data)} lines of train_data have {distinct} distinct relevant documents. "
+        f"{way} pool: in_batch, where lines may share a document"
+    )
+
+
+def labelled_lines(data: Dataset) -> list[int]:
+    """The places of the rows that know their relevant document."""
+    return [i for i, positive in enumerate(data["positive"]) if positive >= 0]
 
 
 def labelled(data: Dataset) -> Dataset:
@@ -145,7 +225,7 @@ def labelled(data: Dataset) -> Dataset:
     Raises:
         ValueError: no line knows its relevant document.
     """
-    known = [i for i, positive in enumerate(data["positive"]) if positive >= 0]
+    known = labelled_lines(data)
     if not known:
         raise ValueError("objective 'infonce' needs known positives, and no training line has one")
     return data.select(known)

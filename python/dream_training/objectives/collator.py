@@ -50,8 +50,9 @@ class DreamCollator:
             batch, that a column is missing, or the trainer's prompts do not fit.
     """
 
-    # read by SentenceTransformerTrainer
-    valid_label_columns: Sequence[str] = ()
+    # Read by SentenceTransformerTrainer. A label is the same in many rows, which the batch sampler
+    # "no_duplicates" would keep apart, one to a batch.
+    valid_label_columns: Sequence[str] = ("positive",)
     prompts: dict[str, str] | None = None
     router_mapping: dict[str, str] | None = None
 

@@ -88,7 +88,8 @@ class DreamLoss(PoolReading):
             or is learned.
         mini_batch_size: texts that the retriever embeds at once, see
             :func:`~dream_training.objectives.embedding.embed`; it bounds memory, for one more
-            forward pass, and changes no result. None keeps the activations of the whole batch.
+            forward pass, and changes no result but for rounding and, in a retriever with
+            dropout, which masks are drawn. None keeps the activations of the whole batch.
         gather_across_devices: with several processes, let a query compete over the documents of
             all of them.
 

@@ -28,7 +28,9 @@ def embed(
 
     Gradient caching (Gao et al. 2021, arXiv 2101.06983): each mini-batch is embedded without
     keeping activations, and is embedded once more when the gradient in its embeddings arrives.
-    The state of the random generators is kept, so that dropout draws the same masks again. The
+    The state of the random generators is kept, so that dropout draws the same masks again. But
+    masks are drawn for a mini-batch as a whole: with dropout, mini-batches of another size have
+    other masks, equal in distribution. Without it the size changes nothing but rounding. The
     objective on top sees ordinary tensors and needs to know nothing of it. A sharded retriever
     embeds as many mini-batches in every process, for each fetches weights from all of them.
 
@@ -74,6 +76,28 @@ def check_mini_batch_size(mini_batch_size: int | None) -> None:
     """Raise ``ValueError`` if it is below 1."""
     if mini_batch_size is not None and mini_batch_size < 1:
         raise ValueError(f"mini_batch_size must be at least 1, got {mini_batch_size}")
+
+
+@torch.no_grad()
+def draws_random_numbers(model: SentenceTransformer) -> bool:
+    """Whether a retriever in training draws random numbers, for dropout or the like."""
+    device = model.device
+    before = model.training
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        states = [_generator_states(device)]
+        try:
+            features = model.preprocess(["a text"])
+            model.train()
+            model({k: v.to(device) if isinstance(v, Tensor) else v for k, v in features.items()})
+        finally:
+            model.train(before)
+        states.append(_generator_states(device))
+    return not all(map(torch.equal, *states))
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
 class _Embedding:

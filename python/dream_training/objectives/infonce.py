@@ -12,6 +12,7 @@ from sentence_transformers.losses import (
 from torch import Tensor, nn
 
 from dream_training.distributed.pool import mean_over_ranks
+from dream_training.objectives.accumulation import StepMetrics
 from dream_training.objectives.base import PoolObjective
 
 if TYPE_CHECKING:
@@ -70,17 +71,21 @@ class PoolInfoNCELoss(PoolObjective):
 
 
 class _Recorded(nn.Module):
-    """Keeps ``loss`` and ``tokens`` of the last batch, of all processes, in ``metrics``."""
+    """Keeps ``loss`` and ``tokens`` of the last step, of all processes, in ``metrics``."""
 
     metrics: dict[str, float] = {}  # noqa: RUF012 - replaced as a whole at every step
+    _step: StepMetrics | None = None
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Any = None) -> Tensor:
         features = list(sentence_features)
         loss = super().forward(features, labels)
         tokens = sum(int(part["attention_mask"].sum()) for part in features)
-        own = {"loss": loss.item(), "tokens": float(tokens)}
         # Batches are equally large everywhere.
-        self.metrics = mean_over_ranks(own, {"loss": 1.0}, list(own))
+        own, weights = {"loss": loss.item(), "tokens": float(tokens)}, {"loss": 1.0}
+        if loss.requires_grad:
+            self._step = self._step or StepMetrics()
+            own, weights = self._step.add(own, weights)
+        self.metrics = mean_over_ranks(own, weights, list(own))
         return loss
 
 

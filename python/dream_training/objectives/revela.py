@@ -76,6 +76,9 @@ class RevelaLoss(ReaderObjective):
         embeddings = self.embed(pool)
         return embeddings[list(predicted_rows(pool))] @ embeddings.T / self.temperature()
 
+    def choices(self, scores: Tensor) -> int:
+        return super().choices(scores) - 1  # a text does not attend to itself
+
     def loss(
         self, scores: Tensor, evidence: Prefix, query: dict[str, Any], pool: dict[str, Any]
     ) -> Tensor:

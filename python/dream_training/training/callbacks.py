@@ -153,8 +153,6 @@ class TemperatureCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.temperature.progress = state.global_step / max(1, state.max_steps - 1)
-        # The trainer clears the gradients of the model alone; older libraries nobody else's.
-        self.temperature.zero_grad(set_to_none=True)
 
 
 class KeepBestCallback(TrainerCallback):

@@ -34,8 +34,9 @@ from dream_training.heads.selection import (
 )
 from dream_training.json_file import write_json
 from dream_training.models.loading import check_models, load_reader, make_retriever
+from dream_training.models.precision import train_in_float32
 from dream_training.models.texts import library_keeps_lengths, prepare_retriever
-from dream_training.objectives.build import build_objective
+from dream_training.objectives.build import build_objective, check_data
 from dream_training.objectives.temperature import Temperature
 from dream_training.plots import plot_curve, plot_heads
 from dream_training.training.callbacks import (
@@ -44,7 +45,7 @@ from dream_training.training.callbacks import (
     ProgressCallback,
     TemperatureCallback,
 )
-from dream_training.training.faults import MemoryWatch, StepGuard, explained
+from dream_training.training.faults import GradientWatch, MemoryWatch, StepGuard, explained
 from dream_training.training.output_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -57,7 +58,12 @@ from dream_training.training.output_folder import (
     claimed,
     remove_run,
 )
-from dream_training.training.resuming import check_identity, find_checkpoint, identity_of
+from dream_training.training.resuming import (
+    check_identity,
+    check_mini_batches,
+    find_checkpoint,
+    identity_of,
+)
 from dream_training.training.run_record import RunRecord
 from dream_training.training.signals import StopSignals
 from dream_training.training.trainer import RunTrainer, Stateful, build_trainer
@@ -200,7 +206,8 @@ def train(
         FileExistsError: ``output_dir`` has results of an earlier run, and ``overwrite`` is not set,
             nor ``resume`` where there are checkpoints.
         BlockingIOError: another run is writing to ``output_dir``.
-        ValueError: something in config, data or checkpoint does not fit; the message says what.
+        ValueError: something in config, data or checkpoint does not fit, or the data made no step;
+            the message says what.
         FloatingPointError: more than ``max_skipped_steps`` steps were not finite.
         ChildProcessError: a process of ``dataloader_workers`` died.
         MemoryError: memory did not suffice; the message says what to lower, and by how much.
@@ -217,11 +224,7 @@ def train(
         world.on_main(lambda: check_unused(output_dir, resume))
     own_data = data is None
     data = load_training_data(config) if data is None else data
-    lines = config.batch_size * world.size()
-    if not _is_stream(data) and len(data) < lines:
-        raise ValueError(
-            f"train_data must hold at least one batch of {lines} lines, got {len(data)}"
-        )
+    check_data(config, data)
     if evaluator is None:
         evaluator = make_evaluator(config)
     check_tasks(config.final_tasks or [])
@@ -268,6 +271,9 @@ def _run(
     elif resume:
         check_unused(output_dir, resume, checkpoint=False)
     model = make_retriever(config) if model is None else prepare_retriever(config, model)
+    train_in_float32(model)
+    if checkpoint is not None:
+        check_mini_batches(checkpoint, config, model)
     begun = False
 
     def begin() -> None:
@@ -297,6 +303,7 @@ def _run(
     keeper = KeepBestCallback(model, history, output_dir, console)
     guard = StepGuard(objective.loss, output_dir, config.max_skipped_steps, console)
     watch = MemoryWatch(model.device)
+    gradients = GradientWatch(console)
     parts: dict[str, Stateful] = {"history": history, "keeper": keeper, "record": record}
     parts["guard"] = guard
     store = getattr(getattr(objective.loss, "reader", None), "store", None)
@@ -316,7 +323,7 @@ def _run(
         console=console,
     )
     signals = StopSignals(checkpoints=trainer.writes_checkpoints)
-    for callback in (watch, progress, keeper, record, signals, *callbacks):
+    for callback in (watch, gradients, progress, keeper, record, signals, *callbacks):
         trainer.add_callback(callback)
     temperature = getattr(objective.loss, "temperature", None)
     if isinstance(temperature, Temperature):
@@ -343,10 +350,22 @@ def _run(
         progress.close()
     interrupted = interrupted or signals.received is not None
     seconds = time.perf_counter() - start
+    made = max(trainer.state.global_step, 0 if checkpoint is None else checkpoint.step)
+    if made == 0 and not interrupted:
+        raise ValueError(
+            f"no step was made: train_data {config.train_data} gave no batch of "
+            f"{config.batch_size} lines"
+        )
     path = keeper.finish()
     if world.is_main():
         write_json(output_dir / HISTORY, history.state())
         plot_curve(history, output_dir / CURVE)
+    gradients.conclude()
+    if made < config.max_steps and not interrupted:
+        console.print(
+            f"The run ended after {made} of {config.max_steps} steps: a callback stopped it, or "
+            "train_data gave no more batches"
+        )
     if interrupted:
         console.print(f"Interrupted after {len(history.steps)} steps; the retriever is in {path}")
         _say_how_to_go_on(trainer, console)
@@ -378,10 +397,6 @@ def _say_how_to_go_on(trainer: RunTrainer, console: Console) -> None:
         console.print(
             f"--resume goes on after step {trainer.checkpoint.step}, from {trainer.checkpoint.path}"
         )
-
-
-def _is_stream(data: Any) -> bool:
-    return not hasattr(data, "__len__")
 
 
 def _choose_heads(

@@ -72,7 +72,8 @@ def _rows(config: TrainConfig) -> tuple[Any, bool]:
     try:
         return load_training_data(replace(config, streaming=False)), True
     except FileNotFoundError:
-        words = [f"{i} {'abcdefgh'[i % 8] * _LETTERS}" for i in range(4 * config.batch_size)]
+        count = max(4, config.gradient_accumulation_steps) * config.batch_size
+        words = [f"{i} {'abcdefgh'[i % 8] * _LETTERS}" for i in range(count)]
         rows = [
             {
                 "query": f"Which is {w[:8]}?",
@@ -125,7 +126,11 @@ def _print_plan(config: TrainConfig, plan: Plan, console: Console) -> None:
         ("reader", f"{config.reader}, {plan.reader_weights / 1e6:,.0f} M weights, frozen"),
         ("retriever", f"{config.retriever}, {plan.retriever_weights / 1e6:,.0f} M weights"),
         ("trained", f"{plan.trained_weights / 1e6:,.1f} M weights"),
-        ("a step", f"{config.batch_size} queries over {plan.documents} documents"),
+        (
+            "a step",
+            f"{config.gradient_accumulation_steps} x {config.batch_size} queries over "
+            f"{plan.documents} documents",
+        ),
         ("  read", f"{plan.read_tokens:,} tokens of documents, once, without gradient"),
         ("  predict", f"{plan.suffix_tokens:,} tokens of queries and targets, with gradient"),
         ("  encode", f"{plan.encoded_tokens:,} tokens, with gradient"),

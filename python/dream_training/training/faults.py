@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dream_training.config import TrainConfig
 
 _GIB = 2**30
+_STEPS_WITHOUT_GRADIENT = 5
 
 
 class StepGuard:
@@ -70,7 +71,7 @@ class StepGuard:
         what = f"loss {value}" if not math.isfinite(value) else f"gradient of loss {value:.3f}"
         path = self._write(step, inputs)
         self.console.print(f"step {step} skipped: {what} is not finite; its batch is in {path}")
-        self.loss.metrics = {"skipped": 1.0}
+        self.drop()
         if self.skipped > self.limit:
             raise FloatingPointError(
                 f"{self.skipped} steps had a loss or gradient that is not finite, and "
@@ -78,6 +79,10 @@ class StepGuard:
                 "learning_rate, a higher temperature or dtype=float32 may help."
             )
         return False
+
+    def drop(self) -> None:
+        """Say in the metrics that the step does not count."""
+        self.loss.metrics = {"skipped": 1.0}
 
     def _write(self, step: int, inputs: Mapping[str, Any]) -> Path:
         part = f"-process-{world.rank()}" if world.size() > 1 else ""
@@ -114,6 +119,43 @@ def _all_finite(loss: Tensor, model: nn.Module) -> bool:
     finite = torch.stack([loss.detach().isfinite().all(), *(g.isfinite().all() for g in parts)])
     # All processes skip a step, or none does.
     return not world.max_over_ranks(int(not finite.all()))
+
+
+class GradientWatch(TrainerCallback):
+    """Says when no step had a gradient other than zero, so that nothing was learnt.
+
+    Args:
+        console: is told after a few steps, and at the end.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._steps = 0
+        self._found = False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._found:
+            return
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        parts = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+        some = any(bool(part.any()) for part in parts)
+        # A skipped step has none, and DeepSpeed keeps them to itself.
+        self._steps += world.max_over_ranks(int(bool(gradients)))
+        self._found = bool(world.max_over_ranks(int(some)))
+        if self._steps == _STEPS_WITHOUT_GRADIENT and not self._found:
+            self.conclude()
+
+    def conclude(self) -> None:
+        """Say it, if it is so."""
+        if self._steps and not self._found:
+            steps = "step" if self._steps == 1 else f"{self._steps} steps"
+            self.console.print(
+                f"Nothing is learnt: every gradient of the {steps} so far was "
+                "exactly zero. Every query may have one document to choose from, or all its weight "
+                "on one: see dream doctor"
+            )
 
 
 class MemoryWatch(TrainerCallback):
@@ -208,7 +250,8 @@ def memory_advice(error: BaseException, config: TrainConfig, watch: MemoryWatch,
     if now > 1:
         lines.append(
             f"- mini_batch_size={max(1, int(now * share))} (now {config.mini_batch_size or 'all'}"
-            f"{'' if config.mini_batch_size else f', at least {texts} texts'}): changes no result"
+            f"{'' if config.mini_batch_size else f', at least {texts} texts'}): changes no result "
+            "where the retriever has no dropout"
         )
     if config.documents_per_query is not None and config.documents_per_query > 2:
         lines.append(

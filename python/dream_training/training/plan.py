@@ -33,9 +33,9 @@ class Plan:
         retriever_weights: parameters of the retriever's backbone.
         trained_weights: parameters that the optimiser changes.
         documents: documents in a batch's pool, at most.
-        read_tokens: document tokens that the reader reads in a step, at most.
-        suffix_tokens: tokens of queries, prompts and targets in a step, at most.
-        encoded_tokens: tokens that the retriever encodes in a step, at most.
+        read_tokens: document tokens that the reader reads in a batch, at most.
+        suffix_tokens: tokens of queries, prompts and targets in a batch, at most.
+        encoded_tokens: tokens that the retriever encodes in a batch, at most.
         operations: floating-point operations of a step in matrix products, attention left out.
         weight_bytes: of both models, adapters and optimiser.
         prefix_bytes: keys and values of the documents.
@@ -107,6 +107,7 @@ def make_plan(config: TrainConfig, documents_per_row: int = 1) -> Plan:
     else:
         trained = backbone["decoder"] + backbone["embedding"]
         operations += 2.0 * backbone["decoder"] * encoded
+    operations *= config.gradient_accumulation_steps
     size = _BYTES.get(config.dtype, 2)
     key_heads = getattr(reader, "num_key_value_heads", reader.num_attention_heads)
     width = _head_dim(reader) * key_heads

@@ -19,12 +19,15 @@ from dream_training.checkpointing.folder import (
 from dream_training.config import TrainConfig
 from dream_training.console import tracked
 from dream_training.distributed import world
+from dream_training.objectives.embedding import draws_random_numbers
 from dream_training.training.output_folder import CHECKPOINTS
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from sentence_transformers import SentenceTransformer
 
-# Of the config, what may change between a checkpoint and the run that goes on from it.
+# Of the config, what may change between a checkpoint and the run that goes on from it;
+# mini_batch_size where the retriever has no dropout.
 _MAY_CHANGE = frozenset(
     {
         *("output_dir", "log_steps", "eval_steps", "save_steps", "keep_checkpoints"),
@@ -116,6 +119,24 @@ def check_identity(
         raise ValueError(
             f"max_steps must be at least {checkpoint.step}, the step of {checkpoint.path}, "
             f"got {config.max_steps}"
+        )
+
+
+def check_mini_batches(
+    checkpoint: Checkpoint, config: TrainConfig, model: SentenceTransformer
+) -> None:
+    """Raise if mini-batches of another size would draw other dropout masks.
+
+    Raises:
+        ValueError: ``mini_batch_size`` differs from that of a checkpoint, and the retriever draws
+            random numbers.
+    """
+    before = checkpoint.document("run")["config"].get("mini_batch_size")
+    if before != config.mini_batch_size and draws_random_numbers(model):
+        raise ValueError(
+            f"mini_batch_size is {config.mini_batch_size!r}, and {checkpoint.path} was written "
+            f"with {before!r}: the retriever has dropout, whose masks depend on it. Go on with "
+            "that, or start anew in another output_dir"
         )
 
 

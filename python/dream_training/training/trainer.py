@@ -79,6 +79,7 @@ class RunTrainer(Trainer):
         self.parts, self.identity, self.guard = parts, identity, guard
         self.console, self.keep_checkpoints = console, keep_checkpoints
         self.checkpoint: Checkpoint | None = None
+        self._dropping = False
 
     @property
     def writes_checkpoints(self) -> bool:
@@ -102,13 +103,17 @@ class RunTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if self.guard.accepts(loss, model, self.state.global_step + 1, inputs):
+        if self._dropping:
+            self.guard.drop()
+        elif self.guard.accepts(loss, model, self.state.global_step + 1, inputs):
             return loss
         if self.is_deepspeed_enabled:
             raise FloatingPointError(
                 f"loss or gradient of step {self.state.global_step + 1} are not finite, and "
                 "DeepSpeed, which holds the gradients, cannot skip a step"
             )
+        # The other batches of the step go with this one.
+        self._dropping = not self.accelerator.sync_gradients
         # Without gradients the optimiser leaves weights and averages alone.
         model.zero_grad(set_to_none=True)
         return torch.zeros_like(loss)
@@ -253,6 +258,7 @@ def build_trainer(
         output_dir=config.output_dir,
         max_steps=config.max_steps,
         per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler,
         warmup_steps=config.warmup_steps,
