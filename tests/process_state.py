@@ -33,20 +33,22 @@ _LIMITS = tuple(
     for name in ("AS", "DATA", "STACK", "FSIZE", "NOFILE", "CPU", "CORE")
     if hasattr(resource, f"RLIMIT_{name}")
 )
-_LOGGERS = (None, "transformers", "datasets", "sentence_transformers", "dream_training")
+# Once they are imported; the root logger always.
+_LOGGERS = ("transformers", "datasets", "sentence_transformers", "dream_training")
 _START_METHOD = multiprocessing.get_all_start_methods()[0]  # the default comes first
-# What the package itself registers with transformers, once, and what importing a library sets.
+# What the package itself registers with transformers, once, and what importing torch's parts sets.
 _OWN_ATTENTION = "dream_"
-_OF_IMPORTS = {"KMP_INIT_AT_FORK", "KMP_DUPLICATE_LIB_OK", "PYTEST_CURRENT_TEST"}
+_OF_IMPORTS = ("KMP_", "TORCHINDUCTOR_", "TRITON_CACHE_DIR", "PYTEST_CURRENT_TEST")
 
 
 def process_state() -> dict[str, Any]:
-    """Return the state by name, in well under a millisecond."""
+    """Return the state by name, in well under a millisecond; of libraries once they are there."""
     state: dict[str, Any] = {
         "working directory": os.getcwd(),
-        "sys.path": tuple(sys.path),
+        "sys.path": dict.fromkeys(sys.path),
+        "environment": _environment(),
         "recursion limit": sys.getrecursionlimit(),
-        "trace function": sys.gettrace(),
+        "trace and profile functions": (sys.gettrace(), sys.getprofile()),
         "torch.get_num_threads": torch.get_num_threads(),
         "default dtype": torch.get_default_dtype(),
         "grad enabled": torch.is_grad_enabled(),
@@ -56,31 +58,39 @@ def process_state() -> dict[str, Any]:
             getattr(torch.backends.cuda.matmul, "fp32_precision", None),
         ),
         "start method": multiprocessing.get_start_method(allow_none=True) or _START_METHOD,
-        "children": {child.pid for child in multiprocessing.active_children()},
+        "children": {child.pid: child.name for child in multiprocessing.active_children()},
         "process group": dist.is_available() and dist.is_initialized(),
+        "signal handlers": {number.name: signal.getsignal(number) for number in _SIGNALS},
+        "resource limits": {number: resource.getrlimit(number) for number in _LIMITS},
+        "root logger": _level(logging.getLogger()),
     }
-    for number in _SIGNALS:
-        state[f"handler of {number.name}"] = signal.getsignal(number)
-    for number in _LIMITS:
-        state[f"resource limit {number}"] = resource.getrlimit(number)
     for name in _LOGGERS:
-        logger = logging.getLogger(name)
-        state[f"level of logger {logger.name}"] = (logger.level, logger.disabled, logger.propagate)
-    # The mapping beneath os.environ, which decodes nothing.
-    environment = getattr(os.environ, "_data", os.environ)
-    for key, value in environment.items():
-        name = os.fsdecode(key)
-        if name not in _OF_IMPORTS:
-            state[f"environment variable {name}"] = value
-    # Only once it is imported: most tests of the kernels do without.
+        if name in sys.modules:
+            state[f"logger of {name}"] = _level(logging.getLogger(name))
     if "transformers.modeling_utils" in sys.modules:
         from transformers import AttentionInterface, AttentionMaskInterface
 
         for interface in (AttentionInterface, AttentionMaskInterface):
-            for name, function in interface._global_mapping.items():
-                if not name.startswith(_OWN_ATTENTION):
-                    state[f"{interface.__name__} {name}"] = function
+            state[interface.__name__] = {
+                name: function
+                for name, function in interface._global_mapping.items()
+                if not name.startswith(_OWN_ATTENTION)
+            }
     return state
+
+
+def _environment() -> dict[str, Any]:
+    # The mapping beneath os.environ, which decodes nothing.
+    found = getattr(os.environ, "_data", os.environ)
+    return {
+        name: value
+        for name, value in ((os.fsdecode(key), value) for key, value in found.items())
+        if not name.startswith(_OF_IMPORTS)
+    }
+
+
+def _level(logger: logging.Logger) -> tuple:
+    return logger.level, logger.disabled, logger.propagate
 
 
 @contextmanager
@@ -93,17 +103,19 @@ def kept(what: str) -> Iterator[None]:
     before = process_state()
     yield
     after = process_state()
+    changed = [_difference(name, before[name], after[name]) for name in before]
+    assert not any(changed), f"{what} leaves the process changed: " + "; ".join(
+        filter(None, changed)
+    )
+
+
+def _difference(name: str, before: Any, after: Any) -> str:
     if before == after:
-        return
-    changed = [
-        f"{name}: {before.get(name)!r} became {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not _first_import(name, before)
-    ]
-    assert not changed, f"{what} leaves the process changed: " + "; ".join(changed)
-
-
-def _first_import(name: str, before: dict[str, Any]) -> bool:
-    """Whether an attention is among those that transformers brings, imported just now."""
-    interface = name.split()[0]
-    return "Attention" in interface and not any(key.startswith(interface) for key in before)
+        return ""
+    if not isinstance(before, dict):
+        return f"{name}: {before!r} became {after!r}"
+    return ", ".join(
+        f"{name}: {key} was {before.get(key, 'absent')!r} and is {after.get(key, 'absent')!r}"
+        for key in before | after
+        if before.get(key, "absent") != after.get(key, "absent")
+    )

@@ -267,6 +267,15 @@ def reader_shards(folder: str) -> tuple[int, int]:
     return sum(p.to_local().numel() for p in layers.parameters()), whole
 
 
+def refusal(*args: Any, **options: Any) -> str:
+    """What a step is refused for."""
+    try:
+        step(*args, **options)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def told_by_main(fails: bool) -> Any:
     """What process 0 alone finds out."""
 
