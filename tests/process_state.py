@@ -36,16 +36,23 @@ _LIMITS = tuple(
 # Once they are imported; the root logger always.
 _LOGGERS = ("transformers", "datasets", "sentence_transformers", "dream_training")
 _START_METHOD = multiprocessing.get_all_start_methods()[0]  # the default comes first
-# What the package itself registers with transformers, once, and what importing torch's parts sets.
+# What the package itself registers with transformers, once, and what importing a library sets;
+# setuptools appends its _vendor to sys.path.
 _OWN_ATTENTION = "dream_"
-_OF_IMPORTS = ("KMP_", "TORCHINDUCTOR_", "TRITON_CACHE_DIR", "PYTEST_CURRENT_TEST")
+_OF_IMPORTS = (
+    "KMP_",
+    "TORCHINDUCTOR_",
+    "_TORCHINDUCTOR_",
+    "TRITON_CACHE_DIR",
+    "PYTEST_CURRENT_TEST",
+)
 
 
 def process_state() -> dict[str, Any]:
     """Return the state by name, in well under a millisecond; of libraries once they are there."""
     state: dict[str, Any] = {
         "working directory": os.getcwd(),
-        "sys.path": dict.fromkeys(sys.path),
+        "sys.path": [path for path in sys.path if not path.endswith("_vendor")],
         "environment": _environment(),
         "recursion limit": sys.getrecursionlimit(),
         "trace and profile functions": (sys.gettrace(), sys.getprofile()),
@@ -104,9 +111,8 @@ def kept(what: str) -> Iterator[None]:
     yield
     after = process_state()
     changed = [_difference(name, before[name], after[name]) for name in before]
-    assert not any(changed), f"{what} leaves the process changed: " + "; ".join(
-        filter(None, changed)
-    )
+    told = "; ".join(filter(None, changed))
+    assert not told, f"{what} leaves the process changed: {told}"
 
 
 def _difference(name: str, before: Any, after: Any) -> str:
