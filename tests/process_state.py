@@ -45,6 +45,7 @@ _OF_IMPORTS = (
     "_TORCHINDUCTOR_",
     "TRITON_CACHE_DIR",
     "PYTEST_CURRENT_TEST",
+    "_RJEM_MALLOC_CONF",  # polars, which mteb imports
 )
 
 

@@ -97,7 +97,6 @@ def test_mistakes_of_evaluate(tiny_model, tmp_path: Path) -> None:
         ([tmp_path / "nowhere"], ValueError, "name a task: .*nowhere"),
         ([folder], ValueError, "name at least one model"),
         (["m", "--tasks", "SciFakt"], ValueError, "mteb has no such task"),
-        (["m", "--tasks", "SciFact", "--query-max-len", "8"], ValueError, "query-max-len cannot"),
         ([tmp_path / "nowhere", folder], (FileNotFoundError, ValueError), "nowhere"),
         (["m", folder, "--processes", "2", "--devices", "cpu"], ValueError, "not both"),
     ):
