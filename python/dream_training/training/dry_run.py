@@ -128,8 +128,8 @@ def _print_plan(config: TrainConfig, plan: Plan, console: Console) -> None:
         ("trained", f"{plan.trained_weights / 1e6:,.1f} M weights"),
         (
             "a step",
-            f"{config.gradient_accumulation_steps} x {config.batch_size} queries over "
-            f"{plan.documents} documents",
+            (f"{steps} x " if (steps := config.gradient_accumulation_steps) > 1 else "")
+            + f"{config.batch_size} queries over {plan.documents} documents",
         ),
         ("  read", f"{plan.read_tokens:,} tokens of documents, once, without gradient"),
         ("  predict", f"{plan.suffix_tokens:,} tokens of queries and targets, with gradient"),
