@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,17 @@ from dream_training.models import smollm2
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path) -> Iterator[Path]:
     """A file: whoever runs the test, root too, can make no folder in it."""
     path = tmp_path / "home"
     path.touch()
-    for name in ("DREAM_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE"):
-        monkeypatch.setenv(name, "x")  # so that its value is restored
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(path))
-    return path
+    # A context of its own ends before the check that a test leaves the process as it was.
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DREAM_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE"):
+            patch.setenv(name, "x")  # so that its value is restored
+            patch.delenv(name)
+        patch.setenv("HOME", str(path))
+        yield path
 
 
 def test_the_cache_of_the_packaged_model_is_named(home: Path, monkeypatch) -> None:
@@ -53,7 +56,7 @@ def test_data_sets_get_a_temporary_cache(home: Path, tmp_path: Path, monkeypatch
     # What the user set stays, and a cache that can be written as well.
     cli._find_cache()
     assert os.environ["HF_DATASETS_CACHE"] == folder
-    monkeypatch.delenv("HF_DATASETS_CACHE")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "new" / "folder"))
+    del os.environ["HF_DATASETS_CACHE"]
+    os.environ["HF_HOME"] = str(tmp_path / "new" / "folder")
     cli._find_cache()
     assert "HF_DATASETS_CACHE" not in os.environ and not capsys.readouterr().err

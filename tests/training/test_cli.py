@@ -45,7 +45,7 @@ def test_heads_then_train_then_evaluate(tiny_model: Path, data: Path, tmp_path: 
     assert result.returncode == 0, result.stderr
     heads = read_heads(tmp_path / "heads.yaml")
     assert heads.chosen == 3 and len(heads.scores) == 12 and heads.provenance["data"] == str(data)
-    assert f"These 3 of 12 heads and the scores of all: {tmp_path / 'heads.yaml'}" in result.stdout
+    assert f"These 3 of 12 heads and the scores of all:  {tmp_path / 'heads.yaml'}" in result.stdout
     assert (tmp_path / "heads.png").stat().st_size > 5000
     best = "-".join(map(str, heads.heads[0]))
     assert f"   1  {best:>6}  {heads.scores[heads.heads[0]]:.4f}" in result.stdout
