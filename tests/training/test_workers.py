@@ -50,7 +50,7 @@ class Death(TrainerCallback):
         for kind, owner, name in (
             ("step", DistilledDreamLoss, "forward"),
             ("evaluation", RetrievalEvaluator, "__call__"),
-            ("saving", checkpoint_folder, "_to_disk"),
+            ("saving", checkpoint_folder, "_digest_of"),
         ):
             if kind == when:
                 setattr(owner, name, self.instead_of(getattr(owner, name)))
