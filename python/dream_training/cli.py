@@ -91,7 +91,7 @@ def train(
     if world.is_main():
         typer.echo(f'\nThe retriever: SentenceTransformer("{result.path}")')
         if what := describe_best(result.history):
-            typer.echo(what)
+            make_console().print(what)
         typer.echo(f"The curve:     {Path(settings.output_dir) / 'curve.png'}")
     world.leave()
     if result.interrupted:

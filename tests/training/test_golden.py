@@ -70,6 +70,7 @@ VOLATILE = (
     (r"\b\d-\d\b", "#-#"),
     # Which model is the best is no matter of layout.
     (r"  \(best so far\)", ""),
+    (r"(?s)NOT BETTER THAN UNTRAINED.*?trained one\.\n", ""),
     (r'/(best|last)"\)', '/<best or last>")'),
     (r"(?<= )[+-](?=\d+\.\d)", " "),
     (r"in \d+%", "in #%"),
