@@ -292,6 +292,33 @@ def report(
 
 
 @app.command()
+def pictures(
+    output: Output = None,
+    images: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="folder of the pictures; by default docs/images of the checkout"),
+    ] = None,
+    demo: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="folder of a dream demo on this machine, to be recorded first"),
+    ] = None,
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="whose records are drawn, by name; by default the newest"),
+    ] = None,
+) -> None:
+    """Draw the README's pictures from the records, for light and dark pages."""
+    from .pictures import draw_pictures, record_demo
+
+    folder = results_folder(output, quick=False)
+    if demo is not None:
+        typer.echo(record_demo(demo, folder))
+    default = _README.parent.parent / "docs" / "images" if output is None else folder / "images"
+    for path in draw_pictures(folder, images or default, device):
+        typer.echo(path)
+
+
+@app.command()
 def floors() -> None:
     """Print the least times that an H100 needs for the acceptance shapes."""
     from .floors import H100, floor_table

@@ -5,7 +5,9 @@ Each is drawn twice, for light and for dark pages; the README's ``<picture>`` ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
+
+from dream_kernels.files import open_whole, write_text
+from dream_training.json_file import read_json
 
 from .cases import GRADIENTS
+from .environment import describe_environment
+from .records import read
 
 Record = dict[str, Any]
 
@@ -48,6 +56,30 @@ THEMES = (
     Theme("light", "#1f2328", "#d0d7de", "#0969da", "#afb8c1", "#bc4c00"),
     Theme("dark", "#e6edf3", "#3d444d", "#4493f8", "#656c76", "#f0883e"),
 )
+
+
+def draw_pictures(results: Path, images: Path, device: str | None) -> list[Path]:
+    """Draw all pictures from the records in ``results``.
+
+    Args:
+        results: folder of the records.
+        images: folder of the pictures.
+        device: whose records; None takes the newest of each kind.
+
+    Raises:
+        ValueError: there is no record of a kind, or none of that device.
+    """
+    demos = [read_json(path) for path in sorted(results.glob("demo-*.json"))]
+    if device is not None:
+        demos = [demo for demo in demos if demo["environment"]["device"] == device]
+    if not demos:
+        raise ValueError(f"{results} has no record of a demo; record one: pictures --demo FOLDER")
+    newest = max(demos, key=lambda demo: demo["environment"]["date"])
+    rows = speed_rows(read(results), device)
+    return [
+        *draw_in_themes("demo", images, lambda theme: draw_demo(newest, theme)),
+        *draw_in_themes("speed", images, lambda theme: draw_speed(rows, theme)),
+    ]
 
 
 def draw_in_themes(name: str, folder: Path, draw: Callable[[Theme], Any]) -> list[Path]:
@@ -110,6 +142,60 @@ def draw_speed(rows: dict[str, dict[str, float]], theme: Theme) -> Any:
     return figure
 
 
+def record_demo(demo: Path, results: Path) -> Path:
+    """Keep the figures of a ``dream demo`` that was run on this machine.
+
+    Args:
+        demo: the folder that the demo wrote.
+        results: of the records; ``demo-<device>.json`` is replaced there.
+
+    Raises:
+        FileNotFoundError: a file of the demo is missing.
+        ValueError: one of its files is not valid.
+    """
+    metrics = read_json(demo / "metrics.json")
+    curves = {"a retriever from nothing": _curve(demo / "history.json")}
+    if "adapted" in metrics:
+        name = f"{metrics['adapted']['retriever']}, adapted"
+        curves[name] = _curve(demo / "adapted" / "history.json")
+    environment = describe_environment(torch.device("cpu"))
+    slug = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
+    record = {"environment": environment, "metrics": metrics, "curves": curves}
+    path = results / f"demo-{slug}.json"
+    write_text(path, json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def _curve(history: Path) -> list[list[float]]:
+    return [[e["step"], e["ndcg_at_10"]] for e in read_json(history)["evaluations"]]
+
+
+def draw_demo(record: Mapping[str, Any], theme: Theme) -> Any:
+    """nDCG@10 over the training steps of each part of the demo, beside BM25."""
+    figure, axes = plt.subplots(figsize=(7.4, 2.9), layout="constrained")
+    colors = (theme.second, theme.ours)
+    for (name, points), color in zip(record["curves"].items(), colors):
+        steps, values = zip(*points)
+        axes.plot(steps, values, "o-", color=color, lw=2, ms=4)
+        axes.annotate(
+            f"{name}: {values[0]:.3f} → {values[-1]:.3f}", (steps[-1], values[-1]), color=color,
+            textcoords="offset points", xytext=(8, 0), va="center",
+        )  # fmt: skip
+    bm25 = record["metrics"]["bm25"]["ndcg_at_10"]
+    axes.axhline(bm25, color=theme.text, ls=":", lw=1.2)
+    axes.annotate(
+        f"BM25: {bm25:.3f}", (0, bm25), textcoords="offset points", xytext=(4, -11), va="center"
+    )
+    last = max(points[-1][0] for points in record["curves"].values())
+    axes.set_xlim(-0.02 * last, 1.75 * last)
+    axes.set_ylim(0, None)
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
+    axes.set_xlabel("training step, no labels")
+    axes.set_ylabel("nDCG@10")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def _save(draw: Callable[[Theme], Any], theme: Theme, path: Path) -> Path:
     colors = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
     settings: Any = {
@@ -122,8 +208,9 @@ def _save(draw: Callable[[Theme], Any], theme: Theme, path: Path) -> Path:
     }
     with plt.rc_context(settings):
         figure = draw(theme)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp.svg")
-        figure.savefig(temporary, transparent=True, metadata={"Date": None, "Creator": None})
+        with open_whole(path, binary=True) as file:
+            figure.savefig(
+                file, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+            )
         plt.close(figure)
-    return temporary.replace(path)
+    return path
