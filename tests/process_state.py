@@ -43,6 +43,7 @@ _OF_IMPORTS = (
     "KMP_",
     "TORCHINDUCTOR_",
     "_TORCHINDUCTOR_",
+    "_RJEM_",
     "TRITON_CACHE_DIR",
     "PYTEST_CURRENT_TEST",
     "_RJEM_MALLOC_CONF",  # polars, which mteb imports
