@@ -43,10 +43,9 @@ _OF_IMPORTS = (
     "KMP_",
     "TORCHINDUCTOR_",
     "_TORCHINDUCTOR_",
-    "_RJEM_",
+    "_RJEM_",  # polars, which mteb imports
     "TRITON_CACHE_DIR",
     "PYTEST_CURRENT_TEST",
-    "_RJEM_MALLOC_CONF",  # polars, which mteb imports
 )
 
 
