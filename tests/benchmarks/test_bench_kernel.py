@@ -83,8 +83,8 @@ def test_a_peer_that_cannot_run_here_says_why(name: str) -> None:
 class _Spoiled(Eager):
     """Eager attention with one thing made wrong."""
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, factor: float = 1.01) -> None:
+        self.what, self.factor = what, factor
         self.name = f"spoiled {what}"
 
     def setup(self, inputs):
@@ -95,12 +95,12 @@ class _Spoiled(Eager):
         def spoiled(output):
             gradients = backward(output)
             if self.what in gradients:
-                gradients[self.what] = gradients[self.what] * 1.1
+                gradients[self.what] = gradients[self.what] * self.factor
             return gradients
 
         forward = right.forward
         if self.what == "output":
-            forward = lambda: right.forward() * 1.1  # noqa: E731
+            forward = lambda: right.forward() * self.factor  # noqa: E731
         if self.what == "everything":
             raise MemoryError("a peer that needs too much")
         return Prepared(forward, spoiled)
@@ -109,7 +109,9 @@ class _Spoiled(Eager):
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("what", ("output", "query", "scores"))
 def test_a_wrong_peer_is_refused_and_gets_no_time(monkeypatch, what: str, dtype: str) -> None:
-    wrong = _Spoiled(what)
+    # Plain PyTorch's own few gradients of scores are off by 1 % in bfloat16.
+    factor = 1.1 if (what, dtype) == ("scores", "bfloat16") else 1.01
+    wrong = _Spoiled(what, factor)
     monkeypatch.setitem(kernel.ADAPTERS, wrong.name, wrong)
     settings = replace(QUICK, peers=["ours (cpu)", wrong.name])
     right, refused = run_kernel([replace(SMALL, dtype=dtype)], settings, quietly, "kernel")
