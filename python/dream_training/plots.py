@@ -134,38 +134,81 @@ def plot_curve(
         reference: nDCG@10 of other retrievers by name, drawn as horizontal lines.
         title: of the picture.
     """
-    figure, left = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
+    return plot_curves({title: history}, path, reference)
+
+
+def plot_curves(
+    histories: Mapping[str, History],
+    path: str | os.PathLike[str],
+    reference: dict[str, float] | None = None,
+) -> Path:
+    """Draw nDCG@10 and the loss over the steps of several runs on the same queries, side by side.
+
+    Args:
+        histories: of the runs, by the title of their panel.
+        path: PNG file.
+        reference: nDCG@10 of other retrievers by name, drawn as horizontal lines.
+    """
+    count = len(histories)
+    figure, panels = plt.subplots(
+        1,
+        count,
+        figsize=(7.0 if count == 1 else 5.2 * count, 4.2),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    lines: dict[str, Any] = {}  # by label, so that the legend has each once
+    for place, (axes, (title, history)) in enumerate(zip(panels[0], histories.items())):
+        drawn = _draw_scores(axes, history, reference or {})
+        drawn += _draw_loss(axes, history, place == count - 1)
+        lines |= {line.get_label(): line for line in drawn}
+        axes.set_title(title, fontsize=12 if count == 1 else 11)
+    highest = [max(line.get_ydata()) for label, line in lines.items() if "(left)" in label]
+    highest += [e["ndcg_at_10"] for history in histories.values() for e in history.evaluations]
+    panels[0][0].set_ylim(0, 1.15 * max([0.1, *highest]))
+    panels[0][0].set_ylabel("nDCG@10")
+    figure.legend(
+        handles=list(lines.values()), loc="outside lower center", ncols=3, fontsize=8, frameon=False
+    )
+    return _save(figure, path)
+
+
+def _draw_scores(axes: Any, history: History, reference: dict[str, float]) -> list[Any]:
+    """nDCG@10 over the steps, and that of other retrievers."""
     lines: list[Any] = []
     if history.evaluations:
         steps = [e["step"] for e in history.evaluations]
         values = [e["ndcg_at_10"] for e in history.evaluations]
-        lines += left.plot(steps, values, "o-", color="#1b4f8a", lw=2, label="nDCG@10 (left)")
+        lines += axes.plot(steps, values, "o-", color="#1b4f8a", lw=2, label="nDCG@10 (left)")
         for step, value in zip(steps, values):
-            left.annotate(
+            axes.annotate(
                 f"{value:.3f}", (step, value), textcoords="offset points", xytext=(0, 7),
                 ha="center", fontsize=8,
             )  # fmt: skip
-    for (name, value), style in zip((reference or {}).items(), (":", "-.", "--")):
-        lines.append(left.axhline(value, color="0.35", ls=style, lw=1.2, label=f"{name} (left)"))
-    left.set_ylim(0, 1.15 * max([0.1, *(line.get_ydata()[-1] for line in lines)]))
-    left.set_xlabel("training step")
-    left.set_ylabel("nDCG@10")
+    for (name, value), style in zip(reference.items(), (":", "-.", "--")):
+        lines.append(axes.axhline(value, color="0.35", ls=style, lw=1.2, label=f"{name} (left)"))
+    axes.set_xlabel("training step")
+    axes.grid(alpha=0.25)
+    return lines
+
+
+def _draw_loss(axes: Any, history: History, labelled: bool) -> list[Any]:
+    """The loss over the steps, on an axis of its own at the right."""
     losses = [(s["step"], s["loss"]) for s in history.steps if "loss" in s]
-    if losses:
-        right = left.twinx()
-        x, y = np.array(losses).T
-        lines += right.plot(x, y, color="#d08a3a", lw=0.8, alpha=0.45)
-        window = min(len(y), 10)
-        smooth = np.convolve(y, np.ones(window) / window, mode="valid")
-        lines[-1] = right.plot(
-            x[window - 1 :], smooth, color="#d08a3a", lw=2, ls="--",
-            label=f"loss, mean of {window} steps (right)",
-        )[0]  # fmt: skip
+    if not losses:
+        return []
+    right = axes.twinx()
+    x, y = np.array(losses).T
+    right.plot(x, y, color="#d08a3a", lw=0.8, alpha=0.45)
+    window = min(len(y), 10)
+    smooth = np.convolve(y, np.ones(window) / window, mode="valid")
+    if labelled:
         right.set_ylabel("loss of the objective, nats")
-    left.set_title(title)
-    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    left.grid(alpha=0.25)
-    return _save(figure, path)
+    return right.plot(
+        x[window - 1 :], smooth, color="#d08a3a", lw=2, ls="--",
+        label=f"loss, mean of {window} steps (right)",
+    )  # fmt: skip
 
 
 def plot_comparison(rows: Sequence[Row], path: str | os.PathLike[str]) -> Path:

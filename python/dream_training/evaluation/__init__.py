@@ -1,6 +1,6 @@
 """nDCG@10 of retrievers on BEIR folders and mteb tasks, and paired tests between retrievers."""
 
-from dream_training.evaluation.paired import Comparison, compare_queries
+from dream_training.evaluation.paired import Comparison, bootstrap_interval, compare_queries
 from dream_training.evaluation.results import Evaluation, read_evaluations, write_evaluations
 from dream_training.evaluation.retrieval import (
     TOP_K,
@@ -25,6 +25,7 @@ __all__ = [
     "RetrievalEvaluator",
     "RetrievalTask",
     "average",
+    "bootstrap_interval",
     "compare_queries",
     "evaluate_task",
     "expand_tasks",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,24 +57,17 @@ def compare_queries(a: Mapping[str, float], b: Mapping[str, float], seed: int = 
     Raises:
         ValueError: there is no query, or the two have different ones.
     """
-    from scipy import stats
-
     _check_queries(a, b)
     queries = sorted(a)
     x, y = (np.array([scores[q] for q in queries], dtype=float) for scores in (a, b))
     difference = y - x
     difference[np.abs(difference) < _TIE] = 0.0
-    low = high = float(difference.mean())
+    low, high = bootstrap_interval(difference, seed)
     p_value = 1.0
-    # Equal differences have no spread to resample; scipy refuses or warns.
-    if len(queries) > 1 and np.ptp(difference) > 0:
-        interval = stats.bootstrap(
-            (difference,), np.mean, n_resamples=_RESAMPLES, confidence_level=0.95,
-            method="percentile", batch=256, random_state=np.random.default_rng(seed),
-        ).confidence_interval  # fmt: skip
-        low, high = float(interval.low), float(interval.high)
     # Swapping a single pair gives nothing more extreme than what is there.
     if len(queries) > 1 and difference.any():
+        from scipy import stats
+
         p_value = float(
             stats.permutation_test(
                 (difference, np.zeros_like(difference)), _mean_difference,
@@ -94,6 +87,26 @@ def compare_queries(a: Mapping[str, float], b: Mapping[str, float], seed: int = 
         ties=int((difference == 0).sum()),
         losses=int((difference < 0).sum()),
     )
+
+
+def bootstrap_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of a mean over queries, by the percentile bootstrap.
+
+    Args:
+        values: one for each query, at least one.
+        seed: of the resampling.
+    """
+    from scipy import stats
+
+    values = np.asarray(values, dtype=float)
+    # Equal values have no spread to resample; scipy refuses or warns.
+    if len(values) < 2 or np.ptp(values) == 0:
+        return float(values.mean()), float(values.mean())
+    interval = stats.bootstrap(
+        (values,), np.mean, n_resamples=_RESAMPLES, confidence_level=0.95,
+        method="percentile", batch=256, random_state=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return float(interval.low), float(interval.high)
 
 
 def _mean_difference(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:

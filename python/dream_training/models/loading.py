@@ -8,7 +8,8 @@ import torch
 
 from dream_training.config import TrainConfig
 from dream_training.distributed.sharding import loaded_whole
-from dream_training.models.names import PACKAGED_MODEL, check_name
+from dream_training.models.minilm import minilm_path
+from dream_training.models.names import PACKAGED, PACKAGED_MODEL, PACKAGED_RETRIEVER, check_name
 from dream_training.models.retriever import build_retriever
 from dream_training.models.smollm2 import smollm2_path
 from dream_training.models.texts import prepare_retriever
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
 
 
 def resolve_model(name: str, dtype: str = "auto") -> str:
-    """Return the path behind the name of a model: ``smollm2`` stands for the packaged one."""
-    if name != PACKAGED_MODEL:
-        return name
-    return str(smollm2_path(dtype))
+    """Return the path behind the name of a model: ``smollm2`` and ``minilm`` are packaged ones.
+
+    Raises:
+        ModuleNotFoundError: the package is missing; the message names the command that brings it.
+    """
+    if name == PACKAGED_RETRIEVER:
+        return str(minilm_path())
+    return str(smollm2_path(dtype)) if name == PACKAGED_MODEL else name
 
 
 def check_models(config: TrainConfig) -> None:
@@ -34,7 +39,7 @@ def check_models(config: TrainConfig) -> None:
     """
     for key in ("reader", "retriever"):
         name = getattr(config, key)
-        if name != PACKAGED_MODEL and not (key == "reader" and config.objective == "infonce"):
+        if name not in PACKAGED and not (key == "reader" and config.objective == "infonce"):
             check_name(name, key)
 
 

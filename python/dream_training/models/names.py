@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-PACKAGED_MODEL = "smollm2"
+PACKAGED_MODEL, PACKAGED_RETRIEVER = "smollm2", "minilm"
+PACKAGED = (PACKAGED_MODEL, PACKAGED_RETRIEVER)
 
 
 def check_name(path: str | os.PathLike[str], what: str) -> None:
@@ -37,7 +38,7 @@ def check_name(path: str | os.PathLike[str], what: str) -> None:
     except HFValidationError:
         raise FileNotFoundError(f"{what}: there is no folder {name!r}{_nearest(name)}") from None
     # No model of the hub without an owner has such a name.
-    if "/" not in name and difflib.get_close_matches(name, [PACKAGED_MODEL], cutoff=0.75):
+    if "/" not in name and difflib.get_close_matches(name, PACKAGED, cutoff=0.75):
         raise FileNotFoundError(
             f"{what}: there is neither a folder nor a known model {name!r}{_nearest(name)}"
         )
@@ -66,7 +67,7 @@ def _nearest(name: str) -> str:
     if parent.is_dir():
         beside = [str(parent / child.name) for child in parent.iterdir() if child.is_dir()]
     wanted = os.path.normpath(name)
-    near = difflib.get_close_matches(wanted, [PACKAGED_MODEL, *KNOWN, *beside], n=1, cutoff=0.75)
+    near = difflib.get_close_matches(wanted, [*PACKAGED, *KNOWN, *beside], n=1, cutoff=0.75)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

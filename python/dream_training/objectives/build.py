@@ -22,6 +22,7 @@ from dream_training.objectives.infonce import (
 )
 from dream_training.objectives.revela import TEXT_PROMPT, RevelaLoss
 from dream_training.objectives.temperature import Temperature
+from dream_training.objectives.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -54,6 +55,7 @@ def build_objective(
     model: SentenceTransformer,
     data: Dataset | IterableDataset,
     choose_heads: Callable[[], Heads],
+    verdicts: Verdicts | None = None,
 ) -> Objective:
     """Build the objective that a config names.
 
@@ -62,6 +64,7 @@ def build_objective(
         model: the retriever.
         data: with the columns ``query``, ``target``, ``documents``, ``positive``.
         choose_heads: returns the heads that receive the scores; called where they matter.
+        verdicts: keeps what the reader says, with ``teaching: distilled``.
 
     Raises:
         ValueError: the objective needs labels that the data does not have, or lines that can be in
@@ -91,7 +94,9 @@ def build_objective(
         if config.teaching == "direct":
             own = DreamLoss(model, reader, temperature, **options)
         else:
-            own = DistilledDreamLoss(model, reader, temperature, **_teacher(config), **options)
+            own = DistilledDreamLoss(
+                model, reader, temperature, **_teacher(config), **options, verdicts=verdicts
+            )
     elif name == "replug":
         own = ReplugLoss(
             model,

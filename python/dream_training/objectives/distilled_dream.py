@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from dream_training.config import DIRECTIONS
+from dream_training.distributed import world
 from dream_training.objectives.base import check_choice, check_positive
 from dream_training.objectives.distillation import divergence
 from dream_training.objectives.dream import PoolReading
 from dream_training.objectives.temperature import Temperature
+from dream_training.objectives.verdicts import Verdicts, reader_identity, verdict_keys
 from dream_training.reading.reader import Reader
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ class DistilledDreamLoss(PoolReading):
         direction: ``"teacher_student"``, as above, or ``"student_teacher"``, the other divergence.
         mini_batch_size: as in :class:`~dream_training.objectives.dream.DreamLoss`.
         gather_across_devices: as there.
+        verdicts: keeps what the reader said. A batch whose queries were all read before with the
+            same targets and pools, in this training or in another one that was given the same
+            object, is not read again. None keeps nothing.
 
     Attributes:
         metrics: as there, but ``loss`` is the divergence, in nats per query.
@@ -74,13 +79,44 @@ class DistilledDreamLoss(PoolReading):
         direction: str = "teacher_student",
         mini_batch_size: int | None = None,
         gather_across_devices: bool = False,
+        verdicts: Verdicts | None = None,
     ) -> None:
         super().__init__(model, reader, temperature, mini_batch_size, gather_across_devices)
+        self.verdicts = verdicts
+        self._identity: str | None = None
         self.teacher_temperature = check_positive("teacher_temperature", teacher_temperature)
         self.direction = check_choice("direction", direction, DIRECTIONS)
 
     def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
         """What each document is worth to the reader, ``[B, C]`` in nats, without a graph."""
+        if self.verdicts is None:
+            return self._judge(query, pool)
+        keys, sizes = self._keys(query, pool)
+        known = self.verdicts.get(keys)
+        # The processes of a sharded reader, or of a shared pool, read together.
+        if world.max_over_ranks(known is None):
+            worth = self._judge(query, pool)
+            self.verdicts.put(keys, worth, sizes)
+            return worth
+        assert known is not None
+        self._read_tokens = 0
+        return known.to(self.reader.device)
+
+    def _keys(self, query: dict[str, Any], pool: dict[str, Any]) -> tuple[list[str], list[int]]:
+        """The keys of the queries, and the sizes of their pools."""
+        if self._identity is None:
+            self._identity = reader_identity(self.reader)
+        texts = pool["texts"]
+        pools = query.get("pools")
+        own = (
+            [texts] * len(query["texts"])
+            if pools is None
+            else [[texts[i] for i in p] for p in pools]
+        )
+        keys = verdict_keys(self._identity, query["texts"], query["targets"], own)
+        return keys, list(map(len, own))
+
+    def _judge(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
         prefix = self.read_documents(query, pool)
         starts, ends = prefix.spans.unbind(-1)
         documents = (ends > starts).sum(-1, keepdim=True)  # [1 or B, 1]

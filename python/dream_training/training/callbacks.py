@@ -63,7 +63,7 @@ def describe(metrics: dict[str, float], brief: bool = False) -> str:
     if brief:
         return "  ".join(parts)
     if "weight_on_positive" in metrics:
-        parts.append(f"weight on positive {metrics['weight_on_positive']:.2f}")
+        parts.append(f"on positive {metrics['weight_on_positive']:.2f}")
     if "entropy" in metrics:
         parts.append(f"entropy {metrics['entropy']:.2f}/{metrics['max_entropy']:.2f}")
     if "temperature" in metrics:

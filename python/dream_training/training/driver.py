@@ -38,6 +38,7 @@ from dream_training.models.precision import train_in_float32
 from dream_training.models.texts import library_keeps_lengths, prepare_retriever
 from dream_training.objectives.build import build_objective, check_data
 from dream_training.objectives.temperature import Temperature
+from dream_training.objectives.verdicts import Verdicts
 from dream_training.plots import plot_curve, plot_heads
 from dream_training.training.callbacks import (
     History,
@@ -170,6 +171,7 @@ def train(
     evaluate_first: bool = True,
     history: History | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    verdicts: Verdicts | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> TrainResult:
@@ -196,6 +198,8 @@ def train(
         evaluate_first: evaluate before the first step too.
         history: what was measured before; the run adds to it.
         callbacks: the trainer's, beside the run's own.
+        verdicts: keeps what the reader says, for this run and others, see
+            :class:`~dream_training.objectives.distilled_dream.DistilledDreamLoss`.
         resume: go on from the newest checkpoint that is whole, as if the run had not stopped; from
             the first step if there is none.
         overwrite: a new run deletes what an earlier one wrote to ``output_dir``, once it has
@@ -244,7 +248,7 @@ def train(
         world.on_main(prepare)
         return _run(
             config, given, data, steps_data, evaluator, heads, model, console, evaluate_first,
-            history, callbacks, resume,
+            history, callbacks, verdicts, resume,
         )  # fmt: skip
 
 
@@ -260,6 +264,7 @@ def _run(
     evaluate_first: bool,
     history: History | None,
     callbacks: Sequence[TrainerCallback],
+    verdicts: Verdicts | None,
     resume: bool,
 ) -> TrainResult:
     """Train in a folder that is this run's own; ``given`` is the config as it is written there."""
@@ -293,7 +298,7 @@ def _run(
         identity["heads"] = chosen
         return chosen
 
-    objective = build_objective(config, model, steps_data, choose_heads)
+    objective = build_objective(config, model, steps_data, choose_heads, verdicts)
     begin()
     history = history or History()
     record = RunRecord(

@@ -1,0 +1,241 @@
+"""The two trainings of the demo, over the same batches and with the same teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dream_kernels import HeadFile
+from dream_training.config import TrainConfig
+from dream_training.data.docstrings import DocumentationData, RetrievalSplit
+from dream_training.data.jsonl import to_training_data
+from dream_training.demo.measured import DemoEvaluator, Measured
+from dream_training.demo.pools import group_rows, stream_batches
+from dream_training.evaluation import RetrievalTask
+from dream_training.models.averaging import average_weights, averaged, copy_weights
+from dream_training.models.loading import make_retriever, resolve_model
+from dream_training.models.retriever import merged, save_retriever
+from dream_training.objectives.verdicts import Verdicts
+from dream_training.training.callbacks import History
+from dream_training.training.driver import train
+from dream_training.training.output_folder import BEST, LAST
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DATA = "documentation of the installed packages"
+RETRIEVER_LAYERS = 10
+HEADS = 64
+# Of a batch: groups of neighbours, and the queries of one.
+GROUPS, GROUP = 4, 7
+# How often a retriever sees what was read once, and what the trained one keeps of what it learns.
+ROUNDS, SHARE = 2, 0.5
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What both parts share.
+
+    Attributes:
+        test: the queries that count.
+        repeats: those that only repeat a summary.
+        both: all of them, ranked in one pass.
+        rows: training data.
+        batches: its rows that come together.
+        settings: of the config: the reader, how it reads, the seed.
+        steps: of each part.
+        console: where to print.
+        verdicts: what the reader said.
+    """
+
+    test: RetrievalTask
+    repeats: RetrievalTask
+    both: RetrievalTask
+    rows: Dataset
+    batches: list[list[int]]
+    settings: dict[str, Any]
+    steps: int
+    console: Console
+    verdicts: Verdicts = field(default_factory=Verdicts)
+
+    @classmethod
+    def of(
+        cls, data: DocumentationData, reader: str, steps: int, seed: int, console: Console
+    ) -> Setup:
+        """Lay out data, batches and reading."""
+        test, repeats = _task(data, data.test), _task(data, data.repeats)
+        both = RetrievalTask(
+            {**test.queries, **repeats.queries}, data.corpus, {**test.qrels, **repeats.qrels}
+        )
+        texts = [f"{example.query}\n{example.document}" for example in data.train]
+        batches = group_rows(texts, GROUP, GROUPS, seed)[: -(-steps // ROUNDS)]
+        settings: dict[str, Any] = {
+            "reader": reader,
+            "train_data": DATA,
+            # The beginnings of many documents teach more in this time than the whole of a few.
+            "batch_size": GROUP * GROUPS,
+            "query_max_len": 24,
+            "reader_passage_max_len": 40,
+            "target_max_len": 16,
+            "top_k": _heads_of(reader),
+            "save_steps": 0,
+            "seed": seed,
+        }
+        rows = to_training_data((e.query, e.target, e.document) for e in data.train)
+        return cls(test, repeats, both, rows, batches, settings, steps, console)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one training did.
+
+    Attributes:
+        before: the retriever before its first step.
+        after: the same after the last.
+        history: losses and evaluations.
+        path: folder of the retriever after the last step.
+        seconds: of the training, evaluations included.
+    """
+
+    before: Measured
+    after: Measured
+    history: History
+    path: Path
+    seconds: float
+
+
+def train_from_nothing(setup: Setup, output_dir: Path) -> Part:
+    """The first layers of the reader's own backbone, of which nobody made a retriever."""
+    reader = str(setup.settings["reader"])
+    config = TrainConfig(
+        **setup.settings,
+        retriever=reader,
+        retriever_layers=_layers_of(reader),
+        passage_max_len=40,
+        temperature=0.02,
+        learning_rate=2e-3,
+        warmup_steps=5,
+        max_steps=setup.steps,
+        eval_steps=-(-setup.steps // 2),
+        output_dir=str(output_dir),
+    )
+    return _train(setup, config)
+
+
+def adapt_trained(
+    setup: Setup, output_dir: Path, retriever: str, heads: HeadFile | None = None
+) -> Part:
+    """A retriever that others have trained, on documents for which nobody has labels.
+
+    What it learns is averaged with what it knew, and every figure is that of the average.
+
+    Args:
+        setup: what both parts share.
+        output_dir: of this part.
+        retriever: folder or hub name of a sentence-transformers model.
+        heads: of the reader; selected here by default.
+    """
+    config = TrainConfig(
+        **setup.settings,
+        retriever=retriever,
+        lora_r=0,
+        passage_max_len=64,
+        temperature=0.05,
+        learning_rate=1e-4,
+        warmup_steps=5,
+        max_steps=setup.steps,
+        report_queries=0,
+        output_dir=str(output_dir),
+    )
+    return _train(setup, config, heads, SHARE)
+
+
+def _train(
+    setup: Setup, config: TrainConfig, heads: HeadFile | None = None, share: float = 1.0
+) -> Part:
+    """Train, and measure at the begin, in the middle and at the end.
+
+    Args:
+        setup: what both parts share.
+        config: of this one.
+        heads: of the reader; selected here by default.
+        share: of what was learned, see :func:`average_weights`.
+    """
+    model = make_retriever(config)
+    start = copy_weights(model) if share < 1 else {}
+    evaluator = DemoEvaluator(setup.both, setup.test)
+    history = History()
+
+    def measure(step: int) -> None:
+        with averaged(model, start, share):
+            means = evaluator(merged(model))
+        history.evaluations.append({"step": float(step), **means})
+        setup.console.print(
+            f"step {step}  nDCG@10 {means['ndcg_at_10']:.4f}  recall@10 {means['recall_at_10']:.4f}"
+        )
+
+    measure(0)
+    before = evaluator.measured
+    options: dict[str, Any] = {"evaluator": evaluator, "evaluate_first": False}
+    if share < 1:  # what the run itself evaluates and keeps is no average
+        options = {"callbacks": [_Halfway(config.max_steps // 2, measure)]}
+    result = train(
+        config,
+        data=stream_batches(setup.rows, setup.batches, config.max_steps, config.seed),
+        heads=heads,
+        model=model,
+        console=setup.console,
+        overwrite=True,
+        history=history,
+        verdicts=setup.verdicts,
+        **options,
+    )
+    if result.interrupted:
+        raise KeyboardInterrupt
+    if history.evaluations[-1]["step"] != config.max_steps:
+        measure(config.max_steps)
+    # The last model, not the best: that one was chosen on the test queries.
+    path = Path(config.output_dir) / LAST
+    if share < 1:
+        average_weights(model, start, share)
+        for name in (LAST, BEST):
+            save_retriever(model, path.with_name(name))
+    return Part(before, evaluator.measured, history, path, result.seconds)
+
+
+class _Halfway(TrainerCallback):
+    """Measures once, after a step in the middle."""
+
+    def __init__(self, step: int, measure: Callable[[int], None]) -> None:
+        self.step, self.measure = step, measure
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == self.step:
+            self.measure(self.step)
+
+
+def _task(data: DocumentationData, split: RetrievalSplit) -> RetrievalTask:
+    return RetrievalTask(split.queries, data.corpus, split.qrels)
+
+
+def _heads_of(reader: str) -> int:
+    """How many of the reader's heads are scored, no more than it has."""
+    model = _config_of(reader)
+    return min(HEADS, model.num_hidden_layers * model.num_attention_heads)
+
+
+def _layers_of(reader: str) -> int:
+    return min(RETRIEVER_LAYERS, _config_of(reader).num_hidden_layers)
+
+
+def _config_of(reader: str) -> Any:
+    from dream_training.models.trust import load_model_config
+
+    return load_model_config(resolve_model(reader), what="reader")

@@ -1,0 +1,89 @@
+"""What the reader said of a query and its pool, kept so that nobody reads the same twice.
+
+What :class:`~dream_training.objectives.distilled_dream.DistilledDreamLoss` learns from does not
+depend on the retriever: a pool that comes again in a later epoch, or in the training of another
+retriever, has the same teacher.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dream_training.reading.document_store import model_identity
+
+if TYPE_CHECKING:
+    from dream_training.reading.reader import Reader
+
+
+class Verdicts:
+    """A map from reader, query, target and pool to what each document is worth, in memory.
+
+    It grows by four bytes for each document of a pool, and nothing leaves it.
+
+    Attributes:
+        hits: queries whose pool was known.
+        misses: queries whose pool was not.
+    """
+
+    def __init__(self) -> None:
+        self.hits = self.misses = 0
+        self._known: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, keys: Sequence[str]) -> Tensor | None:
+        """Return ``[B, C]`` in nats on the CPU, 0 behind the end of a smaller pool.
+
+        None unless every one of the ``B`` queries is known: reading one query of a batch costs
+        nearly as much as reading all.
+        """
+        if any(key not in self._known for key in keys):
+            self.misses += len(keys)
+            return None
+        self.hits += len(keys)
+        rows = [self._known[key] for key in keys]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    def put(self, keys: Sequence[str], worth: Tensor, sizes: Sequence[int]) -> None:
+        """Keep ``worth``, ``[B, C]``, of pools of ``sizes`` documents."""
+        for key, row, size in zip(keys, worth.detach().cpu(), sizes, strict=True):
+            self._known[key] = row[:size].clone()
+
+
+def verdict_keys(
+    identity: str, queries: Sequence[str], targets: Sequence[str], pools: Sequence[Sequence[str]]
+) -> list[str]:
+    """Return the key of each query with its target and the texts of its pool, in their order."""
+    return [
+        hashlib.blake2b(json.dumps([identity, *texts]).encode(), digest_size=20).hexdigest()
+        for texts in zip(queries, targets, pools, strict=True)
+    ]
+
+
+def reader_identity(reader: Reader) -> str:
+    """Return a digest of all that decides what a reader says: weights, heads, prompt, lengths.
+
+    Reads every weight once: about a second for each gigabyte.
+    """
+    injection = reader.injection
+    head = reader.model.get_output_embeddings().weight.detach().cpu().contiguous()
+    settings: dict[str, Any] = {
+        "model": model_identity(reader.model),
+        "head": hashlib.blake2b(head.view(torch.uint8).numpy().data).hexdigest(),
+        "heads": {str(layer): list(heads) for layer, heads in injection.heads.items()},
+        "mode": injection.mode,
+        "document_mass": injection.document_mass,
+        "context": reader.context,
+        "injected_rows": reader.injected_rows,
+        "lengths": [reader.query_max_len, reader.passage_max_len, reader.target_max_len],
+        "prompt": asdict(reader.prompt),
+    }
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode()).hexdigest()
