@@ -75,6 +75,9 @@ def test_both_parts(
         assert (out / name).stat().st_size > 500
     corpus, queries, qrels = read_beir_folder(out / "beir")
     assert len(queries) == metrics["queries"] and len(corpus) == metrics["documents"]
+    for folder in (out, out / "adapted"):
+        evaluations = json.loads((folder / "history.json").read_text())["evaluations"]
+        assert [evaluation["step"] for evaluation in evaluations] == [0, READ, STEPS]
     # The figures are those of the folders.
     for folder, scores, length in (("last", metrics, 40), ("adapted/last", adapted, 64)):
         evaluator = RetrievalEvaluator(RetrievalTask(queries, corpus, qrels), 24, length)

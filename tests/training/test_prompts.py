@@ -232,7 +232,7 @@ def test_a_run_with_a_template(tiny_model, tmp_path) -> None:
             train_data=str(data), top_k=4, batch_size=4, max_steps=2, device="cpu",
             reader_prompt=prompt, output_dir=str(tmp_path / "out"),
         )  # fmt: skip
-        steps = train(config, console=Console(file=io.StringIO())).history.steps
+        steps = train(config, console=Console(file=io.StringIO()), overwrite=True).history.steps
         return [step["loss"] for step in steps]
 
     assert losses("plain") != losses(str(tmp_path / "tags.jinja"))

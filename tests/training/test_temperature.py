@@ -106,7 +106,7 @@ def run(tiny_model, tmp_path):
             learning_rate=1e-2, warmup_steps=0, output_dir=str(tmp_path / "out"), **changes,
         )  # fmt: skip
         console = Console(file=io.StringIO(), width=200)
-        train(config, console=console)
+        train(config, console=console, overwrite=True)
         steps = json.loads((tmp_path / "out" / "history.json").read_text())["steps"]
         return (
             [step.get("temperature") for step in steps],

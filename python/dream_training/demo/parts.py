@@ -17,10 +17,12 @@ from dream_training.data.jsonl import to_training_data
 from dream_training.demo.measured import DemoEvaluator, Measured
 from dream_training.demo.pools import group_rows, stream_batches
 from dream_training.evaluation import RetrievalTask
+from dream_training.json_file import write_json
 from dream_training.models.averaging import average_weights, averaged, copy_weights
 from dream_training.models.loading import make_retriever, resolve_model
 from dream_training.models.retriever import merged, save_retriever
 from dream_training.objectives.verdicts import Verdicts
+from dream_training.plots import plot_curve
 from dream_training.training.callbacks import History
 from dream_training.training.driver import train
 from dream_training.training.output_folder import BEST, LAST
@@ -199,6 +201,8 @@ def _train(
         raise KeyboardInterrupt
     if history.evaluations[-1]["step"] != config.max_steps:
         measure(config.max_steps)
+        write_json(Path(config.output_dir) / "history.json", history.state())
+        plot_curve(history, Path(config.output_dir) / "curve.png")
     # The last model, not the best: that one was chosen on the test queries.
     path = Path(config.output_dir) / LAST
     if share < 1:

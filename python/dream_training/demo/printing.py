@@ -64,10 +64,10 @@ def print_results(console: Console, results: Results, metrics: Mapping[str, Any]
 def print_comparison(console: Console, name: str, comparison: Comparison) -> None:
     """Print what changed from the trained retriever to the adapted one."""
     console.print(
-        f"{name} + DREAM against {name}: nDCG@10 {comparison.difference:+.3f}, 95 % interval "
-        f"{comparison.low:+.3f} .. {comparison.high:+.3f}, p = {comparison.p_value:.4f}; better "
-        f"on {comparison.wins} queries, worse on {comparison.losses}, as good on "
-        f"{comparison.ties}."
+        f"{name} + DREAM against {name}: {comparison.difference:+.3f} nDCG@10, 95 % interval "
+        f"{comparison.low:+.3f} .. {comparison.high:+.3f},\n"
+        f"p = {comparison.p_value:.4f}; better on {comparison.wins} queries, worse on "
+        f"{comparison.losses}, as good on {comparison.ties}."
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dream_kernels import read_heads
+from dream_kernels.head_file import read_chosen_heads
 from dream_training.checkpointing.folder import add_file
 from dream_training.config import (
     OBJECTIVES,
@@ -293,7 +293,8 @@ def _same_heads(config: TrainConfig) -> bool:
     used = Path(config.output_dir) / HEADS
     if config.heads == "auto" or not used.is_file():
         return True
-    return read_heads(config.heads).heads == read_heads(used).heads
+    chosen = read_chosen_heads(config.heads, config.top_k)
+    return chosen.by_layer() == read_chosen_heads(used).by_layer()
 
 
 def _check_same(config: TrainConfig) -> None:
