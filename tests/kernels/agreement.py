@@ -7,7 +7,7 @@
 - in 16-bit dtypes, whose rounding hides 1 % in a single element: how much of what a head, a
   segment or all of them add to the result is missing or too much. That is the slope of the errors
   over those terms, the least squares weighted by the deviations. Its own error is small where
-  roundings are independent, and at most one rounding where one is common to all terms.
+  roundings are independent, and about one rounding where one is common to all terms.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ LARGEST = 6.0
 # elements, so the few independent ones of a small tensor may all be large.
 MEAN, MEAN_OF_FEW = 1.5, 3.0
 # Of a slope, in its standard deviations were all errors independent; and in roundings. The errors
-# of a vector are common, as are those of a document's only probability over all rows.
-SLOPE, SLOPE_OF_SCORES, SLOPE_ROUNDINGS = 12.0, 5.0, 1.5
+# of a vector are common, and so are, over all rows, those of the only probability of a document, to
+# which those of the other documents add where their values point the same way.
+SLOPE, SLOPE_OF_SCORES = 12.0, 5.0
+ROUNDINGS, ROUNDINGS_OF_DOCUMENT = 1.5, 2.0
 # Slopes of at most so many documents are looked at.
 DOCUMENTS = 8
 
@@ -120,6 +122,8 @@ class Oracle:
             return None
         for what, terms in self.terms():
             slope, allowed = self.slope(name, terms[name].reshape(exact.shape), error)
+            roundings = ROUNDINGS_OF_DOCUMENT if what.startswith("document") else ROUNDINGS
+            allowed = max(allowed, roundings * torch.finfo(self.dtype).eps / 2)
             if not abs(slope) <= allowed:
                 return (
                     f"{name}: what {what} adds to it is {slope:+.2%} too large; "
@@ -128,7 +132,7 @@ class Oracle:
         return None
 
     def slope(self, name: str, term: Tensor, error: Tensor) -> tuple[float, float]:
-        """How much of a term is in the errors, and how much may be."""
+        """How much of a term is in the errors, and how much may be of independent errors."""
         deviation = self.deviations[name].reshape(term.shape)
         term = torch.where(term == 0, 0.0, term / deviation)
         size = term.norm().item()
@@ -136,8 +140,7 @@ class Oracle:
             return 0.0, 0.0
         error = torch.where(term == 0, 0.0, error / deviation)
         independent = SLOPE_OF_SCORES if name == "scores" else SLOPE
-        rounding = SLOPE_ROUNDINGS * torch.finfo(self.dtype).eps / 2
-        return (error * term).sum().item() / size**2, max(rounding, independent / size)
+        return (error * term).sum().item() / size**2, independent / size
 
     def terms(self) -> list[tuple[str, dict[str, Tensor]]]:
         """What everything, each head, and the rest and some documents add to every result."""
