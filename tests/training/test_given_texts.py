@@ -28,7 +28,7 @@ from dream_training.commands.mine import run_mine
 from dream_training.data.beir_folder import write_beir_folder
 from dream_training.data.docstrings import RetrievalSplit
 from dream_training.data.mining import MiningOptions
-from dream_training.demo import _DemoEvaluator
+from dream_training.demo.measured import DemoEvaluator
 from dream_training.doctor.diagnosis import diagnose
 from dream_training.evaluation import RetrievalTask, search
 from dream_training.evaluation.mteb_tasks import evaluate_mteb_task, get_task
@@ -255,7 +255,7 @@ def test_commands_give_what_the_folder_gives(
         return
     elif name == "demo":
         task = load_task(data["eval_data"], EvaluationOptions())
-        _DemoEvaluator(task, task)(model)
+        DemoEvaluator(task, task)(model)
     else:
         run_trainer(model, Dataset.from_list(make_lines()), tmp_path)
         assert given <= queries | documents and given & queries and given & documents
