@@ -40,6 +40,7 @@ _START_METHOD = multiprocessing.get_all_start_methods()[0]  # the default comes 
 # setuptools appends its _vendor to sys.path.
 _OWN_ATTENTION = "dream_"
 _OF_IMPORTS = (
+    "ACCELERATE_",  # a trainer of transformers 4, to the same values each time
     "KMP_",
     "TORCHINDUCTOR_",
     "_TORCHINDUCTOR_",

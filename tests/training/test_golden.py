@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from dream_training import console
 from dream_training.cli import app
+from dream_training.models.texts import library_keeps_lengths
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = {
@@ -123,6 +124,10 @@ def dream(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str
     return run
 
 
+@pytest.mark.skipif(
+    not library_keeps_lengths(),
+    reason="sentence-transformers before 6 has one length for both kinds of text, and runs say so",
+)
 def test_the_outputs(dream: Callable[..., str]) -> None:
     """One test: the commands build on each other."""
     differing = []
