@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import platform
+import re
 import shutil
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import dream_kernels
+from dream_training.environment import installed_versions
 
 _RESULTS = "benchmarks/results"  # recording a figure changes no code
 PACKAGES = (
@@ -30,7 +30,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"dream-kernels": dream_kernels.__version__, **_versions()},
+        "versions": {"dream-kernels": dream_kernels.__version__, **installed_versions(PACKAGES)},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
@@ -48,6 +48,11 @@ def device_name(device: torch.device) -> str:
                 name = line.split(":", 1)[1].strip()
                 break
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def device_slug(device: str) -> str:
+    """The name of a device as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def commit() -> str | None:
@@ -69,14 +74,6 @@ def commit() -> str | None:
         "status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude,top){_RESULTS}"
     )
     return head + ("+" if changed else "")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def _driver(device: torch.device) -> str | None:

@@ -6,7 +6,6 @@ Each is drawn twice, for light and for dark pages; the README's ``<picture>`` ch
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from dream_kernels.files import open_whole, write_text
 from dream_training.json_file import read_json
 
 from .cases import GRADIENTS
-from .environment import describe_environment
+from .environment import describe_environment, device_slug
 from .records import read
 
 Record = dict[str, Any]
@@ -159,9 +158,8 @@ def record_demo(demo: Path, results: Path) -> Path:
         name = f"{metrics['adapted']['retriever']}, adapted"
         curves[name] = _curve(demo / "adapted" / "history.json")
     environment = describe_environment(torch.device("cpu"))
-    slug = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
     record = {"environment": environment, "metrics": metrics, "curves": curves}
-    path = results / f"demo-{slug}.json"
+    path = results / f"demo-{device_slug(environment['device'])}.json"
     write_text(path, json.dumps(record, indent=1) + "\n")
     return path
 

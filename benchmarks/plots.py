@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import matplotlib.pyplot as plt
 from dream_kernels.files import open_whole
 
 from .cases import GRADIENTS
+from .environment import device_slug
 from .scaling import fitted_exponent, series
 from .tables import STEP_PHASES, three_digits
 
@@ -37,7 +37,7 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     paths = []
     for device in dict.fromkeys(r["environment"]["device"] for r in records):
         own = [r for r in records if r["environment"]["device"] == device and r["status"] == "ok"]
-        slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        slug = device_slug(device)
         kernel = [r for r in own if r["suite"] in ("kernel", "acceptance")]
         if kernel:
             paths.append(save(draw_kernel(kernel, device), folder / f"kernel-{slug}.png"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dream_kernels.files import write_text
+
+from .environment import device_slug
 
 SCHEMA = 1
 NUMBER = (int, float)
@@ -254,5 +255,4 @@ def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def file_name(suite: str, environment: Mapping[str, Any]) -> str:
     """Suite and device, as the name of a file."""
-    device = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
-    return f"{suite.replace(' ', '-')}-{device}.jsonl"
+    return f"{suite.replace(' ', '-')}-{device_slug(environment['device'])}.jsonl"

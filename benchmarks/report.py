@@ -9,6 +9,7 @@ from typing import Any
 
 from dream_kernels.files import write_text
 
+from .environment import device_slug
 from .plots import draw
 from .records import read
 from .scaling import fitted_exponent, series
@@ -87,7 +88,7 @@ def render(records: Sequence[Record], plots: Iterable[Path], root: Path) -> str:
                 parts.append(_overhead(rows))
             elif suite == "gpu tests":
                 parts.append(_tests(rows))
-        slug = "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
+        slug = device_slug(device)
         parts += [
             f"![{path.stem}]({os.path.relpath(path, root)})\n"
             for path in plots

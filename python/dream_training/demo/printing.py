@@ -11,6 +11,7 @@ from dream_training.console import make_table, print_paths
 from dream_training.data.docstrings import DocumentationData
 from dream_training.demo.measured import Measured
 from dream_training.demo.results import Results
+from dream_training.environment import installed_versions
 from dream_training.evaluation import Comparison, RetrievalTask
 
 SHOWN_QUERIES = 4
@@ -112,8 +113,7 @@ def print_left_out(console: Console, missing: str) -> None:
 
 def describe_versions(data: DocumentationData, packages: Sequence[str]) -> dict[str, Any]:
     """Versions of what the figures depend on, by package."""
-    import importlib.metadata
     import platform
 
     versions = {"python": platform.python_version(), **data.versions}
-    return versions | {package: importlib.metadata.version(package) for package in packages}
+    return versions | installed_versions(packages)
