@@ -16,7 +16,7 @@ OLD_STAMP := $(OLD_VENV)/.installed
 SANITIZED ?= build/sanitized
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZER_RUN = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib:tests
 SANITIZER_TESTS ?= tests/kernels
 
 .PHONY: install demo test test-shuffled test-slow soak test-old-transformers test-sanitizers test-valgrind fuzz \
@@ -72,7 +72,7 @@ test-slow: $(STAMP)
 
 # Everything of docs/reliability.md in full; its figures go to SOAK_RECORD.
 SOAK_RECORD ?= docs/soak.jsonl
-SOAK_TESTS ?= tests/training/test_checkpoint_folder.py tests/training/test_resume.py \
+SOAK_TESTS ?= tests/checkpointing/test_checkpoint_folder.py tests/training/test_resume.py \
   tests/training/test_faults.py tests/training/test_workers.py tests/training/test_long_run.py \
   tests/distributed tests/hostile tests/kernels/test_context_parallel.py
 soak: $(STAMP)
@@ -81,7 +81,8 @@ soak: $(STAMP)
 	  -m "not slow" $(SOAK_TESTS)
 
 test-old-transformers: $(OLD_STAMP)
-	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -n 2 -m "not slow and not soak" tests/injection tests/training
+	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -n 2 -m "not slow and not soak" \
+	  --ignore tests/kernels --ignore tests/benchmarks --ignore tests/hostile --ignore tests/distributed
 
 $(SANITIZED)/.built: $(STAMP) $(NATIVE)
 	CXXFLAGS="-O2 -g1 -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
@@ -107,10 +108,10 @@ FUZZ_TARGETS ?= $(basename $(notdir $(filter-out %/driver.py %/scratch.py,$(wild
 fuzz: $(STAMP) $(SANITIZED)/.built
 	DREAM_KERNELS_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/kernels/test_fuzz.py
 	for target in $(filter-out native,$(FUZZ_TARGETS)); do \
-	  FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python tests/fuzz/$$target.py || exit 1; \
+	  FUZZ_SECONDS=$(FUZZ_SECONDS) PYTHONPATH=tests $(BIN)/python -m fuzz.$$target || exit 1; \
 	done
 	$(SANITIZER_RUN) PYTHONMALLOC=malloc DREAM_KERNELS_NATIVE=$(SANITIZED)/lib/dream_kernels \
-	  FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python tests/fuzz/native.py
+	  FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m fuzz.native
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Bytes, memory and time of a training step with many GPUs: a model, not a measurement.
 
-Sizes and operations are counted as in ``dream_training.training.plan``, with attention added.
+Sizes and operations are counted as in ``dream_training.preflight.plan``, with attention added.
 What the collectives of context parallel reading carry is counted by the tests in a run of two
 processes. Rates are assumptions, named below. ``docs/parallel-reading.md`` explains.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from dream_training.models.architectures import model_config, parameter_count
-from dream_training.training.plan import STEP_SHARE
+from dream_training.preflight.plan import STEP_SHARE
 
 from .floors import H100
 

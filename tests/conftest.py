@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 # Nothing in the suite may reach for a model hub: real models come from installed packages.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,7 +18,7 @@ import numpy
 import pytest
 import torch
 
-from process_state import kept
+from helpers.process_state import kept
 
 # Without a GPU the Triton kernels run in triton's interpreter, which has to be asked for before
 # triton is imported. It is taken only where a test names impl="triton".
@@ -98,3 +100,20 @@ def nq_oracle() -> Path:
     if not path.is_dir():
         pytest.skip(f"{path} is not present")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random language model with its tokenizer."""
+    from helpers.tiny import save_decoder
+
+    return save_decoder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def run(tiny_model: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Makes configs on tiny data, with a BEIR folder to evaluate on."""
+    from helpers.tiny import make_config, write_tiny_data
+
+    data, beir = write_tiny_data(tmp_path, 24)
+    return partial(make_config, tiny_model, tmp_path, train_data=str(data), eval_data=str(beir))

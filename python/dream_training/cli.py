@@ -18,7 +18,7 @@ import typer
 from dream_training.commands.data_app import app as data_app
 from dream_training.commands.options import Device, Output, Split, TargetFrom, TrustRemoteCode
 from dream_training.console import loading_libraries, make_console
-from dream_training.distributed.launch import refuse_several
+from dream_training.distributed.launched import refuse_several
 
 app = typer.Typer(
     help="Train dense retrievers from a frozen language model's own next-token loss.",
@@ -84,13 +84,13 @@ def train(
     settings = load_config(config, overrides or [])
     if dry_run:
         with loading_libraries():
-            from dream_training.training.dry_run import dry_run as rehearse
+            from dream_training.preflight.dry_run import dry_run as rehearse
 
         rehearse(settings, make_console())
         return
     with loading_libraries():
         from dream_training.distributed import world
-        from dream_training.training.callbacks import describe_best
+        from dream_training.history import describe_best
         from dream_training.training.driver import train as run
 
     result = run(settings, resume=resume, overwrite=overwrite)
@@ -365,7 +365,7 @@ def evaluate(
     """Print nDCG@10 and recall@10 of retrievers on BEIR folders and mteb tasks."""
     with loading_libraries():
         from dream_training.commands.evaluate import choose_devices, run_evaluate
-        from dream_training.evaluation.tasks import EvaluationOptions
+        from dream_training.evaluation.options import EvaluationOptions
 
     run_evaluate(
         arguments,

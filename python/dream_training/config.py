@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dream_kernels.parsing import parse_yaml, read_text, shortened, why_not_name
-from dream_training.distributed.launch import READER_SHARDINGS, check_engine
+from dream_training.distributed.launched import READER_SHARDINGS, check_engine
 from dream_training.objectives.pools import check_pool
 from dream_training.objectives.schedules import check_temperature
 from dream_training.reading.prompts import check_reader_prompt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 
@@ -15,10 +15,7 @@ import numpy as np
 
 from dream_kernels import HeadFile
 from dream_kernels.files import open_whole
-from dream_training.training.callbacks import History
-
-if TYPE_CHECKING:
-    from dream_training.training.comparison import Row
+from dream_training.history import History
 
 # Title and unit of the map by the criterion that a head file names.
 _HEAD_SCORES = {
@@ -211,26 +208,35 @@ def _draw_loss(axes: Any, history: History, labelled: bool) -> list[Any]:
     )  # fmt: skip
 
 
-def plot_comparison(rows: Sequence[Row], path: str | os.PathLike[str]) -> Path:
+def plot_comparison(
+    scores: Mapping[str, Mapping[str, Sequence[float]]],
+    untrained: Mapping[str, Sequence[float]],
+    path: str | os.PathLike[str],
+) -> Path:
     """Draw nDCG@10 of every run and seed, one panel for each data set; the bar is the mean.
+
+    Args:
+        scores: by run and data set, one figure for each seed.
+        untrained: by data set, what the retrievers had before training.
+        path: PNG file.
 
     Raises:
         ValueError: there is no result to draw.
     """
-    data_sets = list(dict.fromkeys(data for row in rows for data in row.scores))
+    data_sets = list(dict.fromkeys(data for run in scores.values() for data in run))
     if not data_sets:
-        raise ValueError("rows must hold at least one result, got none")
+        raise ValueError("scores must hold at least one result, got none")
     figure, panels = plt.subplots(
         1,
         len(data_sets),
-        figsize=(2.2 + 3.6 * len(data_sets), 1.4 + 0.42 * len(rows)),
+        figsize=(2.2 + 3.6 * len(data_sets), 1.4 + 0.42 * len(scores)),
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
     for data, axes in zip(data_sets, panels[0]):
-        for place, row in enumerate(rows):
-            values = row.scores.get(data, [])
+        for place, run in enumerate(scores.values()):
+            values = run.get(data, [])
             if values:
                 mean = float(np.mean(values))
                 axes.barh(place, mean, height=0.55, color="#b9cbe0", edgecolor="#1b4f8a")
@@ -239,13 +245,12 @@ def plot_comparison(rows: Sequence[Row], path: str | os.PathLike[str]) -> Path:
                     f"{mean:.3f}", (max(values), place), textcoords="offset points",
                     xytext=(6, 0), va="center", fontsize=8,
                 )  # fmt: skip
-        untrained = [value for row in rows for value in row.untrained.get(data, [])]
-        axes.axvline(float(np.mean(untrained)), color="0.35", ls=":", lw=1.2)
+        axes.axvline(float(np.mean(untrained[data])), color="0.35", ls=":", lw=1.2)
         axes.set_title(data, fontsize=10)
         axes.set_xlabel("nDCG@10 (dotted: untrained)")
         axes.margins(x=0.15)
         axes.grid(axis="x", alpha=0.25)
-    panels[0][0].set_yticks(range(len(rows)), [row.name for row in rows])
+    panels[0][0].set_yticks(range(len(scores)), list(scores))
     panels[0][0].invert_yaxis()
     return _save(figure, path)
 

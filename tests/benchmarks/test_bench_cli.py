@@ -12,7 +12,7 @@ import torch
 
 from dream_benchmarks import records, sanitized
 from dream_benchmarks.cli import main
-from own_process import run_command
+from helpers.own_process import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -31,8 +31,8 @@ from benchmarks.parallel_model import (
 )
 from dream_kernels import read_independently
 from dream_training.config import TrainConfig
-from dream_training.training.plan import make_plan
-from own_process import run_ranks
+from dream_training.preflight.plan import make_plan
+from helpers.own_process import run_ranks
 
 TINY = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))  # tiny models are made there
-
-from tiny import save_decoder
-
-from processes import Processes
+from helpers.processes import Processes
+from helpers.tiny import save_decoder
 
 
 @pytest.fixture(scope="session")

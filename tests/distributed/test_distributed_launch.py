@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 from sentence_transformers import SentenceTransformer
-from tiny import write_tiny_data
 
 from dream_training.config import TrainConfig
 from dream_training.distributed.engine import check_trainer, engine_arguments
-from dream_training.distributed.launch import refuse_several
+from dream_training.distributed.launched import refuse_several
 from dream_training.training.driver import train
 from dream_training.training.resuming import CHECKPOINTS
-from own_process import run_command
+from helpers import engines_on_cpu
+from helpers.own_process import run_command
+from helpers.tiny import write_tiny_data
 
-HERE = Path(__file__).parent
 _ZERO = (
     'deepspeed={"zero_optimization": {"stage": %d}, "train_micro_batch_size_per_gpu": "auto", '
     '"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}'
@@ -123,7 +123,7 @@ def test_two_processes_train_as_one_does(folder, tmp_path: Path, engine: str) ->
     done = torchrun(
         config,
         *("gather_across_devices=true", "batch_size=2", f"output_dir={tmp_path / 'two'}", *keys),
-        script=(str(HERE / "engines_on_cpu.py"),) if environment else ("-m", "dream_training.cli"),
+        script=(engines_on_cpu.__file__,) if environment else ("-m", "dream_training.cli"),
         **environment,
     )
     assert done.returncode == 0, done.stderr
@@ -144,7 +144,7 @@ def test_two_processes_train_as_one_does(folder, tmp_path: Path, engine: str) ->
 def test_two_processes_go_on_where_they_stopped(folder, tmp_path: Path, engine: str) -> None:
     """From the middle of a run whose last checkpoints are lost, to the same bits."""
     keys, environment = ENGINES[engine]
-    script = (str(HERE / "engines_on_cpu.py"),) if environment else ("-m", "dream_training.cli")
+    script = (engines_on_cpu.__file__,) if environment else ("-m", "dream_training.cli")
     options = {"max_steps": 4, "save_steps": 1, "keep_checkpoints": 4, "batch_size": 2}
     config = make_config(folder, tmp_path, **options)
     done = torchrun(config, *keys, script=script, **environment)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-import distributed_cases
-from processes import Processes
-from soak_record import record
+from helpers import distributed_cases
+from helpers.processes import Processes
+from helpers.soak_record import record
 
 ROWS = distributed_cases.make_rows(6, shared=4)
 # Unequal in queries, in documents and in target tokens.

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from tiny import WORDS
 
 from dream_training.distributed import world
 from dream_training.distributed.gather import gather_rows
 from dream_training.distributed.pool import mean_over_ranks, share_of
+from helpers.tiny import WORDS
 
 
 def test_the_gradient_of_a_gathered_row_is_that_of_all_losses(two) -> None:

@@ -6,11 +6,6 @@ what is asked is that nothing else than keys and values for the document's token
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import logging
 
 from fuzz import scratch

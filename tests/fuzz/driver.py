@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from fuzz import scratch
-from soak_record import record
+from helpers.soak_record import record
 
 try:
     import atheris

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from fuzz.driver import instrumented, main, refused
 
 with instrumented("dream_training.reading.prompts", "jinja2"):

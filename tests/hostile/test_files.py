@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bombs import Bomb
 from dream_kernels import parsing, read_heads
 from dream_training.config import load_config
 from dream_training.data import sources
@@ -24,6 +23,7 @@ from dream_training.data.raw_text import TextLengths
 from dream_training.evaluation.results import read_evaluations
 from dream_training.json_file import read_json
 from dream_training.report.run_folder import read_run
+from helpers.bombs import Bomb
 
 # Of the processor, many times what is needed: what takes longer has no bound.
 SECONDS = 60.0

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fuzz.driver import try_mutations
-from own_process import in_own_process, run_command
-from soak_record import SOAK, record
+from helpers.own_process import in_own_process, run_command
+from helpers.soak_record import SOAK, record
 
 FOLDER = Path(__file__).resolve().parents[1] / "fuzz"
 HELPERS = {"driver", "scratch"}
@@ -62,8 +62,11 @@ def test_a_finding_is_told_with_its_input() -> None:
 
 def test_a_target_runs_by_itself() -> None:
     process = run_command(
-        *(sys.executable, FOLDER / "native.py"),
-        env={"FUZZ_SECONDS": "0.5", "PATH": "", "OMP_NUM_THREADS": "1"},
+        *(sys.executable, "-m", "fuzz.native"),
+        env={
+            **{"FUZZ_SECONDS": "0.5", "PATH": "", "OMP_NUM_THREADS": "1"},
+            "PYTHONPATH": str(FOLDER.parent),
+        },
     )
     assert process.returncode == 0, process.stderr
     assert "no finding" in process.stdout

@@ -14,16 +14,17 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from bombs import Bomb
 from dream_training.cli import app
 from dream_training.config import TrainConfig
 from dream_training.models.architectures import model_config, save_tiny
-from dream_training.models.loading import all_heads, load_reader, make_retriever
-from dream_training.models.retriever import build_retriever
-from dream_training.models.trust import load_language_model, load_sentence_transformer
+from dream_training.models.loading import make_retriever
+from dream_training.models.retriever import build_retriever, load_sentence_transformer
 from dream_training.reading.document_store import DiskStore
+from dream_training.reading.loading import all_heads, load_reader
 from dream_training.reading.reader import Reader
-from own_process import in_own_process, run_command
+from dream_training.trust import load_language_model
+from helpers.bombs import Bomb
+from helpers.own_process import in_own_process, run_command
 
 CODE = """
 from pathlib import Path
@@ -234,7 +235,7 @@ def test_what_is_not_found_beforehand_the_libraries_refuse(
     """As for a model of the hub, whose files come while it is loaded."""
     path = shutil.copytree(tiny, tmp_path / "model")
     bomb = pickled(path, trace)
-    monkeypatch.setattr("dream_training.models.trust.check_model_folder", lambda *a: None)
+    monkeypatch.setattr("dream_training.trust.check_model_folder", lambda *a: None)
     for load in (LOADERS["reader"], LOADERS["retriever"], load_sentence_transformer):
         with pytest.raises(ValueError, match="has no weights in safetensors"):
             load(path)

@@ -7,19 +7,19 @@ import time
 
 import pytest
 import torch
-from test_prompts import CHATML, TAGS, make_reader, merging_tokenizer
-from tiny import make_decoder, make_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dream_training.data.generated_targets import INSTRUCTION, _prompt
 from dream_training.data.training_row import make_row
 from dream_training.models.retriever import build_retriever
+from dream_training.models.text_tokens import cut_text, text_tokens, without_special_tokens
 from dream_training.objectives.collator import DreamCollator
 from dream_training.reading import prompts
 from dream_training.reading.prompts import ReaderPrompt, template_prompt
 from dream_training.reading.reader import Reader
-from dream_training.reading.text_tokens import cut_text, text_tokens, without_special_tokens
+from helpers.templates import CHATML, TAGS, merging_tokenizer, reader_with_prompt
+from helpers.tiny import make_decoder, make_tokenizer
 
 # Of the processor, many times what is needed: what takes longer has no bound.
 SECONDS = 60.0
@@ -105,7 +105,7 @@ def test_the_prompt_of_generated_targets_has_its_own_control_tokens_only() -> No
 @pytest.mark.parametrize("text", CONTROL)
 @pytest.mark.parametrize("context", ["joint", "independent"])
 def test_control_characters_are_read(text: str, context: str) -> None:
-    reader = make_reader("plain", context=context)
+    reader = reader_with_prompt("plain", context=context)
     prefix = reader.read([f"a{text}b", f"{text}."])
     reading = reader(prefix, [f"q{text}"], [f"t{text}t"], torch.zeros(1, 2))
     assert reading.loss.isfinite()
@@ -113,7 +113,7 @@ def test_control_characters_are_read(text: str, context: str) -> None:
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t\u2003", "\u2028" * 1000, " " * 1_000_000])
 def test_blank_texts_are_refused_by_place(text: str) -> None:
-    reader = make_reader("plain")
+    reader = reader_with_prompt("plain")
     prefix = reader.read(["a"])
     for call, name in (
         (lambda: reader.read(["a", text]), "documents must not be blank, got .* at 1"),
@@ -142,7 +142,7 @@ def test_texts_without_a_token_are_refused_by_place() -> None:
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb", b"bytes", None, 7])
 def test_what_is_no_text_is_refused_by_place(text: object) -> None:
-    reader = make_reader("plain")
+    reader = reader_with_prompt("plain")
     with pytest.raises(ValueError, match="documents"):
         reader.read(["a", text])
 
@@ -172,7 +172,7 @@ def test_a_million_tokens_are_cut_without_reading_them(unit: str, monkeypatch) -
         return original(self, text, **options)
 
     monkeypatch.setattr(type(tokenizer), "__call__", watched)
-    reader = make_reader("plain", tokenizer)
+    reader = reader_with_prompt("plain", tokenizer)
     start = time.process_time()
     text = "a" + unit * 1_000_000
     prefix = reader.read([text])
@@ -247,4 +247,4 @@ def test_chat_templates_are_held_to_the_same(monkeypatch, context: str) -> None:
     ):
         monkeypatch.setattr(prompts, "_SECONDS", 1.0 if template == endless else SECONDS)
         with pytest.raises(ValueError, match=f"chat template fails: .*{reason}"):
-            make_reader(context, merging_tokenizer(template))
+            reader_with_prompt(context, merging_tokenizer(template))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dream_kernels import inject_attention, read_jointly
-from models import VOCABULARY, make_model, register_oracle, target_loss
+from helpers.injected_models import VOCABULARY, make_model, register_oracle, target_loss
 
 HEADS = {0: [1], 1: [0, 3, 5], 2: [2, 4]}
 SPANS = torch.tensor([[[2, 6], [6, 10], [11, 14]]])

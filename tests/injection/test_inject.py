@@ -9,7 +9,7 @@ import torch
 
 from dream_kernels import HeadFile, inject_attention, write_heads
 from dream_kernels.injection.support import cache_keyword
-from models import NAMES, VOCABULARY, make_model, register_oracle, target_loss
+from helpers.injected_models import NAMES, VOCABULARY, make_model, register_oracle, target_loss
 
 HEADS = {0: [1], 1: [0, 3, 5], 2: [2, 4]}
 SPANS = torch.tensor([[[2, 6], [6, 10], [11, 14]]])

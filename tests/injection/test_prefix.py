@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dream_kernels import Prefix, inject_attention, read_independently, read_jointly
-from models import NAMES, VOCABULARY, make_model, register_oracle, target_loss
+from helpers.injected_models import NAMES, VOCABULARY, make_model, register_oracle, target_loss
 
 HEADS = {0: [1], 1: [0, 3, 5], 2: [2, 4]}
 every_model = pytest.mark.parametrize("name", NAMES)

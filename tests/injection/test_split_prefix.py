@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from dream_kernels import inject_attention, read_independently
-from models import VOCABULARY, make_model, target_loss
-from own_process import run_ranks
+from helpers.injected_models import VOCABULARY, make_model, target_loss
+from helpers.own_process import run_ranks
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo"

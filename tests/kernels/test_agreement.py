@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from agreement import SLOPE, SLOPE_OF_SCORES, Oracle
-from cases import BASE_CASES, CASES, Case, make_inputs
 from dream_kernels import document_attention, reference
+from helpers.agreement import SLOPE, SLOPE_OF_SCORES, Oracle
+from helpers.cases import BASE_CASES, CASES, Case, make_inputs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WRONG = 0.01

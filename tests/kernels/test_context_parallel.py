@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dream_kernels.context_parallel as context_parallel
-from agreement import Oracle
-from cases import GRADIENTS, Case, Inputs, make_inputs
 from dream_kernels import context_parallel_attention
-from own_process import run_ranks
-from soak_record import SOAK, record
+from helpers.agreement import Oracle
+from helpers.cases import GRADIENTS, Case, Inputs, make_inputs
+from helpers.own_process import run_ranks
+from helpers.soak_record import SOAK, record
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch is built without gloo"

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from agreement import Oracle
 from dream_kernels.cpu import CpuImplementation, native_import_error
 from dream_kernels.problem import Gradients, Needs, Problem
 from dream_kernels.reference import ReferenceImplementation
-from own_process import run_command
+from helpers.agreement import Oracle
+from helpers.own_process import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = Needs(True, True, True, True, True, True)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import dream_kernels
-from agreement import Oracle, formulas
-from cases import BASE_CASES, CASES, GRADIENTS, Case, Inputs, make_inputs
 from dream_kernels import document_attention
 from dream_kernels.api import document_mass
+from helpers.agreement import Oracle, formulas
+from helpers.cases import BASE_CASES, CASES, GRADIENTS, Case, Inputs, make_inputs
 
 IMPLS = ("reference", "cpu")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from agreement import Oracle
-from cases import GRADIENTS, Inputs
 from dream_kernels import document_attention
+from helpers.agreement import Oracle
+from helpers.cases import GRADIENTS, Inputs
 
 DEFAULT_EXAMPLES = 200
 EXAMPLES = int(os.environ.get("DREAM_KERNELS_FUZZ_EXAMPLES", DEFAULT_EXAMPLES))

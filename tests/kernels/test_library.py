@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cases import GRADIENTS, Case, Inputs, make_inputs
 from dream_kernels import document_attention, document_mass, library
 from dream_kernels.dispatch import IMPLEMENTATIONS
 from dream_kernels.problem import Needs
 from dream_kernels.validation import build_problem
+from helpers.cases import GRADIENTS, Case, Inputs, make_inputs
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import dream_kernels
-from agreement import Oracle, problem_of
-from cases import BASE_CASES, CASES, GRADIENTS, Case, Inputs, make_inputs
 from dream_kernels import document_attention, document_mass, set_value_checks
 from dream_kernels.problem import Needs
 from dream_kernels.triton.implementation import TritonImplementation
-from own_process import run_command
+from helpers.agreement import Oracle, problem_of
+from helpers.cases import BASE_CASES, CASES, GRADIENTS, Case, Inputs, make_inputs
+from helpers.own_process import run_command
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from own_process import run_command
+from helpers.own_process import run_command
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 

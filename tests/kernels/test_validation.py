@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import Case, make_inputs
 from dream_kernels import document_attention, document_mass, explain, set_value_checks
+from helpers.cases import Case, make_inputs
 
 
 def _call(**changes):

@@ -13,23 +13,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from tiny import quiet
 from transformers import TrainerCallback
 
 from dream_kernels import files
 from dream_training import memory
 from dream_training.checkpointing import folder as checkpoint_folder
 from dream_training.config import TrainConfig
-from dream_training.doctor import retriever as of_retriever
-from dream_training.doctor.check import OK
 from dream_training.objectives.distilled_dream import DistilledDreamLoss
+from dream_training.preflight import retriever as of_retriever
+from dream_training.preflight.check import OK
 from dream_training.training import faults
 from dream_training.training.driver import train
 from dream_training.training.faults import MemoryWatch, memory_advice
 from dream_training.training.resuming import CHECKPOINTS
 from dream_training.training.signals import StopSignals
-from own_process import in_own_process
-from soak_record import record
+from helpers.own_process import in_own_process
+from helpers.soak_record import record
+from helpers.tiny import quiet
 
 
 def words(console: Console) -> str:

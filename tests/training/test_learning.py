@@ -14,22 +14,22 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from tiny import make_decoder, make_rows, make_tokenizer, quiet
 from torch import nn
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from dream_kernels import HeadFile, write_heads
 from dream_training.cli import app
-from dream_training.doctor.check import FAULT
-from dream_training.doctor.diagnosis import diagnose
 from dream_training.models.loading import make_retriever
 from dream_training.models.retriever import build_retriever
 from dream_training.objectives.collator import DreamCollator
 from dream_training.objectives.dream import DreamLoss
 from dream_training.objectives.embedding import draws_random_numbers
+from dream_training.preflight.check import FAULT
+from dream_training.preflight.diagnosis import diagnose
 from dream_training.reading.reader import Reader
 from dream_training.training.driver import make_evaluator, train
+from helpers.tiny import make_decoder, make_rows, make_tokenizer, quiet
 
 
 def rows_of(documents: list[str], count: int = 24) -> list[dict]:

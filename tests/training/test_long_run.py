@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import quiet
 from transformers import TrainerCallback
 
 from dream_training.training.driver import train
-from soak_record import SOAK, record
+from helpers.soak_record import SOAK, record
+from helpers.tiny import quiet
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

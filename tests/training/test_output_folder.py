@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from tiny import quiet
 from transformers import TrainerCallback
 
 from dream_kernels import HeadFile, write_heads
+from dream_training.comparisons.objectives import Comparison, run_comparison
 from dream_training.demo import run_demo
 from dream_training.evaluation import RetrievalEvaluator, read_evaluations
-from dream_training.training.callbacks import History, describe_best
-from dream_training.training.comparison import Comparison, run_comparison
+from dream_training.history import History, describe_best
 from dream_training.training.driver import train
 from dream_training.training.output_folder import claimed, remove_run
+from helpers.tiny import quiet
 
 
 @pytest.fixture

@@ -14,17 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed_run import outcome
 from sentence_transformers import SentenceTransformer
-from tiny import quiet
 from transformers import TrainerCallback
 
 from dream_training.config import OBJECTIVES, TrainConfig
 from dream_training.training.driver import train
 from dream_training.training.resuming import CHECKPOINTS
 from dream_training.training.signals import StopSignals
-from own_process import TIMEOUT_S, in_own_process, run_command
-from soak_record import SOAK, record
+from helpers import killed_run
+from helpers.killed_run import outcome
+from helpers.own_process import TIMEOUT_S, in_own_process, run_command
+from helpers.soak_record import SOAK, record
+from helpers.tiny import quiet
 
 
 class Stop(TrainerCallback):
@@ -124,10 +125,11 @@ def test_killed_runs_equal_one_left_alone(run, tmp_path: Path) -> None:
         run(max_steps=10, eval_steps=3, save_steps=2, document_store="memory", report_queries=2)
     )
     (tmp_path / "config.json").write_text(json.dumps(config))
-    script = Path(__file__).parent / "killed_run.py"
+    tests = Path(killed_run.__file__).parents[1]
     done = run_command(
-        *(sys.executable, script, tmp_path / "config.json", tmp_path / "runs", kills, 1),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        *(sys.executable, "-m", killed_run.__name__, tmp_path / "config.json", tmp_path / "runs"),
+        *(kills, 1),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests)},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -11,7 +11,6 @@ import pytest
 import torch
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
-from tiny import make_rows, write_tiny_data
 
 from dream_training.config import TrainConfig
 from dream_training.evaluation import read_evaluations
@@ -19,6 +18,7 @@ from dream_training.models.retriever import build_retriever
 from dream_training.reading.reader import Reader
 from dream_training.training.driver import train
 from dream_training.training.examples import TrainingExamples, geometry
+from helpers.tiny import make_rows, write_tiny_data
 
 
 @pytest.fixture

@@ -12,20 +12,20 @@ import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from tiny import make_rows, quiet
 
 from dream_kernels import HeadFile, read_heads, write_heads
 from dream_training.config import OBJECTIVES, TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import to_training_data
-from dream_training.doctor.diagnosis import diagnose
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask
 from dream_training.objectives.distilled_dream import DistilledDreamLoss
+from dream_training.preflight.diagnosis import diagnose
+from dream_training.preflight.dry_run import dry_run
 from dream_training.reading.reader import Reader
 from dream_training.report.run_folder import read_run
 from dream_training.training import driver
 from dream_training.training.driver import find_heads, load_training_data, train
-from dream_training.training.dry_run import dry_run
+from helpers.tiny import make_rows, quiet
 
 
 def test_a_run_leaves_everything_behind(run, tmp_path: Path) -> None:

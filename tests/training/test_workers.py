@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from killed_run import outcome
-from tiny import make_config, quiet
 from transformers import TrainerCallback
 
 from dream_training.checkpointing import folder as checkpoint_folder
@@ -21,7 +19,9 @@ from dream_training.evaluation import RetrievalEvaluator
 from dream_training.objectives.distilled_dream import DistilledDreamLoss
 from dream_training.training.driver import train
 from dream_training.training.resuming import CHECKPOINTS
-from own_process import in_own_process
+from helpers.killed_run import outcome
+from helpers.own_process import in_own_process
+from helpers.tiny import make_config, quiet
 
 # Steps before the death: after them come an evaluation and a checkpoint.
 DONE = 3

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import make_rows, quiet, write_tiny_data
 from typer.testing import CliRunner
 
 from dream_training.cli import app
 from dream_training.config import TrainConfig
 from dream_training.training import faults
 from dream_training.training.driver import train
+from helpers.tiny import make_rows, quiet, write_tiny_data
 
 
 def dream(*arguments: object):

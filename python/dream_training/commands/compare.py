@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from dream_training.comparisons.objectives import comparison_tables, load_comparison, run_comparison
 from dream_training.console import make_console, print_paths, show_on, shows_progress
-from dream_training.training.comparison import comparison_tables, load_comparison, run_comparison
 
 
 @shows_progress

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dream_training.console import make_console, print_paths, show_on, shows_progress, tracked
-from dream_training.evaluation.paired import Comparison, compare_queries
+from dream_training.evaluation.paired import Comparison, compare_queries, describe_p
 from dream_training.evaluation.results import (
     BM25,
     UNTRAINED,
@@ -167,8 +167,3 @@ def _compare(a: Evaluation, b: Evaluation, seed: int) -> Comparison:
         return compare_queries(a.query_ndcg_at_10, b.query_ndcg_at_10, seed)
     except ValueError as error:
         raise ValueError(f"task {a.task!r}: {error}") from None
-
-
-def describe_p(value: float) -> str:
-    """A p value as text; below what the resamples can tell it is only bounded."""
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -130,8 +130,8 @@ def run_targets(
     import torch
 
     from dream_training.models.loading import resolve_model
-    from dream_training.models.names import check_vocabulary
-    from dream_training.models.trust import load_language_model, load_tokenizer
+    from dream_training.models.text_tokens import check_vocabulary
+    from dream_training.trust import load_language_model, load_tokenizer
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
@@ -174,7 +174,7 @@ def run_targets(
 
 def _load_tokenizer(name: str, trust_remote_code: bool, what: str) -> Any:
     from dream_training.models.loading import resolve_model
-    from dream_training.models.trust import load_tokenizer
+    from dream_training.trust import load_tokenizer
 
     return load_tokenizer(resolve_model(name), trust_remote_code, what)
 

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from dream_training.config import load_config
 from dream_training.console import make_console, print_entry, show_on, shows_progress
-from dream_training.doctor.check import FAULT, OK, WARNING, Check
-from dream_training.doctor.diagnosis import diagnose, has_fault
+from dream_training.preflight.check import FAULT, OK, WARNING, Check
+from dream_training.preflight.diagnosis import diagnose, has_fault
 
 _STYLES = {OK: "green", WARNING: "yellow", FAULT: "bold red"}
 _WIDTH = 15

@@ -18,9 +18,9 @@ from dream_training.console import (
     shows_progress,
 )
 from dream_training.environment import describe_environment
+from dream_training.evaluation.options import EvaluationOptions
 from dream_training.evaluation.results import DROPPED, Evaluation, write_evaluations
 from dream_training.evaluation.tasks import (
-    EvaluationOptions,
     check_tasks,
     evaluate_bm25,
     evaluate_task,
@@ -59,7 +59,7 @@ def run_evaluate(
         FileNotFoundError: a folder is missing, or data could not be fetched.
         ValueError: no model or no task is named, or a task is unknown.
     """
-    from dream_training.models.trust import load_sentence_transformer
+    from dream_training.models.retriever import load_sentence_transformer
 
     console = show_on(console or make_console(beside=output))
     folders = [name for name in arguments if is_beir_folder(name)]

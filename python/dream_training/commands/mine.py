@@ -19,7 +19,7 @@ from dream_training.data.mining import MiningCounts, MiningOptions, Rank, mine
 from dream_training.data.sources import read_rows
 from dream_training.data.training_row import TrainingRow, document_text
 from dream_training.evaluation import RetrievalTask, search, search_bm25
-from dream_training.training.driver import write_json
+from dream_training.json_file import write_json
 
 BM25 = "bm25"
 
@@ -137,8 +137,8 @@ def dense_rank(
         device: where to; None for sentence-transformers' choice.
         trust_remote_code: run code that comes with the model.
     """
+    from dream_training.models.retriever import load_sentence_transformer
     from dream_training.models.texts import text_settings
-    from dream_training.models.trust import load_sentence_transformer
 
     retriever = load_sentence_transformer(
         model, device=device, trust_remote_code=trust_remote_code, what="retriever"

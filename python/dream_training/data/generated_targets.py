@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from dream_training.data.training_row import TrainingRow
-from dream_training.reading.text_tokens import text_tokens, without_special_tokens
+from dream_training.models.text_tokens import text_tokens, without_special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -12,18 +12,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dream_kernels import HeadFile
 from dream_training.config import TrainConfig
-from dream_training.data.docstrings import DocumentationData, RetrievalSplit
 from dream_training.data.jsonl import to_training_data
+from dream_training.demo.docstrings import DocumentationData, RetrievalSplit
 from dream_training.demo.measured import DemoEvaluator, Measured
 from dream_training.demo.pools import group_rows, stream_batches
 from dream_training.evaluation import RetrievalTask
+from dream_training.history import History
 from dream_training.json_file import write_json
 from dream_training.models.averaging import average_weights, averaged, copy_weights
 from dream_training.models.loading import make_retriever, resolve_model
 from dream_training.models.retriever import merged, save_retriever
 from dream_training.objectives.verdicts import Verdicts
 from dream_training.plots import plot_curve
-from dream_training.training.callbacks import History
 from dream_training.training.driver import train
 from dream_training.training.output_folder import BEST, LAST
 
@@ -240,6 +240,6 @@ def _layers_of(reader: str) -> int:
 
 
 def _config_of(reader: str) -> Any:
-    from dream_training.models.trust import load_model_config
+    from dream_training.trust import load_model_config
 
     return load_model_config(resolve_model(reader), what="reader")

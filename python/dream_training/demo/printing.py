@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from dream_training.console import make_table, print_paths
-from dream_training.data.docstrings import DocumentationData
+from dream_training.demo.docstrings import DocumentationData
 from dream_training.demo.measured import Measured
 from dream_training.demo.results import Results
 from dream_training.environment import installed_versions

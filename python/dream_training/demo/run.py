@@ -11,13 +11,13 @@ from dream_kernels import read_heads
 from dream_kernels.files import is_stream
 from dream_training.console import make_console, show_on, shows_progress
 from dream_training.data.beir_folder import write_beir_folder
-from dream_training.data.docstrings import DEFAULT_PACKAGES, load_documentation
 from dream_training.demo import printing
+from dream_training.demo.docstrings import DEFAULT_PACKAGES, load_documentation
 from dream_training.demo.parts import DATA, Setup, adapt_trained, train_from_nothing
 from dream_training.demo.results import ADAPTED, Results
 from dream_training.json_file import read_json, write_json
+from dream_training.known_models import PACKAGED, PACKAGED_RETRIEVER, check_name
 from dream_training.models.loading import resolve_model
-from dream_training.models.names import PACKAGED, PACKAGED_RETRIEVER, check_name
 from dream_training.training.output_folder import CONFIG, results_in
 
 _PACKAGES = ("torch", "transformers", "sentence-transformers", "peft")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dream_training.distributed.launch import launched
+from dream_training.distributed.launched import launched
 
 Result = TypeVar("Result")
 

@@ -18,7 +18,7 @@ from dream_training.models.texts import fixed_lengths, text_settings
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from dream_training.evaluation.tasks import EvaluationOptions
+    from dream_training.evaluation.options import EvaluationOptions
 
 # Tasks of several languages: the part that the English benchmarks take.
 _SUBSETS = {"CUREv1": ["en"]}

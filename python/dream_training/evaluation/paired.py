@@ -123,3 +123,8 @@ def _check_queries(a: Mapping[str, float], b: Mapping[str, float]) -> None:
             f"the queries differ: {len(only_a)} are only in the first and {len(only_b)} only in "
             f"the second of {len(a)} and {len(b)}, such as {examples}"
         )
+
+
+def describe_p(value: float) -> str:
+    """A p value as text; below what the resamples can tell it is only bounded."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.training_row import normalised
+from dream_training.evaluation.options import EvaluationOptions
 from dream_training.evaluation.results import BM25, Evaluation, retrieval_settings
 from dream_training.evaluation.retrieval import (
     RetrievalEvaluator,
@@ -43,30 +43,6 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "ChatDoctorRetrieval", "CUREv1",
     ),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """How tasks are evaluated.
-
-    Attributes:
-        split: ``qrels/<split>.tsv`` of BEIR folders and sets; mteb's tasks name their own.
-        batch_size: texts encoded at once.
-        query_max_len: tokens of a query; the model's own limit by default.
-        passage_max_len: tokens of a document; the same.
-        devices: one process for each of these devices; None for this process alone.
-        cache_dir: where sets of BEIR are kept.
-        keep_identical_ids: see :class:`~dream_training.evaluation.retrieval.RetrievalTask`; mteb's
-            tasks decide for themselves unless it is set.
-    """
-
-    split: str = "test"
-    batch_size: int = 32
-    query_max_len: int | None = None
-    passage_max_len: int | None = None
-    devices: Sequence[str] | None = None
-    cache_dir: Path | None = None
-    keep_identical_ids: bool = False
 
 
 def is_beir_folder(name: str) -> bool:

@@ -6,72 +6,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dream_training.models.trust import load_model_config
+from dream_training.known_models import KNOWN
+from dream_training.trust import load_model_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-# As their public configuration files say, so that a plan needs no network and no licence click.
-_QWEN = {"model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 32768}
-_LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072}
-_QWEN_05B = {
-    **_QWEN,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
-_LLAMA_1B = {
-    **_LLAMA,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
-_LLAMA_3B = {
-    **_LLAMA,
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-}
-_LLAMA_8B = {
-    **_LLAMA,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": False,
-}
-_LLAMA_70B = {
-    **_LLAMA_8B,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-}
-KNOWN = {
-    "Qwen/Qwen2.5-0.5B": _QWEN_05B,
-    "Qwen/Qwen2.5-0.5B-Instruct": _QWEN_05B,
-    "meta-llama/Llama-3.2-1B": _LLAMA_1B,
-    "meta-llama/Llama-3.2-1B-Instruct": _LLAMA_1B,
-    "meta-llama/Llama-3.2-3B": _LLAMA_3B,
-    "meta-llama/Llama-3.2-3B-Instruct": _LLAMA_3B,
-    "meta-llama/Llama-3.1-8B": _LLAMA_8B,
-    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA_8B,
-    "meta-llama/Llama-3.1-70B": _LLAMA_70B,
-    "meta-llama/Llama-3.1-70B-Instruct": _LLAMA_70B,
-}
 
 _TINY_LAYERS, _TINY_HEAD_DIM, _TINY_VOCABULARY = 4, 16, 512
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from dream_training.config import TrainConfig
 from dream_training.distributed.sharding import loaded_whole
+from dream_training.known_models import PACKAGED, PACKAGED_MODEL, PACKAGED_RETRIEVER, check_name
 from dream_training.models.minilm import minilm_path
-from dream_training.models.names import PACKAGED, PACKAGED_MODEL, PACKAGED_RETRIEVER, check_name
 from dream_training.models.retriever import build_retriever
 from dream_training.models.smollm2 import smollm2_path
 from dream_training.models.texts import prepare_retriever
-from dream_training.models.trust import load_model_config
-from dream_training.reading.reader import Reader
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -41,42 +39,6 @@ def check_models(config: TrainConfig) -> None:
         name = getattr(config, key)
         if name not in PACKAGED and not (key == "reader" and config.objective == "infonce"):
             check_name(name, key)
-
-
-def load_reader(config: TrainConfig, heads: Any, **options: Any) -> Reader:
-    """Load the frozen reader that a config names; ``options`` of :class:`Reader` win."""
-    settings: dict[str, Any] = {
-        "context": config.context,
-        "mode": config.mode,
-        "document_mass": config.document_mass,
-        "query_max_len": config.query_max_len,
-        "passage_max_len": config.reader_passage_max_len or config.passage_max_len,
-        "target_max_len": config.target_max_len,
-        "injected_rows": config.injected_rows,
-        "prompt": config.reader_prompt,
-        "document_store": config.document_store,
-        "document_store_gb": config.document_store_gb,
-    }
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    sharded = config.reader_sharding == "sharded"
-    with loaded_whole():
-        reader = Reader.from_pretrained(
-            resolve_model(config.reader, config.dtype),
-            heads,
-            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-            device="cpu" if sharded else device,
-            trust_remote_code=config.trust_remote_code,
-            **{**settings, **options},
-        )
-    return reader.shard(device) if sharded else reader
-
-
-def all_heads(config: TrainConfig) -> dict[int, list[int]]:
-    """Every head of every layer of the reader that a config names."""
-    path = resolve_model(config.reader, config.dtype)
-    settings = load_model_config(path, config.trust_remote_code, "reader").get_text_config()
-    heads = list(range(settings.num_attention_heads))
-    return dict.fromkeys(range(settings.num_hidden_layers), heads)
 
 
 def make_retriever(config: TrainConfig) -> SentenceTransformer:

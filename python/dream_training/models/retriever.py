@@ -14,7 +14,9 @@ from dream_training.console import progress
 from dream_training.distributed import world
 from dream_training.distributed.sharding import whole
 from dream_training.models.precision import train_in_float32
-from dream_training.models.texts import write_lengths
+from dream_training.models.text_tokens import check_vocabulary
+from dream_training.models.texts import read_lengths, write_lengths
+from dream_training.trust import guarded
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -59,8 +61,10 @@ def build_retriever(
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import is_sentence_transformer_model
 
-    from dream_training.models.names import check_name, check_vocabulary
-    from dream_training.models.trust import guarded, load_sentence_transformer
+    from dream_training.known_models import check_name
+    from dream_training.models.retriever import load_sentence_transformer
+    from dream_training.models.text_tokens import check_vocabulary
+    from dream_training.trust import guarded
 
     check_name(path, "retriever")
     model_kwargs = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
@@ -100,7 +104,7 @@ def _modules_of_decoder(
     from sentence_transformers.models import Normalize, Pooling, Transformer
     from transformers import AutoConfig
 
-    from dream_training.models.trust import weight_options
+    from dream_training.trust import weight_options
 
     remote = {"trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(path, **remote)
@@ -217,3 +221,29 @@ def merged(model: SentenceTransformer, private: bool = False) -> SentenceTransfo
     if hasattr(backbone, "peft_config"):
         del backbone.peft_config
     return copied
+
+
+def load_sentence_transformer(
+    path: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
+    what: str = "model",
+    **options: Any,
+) -> SentenceTransformer:
+    """Load a sentence-transformers model; ``options`` are its own.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: the model brings code that nobody allowed, or pickled weights; or its tokenizer
+            does not fit.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    model_kwargs = {**options.pop("model_kwargs", {}), "use_safetensors": True}
+    with guarded(path, trust_remote_code, what):
+        model = SentenceTransformer(
+            str(path), model_kwargs=model_kwargs, trust_remote_code=trust_remote_code, **options
+        )
+    check_vocabulary(model.tokenizer, getattr(model[0], "auto_model", None), what)
+    read_lengths(model, Path(path))
+    return model

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dream_kernels.parsing import shortened
 from dream_training.json_file import read_json, write_json
-from dream_training.reading.text_tokens import cut_text
+from dream_training.models.text_tokens import cut_text
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -96,7 +96,7 @@ class PoolObjective(nn.Module):
             self.metrics["temperature"] = self.temperature.value
         self.metrics |= {name: n - before[name] for name, n in store_counts(self).items()}
         if loss.requires_grad:
-            self._watch(self, scores)
+            self._watch(self, lambda: self.choices(scores))
         loss, terms = self._weighted(loss, terms, len(scores) if terms else 0, query["positives"])
         return self._accumulation.weighted(loss, terms)
 

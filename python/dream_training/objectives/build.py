@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dream_training.distributed import world
-from dream_training.models.loading import all_heads, load_reader
 from dream_training.objectives.collator import DreamCollator, LabelledCollator
 from dream_training.objectives.distillation import EmdrLoss, ReplugLoss
 from dream_training.objectives.distilled_dream import DistilledDreamLoss
@@ -23,6 +22,7 @@ from dream_training.objectives.infonce import (
 from dream_training.objectives.revela import TEXT_PROMPT, RevelaLoss
 from dream_training.objectives.temperature import Temperature
 from dream_training.objectives.verdicts import Verdicts
+from dream_training.reading.loading import all_heads, load_reader
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dream_training.config import DIRECTIONS, TEACHERS
-from dream_training.distributed.pool import read_each
 from dream_training.objectives.base import ReaderObjective, check_choice, check_positive
 from dream_training.reading.likelihood import TargetLikelihood, target_likelihood
+from dream_training.reading.pool import read_each
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dream_kernels import Prefix
-from dream_training.distributed.pool import read_pool, tokens_read
 from dream_training.objectives.base import ReaderObjective
 from dream_training.objectives.temperature import Temperature
+from dream_training.reading.pool import read_pool, tokens_read
 from dream_training.reading.reader import Reader, Reading
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dream_kernels import Prefix
-from dream_training.distributed.pool import SHARE, read_pool
+from dream_training.distributed.pool import SHARE
 from dream_training.objectives.base import ReaderObjective, weight_metrics
+from dream_training.reading.pool import read_pool
 from dream_training.reading.prompts import ReaderPrompt
 
 if TYPE_CHECKING:

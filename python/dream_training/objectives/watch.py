@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
-
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any
 
 from dream_training.models.precision import narrow_weights
 from dream_training.objectives.accumulation import engine_of
-
-if TYPE_CHECKING:
-    from dream_training.objectives.base import PoolObjective
 
 # Batches without a choice; later ones are not looked at.
 _BATCHES = 5
@@ -24,19 +20,20 @@ class TrainingWatch:
         self._batches = 0
         self._choice = False
 
-    def __call__(self, objective: PoolObjective, scores: Tensor) -> None:
+    def __call__(self, objective: Any, choices: Callable[[], int]) -> None:
         """Look at a batch of training.
 
         Args:
-            objective: the loss.
-            scores: ``[B, C]``, ``-inf`` outside a query's pool.
+            objective: the loss, whose retriever is ``model``.
+            choices: how many documents a query of the batch can give its weight to; it is not
+                called for every batch, as it waits for the device.
         """
         self._batches += 1
         if self._batches == 1:
             _warn_of_narrow_weights(objective)
         if self._choice or self._batches > _BATCHES:
             return
-        self._choice = objective.choices(scores) > 1
+        self._choice = choices() > 1
         if not self._choice and self._batches == _BATCHES:
             warnings.warn(
                 f"{type(objective).__name__} has no gradient: in each of the first {_BATCHES} "
@@ -46,7 +43,7 @@ class TrainingWatch:
             )
 
 
-def _warn_of_narrow_weights(objective: PoolObjective) -> None:
+def _warn_of_narrow_weights(objective: Any) -> None:
     narrow = narrow_weights(objective.parameters())
     # DeepSpeed holds copies in float32.
     if narrow and engine_of(objective.model) != "DeepSpeed":

@@ -20,11 +20,10 @@ from dream_kernels import (
 from dream_kernels.parsing import shortened, why_not_text
 from dream_training.config import CONTEXTS, INJECTED_ROWS
 from dream_training.distributed.sharding import Pace, shard_model
-from dream_training.models.names import check_vocabulary
+from dream_training.models.text_tokens import check_vocabulary, text_tokens
 from dream_training.reading.document_store import check_document_store, open_document_store
 from dream_training.reading.prompts import PLAIN, ReaderPrompt, load_reader_prompt
 from dream_training.reading.target_loss import at_least_float32, plain_head, target_losses
-from dream_training.reading.text_tokens import text_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -161,7 +160,7 @@ class Reader(nn.Module):
             ValueError: the model brings code and ``trust_remote_code`` is not set, or its weights
                 are pickled; or as in the constructor.
         """
-        from dream_training.models.trust import load_language_model, load_tokenizer
+        from dream_training.trust import load_language_model, load_tokenizer
 
         tokenizer = load_tokenizer(path, trust_remote_code, "reader")
         model = load_language_model(

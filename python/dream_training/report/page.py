@@ -11,9 +11,8 @@ from typing import Any
 from markupsafe import Markup
 
 from dream_kernels.files import write_text
-from dream_training.commands.compare_runs import describe_p
 from dream_training.console import progress
-from dream_training.evaluation.paired import Comparison, compare_queries
+from dream_training.evaluation.paired import Comparison, compare_queries, describe_p
 from dream_training.evaluation.results import (
     UNTRAINED,
     Evaluation,

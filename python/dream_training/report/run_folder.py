@@ -10,8 +10,8 @@ from typing import Any
 
 from dream_kernels import HeadFile, read_heads
 from dream_training.evaluation.results import FILE_NAME, Evaluation, read_evaluations
+from dream_training.history import History
 from dream_training.json_file import read_json
-from dream_training.training.callbacks import History
 from dream_training.training.output_folder import ENVIRONMENT, EXAMPLES
 
 

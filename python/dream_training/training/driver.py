@@ -32,16 +32,17 @@ from dream_training.heads.selection import (
     head_examples,
     select_heads,
 )
+from dream_training.history import History
 from dream_training.json_file import write_json
-from dream_training.models.loading import check_models, load_reader, make_retriever
+from dream_training.models.loading import check_models, make_retriever
 from dream_training.models.precision import train_in_float32
 from dream_training.models.texts import library_keeps_lengths, prepare_retriever
 from dream_training.objectives.build import build_objective, check_data
 from dream_training.objectives.temperature import Temperature
 from dream_training.objectives.verdicts import Verdicts
 from dream_training.plots import plot_curve, plot_heads
+from dream_training.reading.loading import load_reader
 from dream_training.training.callbacks import (
-    History,
     KeepBestCallback,
     ProgressCallback,
     TemperatureCallback,

@@ -14,6 +14,7 @@ from dream_training.distributed import world
 from dream_training.distributed.sharding import loaded_whole, whole
 from dream_training.environment import describe_environment
 from dream_training.evaluation import Evaluation, RetrievalEvaluator, expand_tasks
+from dream_training.evaluation.options import EvaluationOptions
 from dream_training.evaluation.results import (
     FILE_NAME,
     UNTRAINED,
@@ -21,10 +22,10 @@ from dream_training.evaluation.results import (
     retrieval_settings,
     write_evaluations,
 )
-from dream_training.evaluation.tasks import EvaluationOptions, evaluate_task
+from dream_training.evaluation.tasks import evaluate_task
+from dream_training.history import History
 from dream_training.json_file import write_json
 from dream_training.reading.reader import Reader
-from dream_training.training.callbacks import History
 from dream_training.training.examples import TrainingExamples
 from dream_training.training.output_folder import ENVIRONMENT, EXAMPLES
 
@@ -119,7 +120,7 @@ class RunRecord(TrainerCallback):
             write_evaluations(self.output_dir / FILE_NAME, found, environment)
         if interrupted or not self.config.final_tasks:
             return
-        from dream_training.models.trust import load_sentence_transformer
+        from dream_training.models.retriever import load_sentence_transformer
 
         with loaded_whole():
             best = load_sentence_transformer(

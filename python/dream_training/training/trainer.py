@@ -25,8 +25,8 @@ from dream_training.checkpointing.state import (
 )
 from dream_training.distributed import world
 from dream_training.distributed.engine import check_trainer, engine_arguments
+from dream_training.distributed.sharded_trainer import Trainer
 from dream_training.distributed.sharding import whole
-from dream_training.distributed.trainer import Trainer
 from dream_training.models.retriever import merged
 from dream_training.training.output_folder import CHECKPOINTS
 from dream_training.training.workers import leave_signals_to_the_run

@@ -1,0 +1,136 @@
+"""``dream doctor``: whether a run can learn, before it is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from dream_kernels import HeadFile
+from dream_training.console import progress
+from dream_training.heads.selection import head_examples
+from dream_training.preflight import reader as of_reader
+from dream_training.preflight import retriever as of_retriever
+from dream_training.preflight.check import FAULT, Check
+from dream_training.preflight.patient import Patient
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+
+    from dream_training.config import TrainConfig
+
+_ROWS = 256  # lines whose lengths are looked at
+_EXAMPLES = 32  # questions that the reader answers
+_HEAD_EXAMPLES = 32
+
+
+def diagnose(
+    config: TrainConfig,
+    *,
+    data: Dataset | None = None,
+    model: SentenceTransformer | None = None,
+    heads: HeadFile | None = None,
+    report: Callable[[Check], None] = lambda check: None,
+) -> list[Check]:
+    """Examine a run: a minute on a CPU with a reader of 135M parameters.
+
+    Heads, losses and spans are those of objective ``dream``; the other objectives are examined
+    without them. ``model`` is trained for two steps at the end.
+
+    Args:
+        config: the run.
+        data: training data; read from ``config.train_data`` by default.
+        model: the untrained retriever; built from the config by default.
+        heads: the reader's heads; from ``config.heads`` by default, selected on fewer examples
+            than a run would take.
+        report: called with every check as soon as it is made.
+
+    Returns:
+        The checks in order.
+
+    Raises:
+        FileNotFoundError: a file of the config is missing.
+        ValueError: the config or the data cannot be read; the message says what.
+    """
+    from dream_training.data.jsonl import read_training_data
+    from dream_training.models.loading import make_retriever
+    from dream_training.models.texts import prepare_retriever
+    from dream_training.objectives.build import build_objective, check_data
+    from dream_training.reading.loading import load_reader
+    from dream_training.training.driver import find_heads
+
+    checks: list[Check] = []
+
+    def add(*new: Check) -> None:
+        for check in new:
+            checks.append(check)
+            report(check)
+
+    if data is None:
+        # The doctor looks at all lines, also where training streams them.
+        data = read_training_data(
+            config.train_data,
+            split=config.train_split,
+            target_from=config.target_from,
+            positives=config.train_positives,
+        )
+    model = make_retriever(config) if model is None else prepare_retriever(config, model)
+    try:
+        check_data(config, data)
+        if config.objective == "infonce":
+            build_objective(config, model, data, dict)
+    except ValueError as error:
+        add(Check("batches", FAULT, str(error)))
+        return checks
+    # Lines of few documents fill a batch only if all of them are there.
+    whole = data if config.objective == "infonce" else None
+    rows = max(_ROWS, config.batch_size * config.gradient_accumulation_steps)
+    data = data.shuffle(seed=config.seed).select(range(min(len(data), rows)))
+    patient = Patient(config, data, model, training_data=whole)
+    if config.objective == "dream":
+        try:
+            heads = find_heads(config, data, _HEAD_EXAMPLES) if heads is None else heads
+            patient = replace(
+                patient, heads=heads, reader=load_reader(config, heads.by_layer(config.top_k))
+            )
+        except ValueError as error:
+            add(Check("heads", FAULT, str(error), "name other heads, or heads: auto"))
+            return checks
+    with progress("counting tokens"):
+        add(*of_retriever.truncation(patient))
+    if patient.reader is not None:
+        # Not those that the heads were selected on, as far as there are others.
+        examples = head_examples(data, _EXAMPLES, config.seed + 1, labelled=_labelled(data))
+        documents = list(dict.fromkeys(d for example in examples for d in example.documents))
+        with progress("reading documents"):
+            add(of_reader.spans(patient.reader, documents[: config.batch_size]))
+            add(of_reader.heads(patient.reader, examples[: config.batch_size]))
+            try:
+                add(of_reader.losses(patient.reader, examples))
+            except ValueError as error:
+                add(Check("target loss", FAULT, str(error)))
+        # The steps load their own, and two would count as the run's memory.
+        patient = replace(patient, reader=None)
+    try:
+        with progress("encoding a batch"):
+            add(of_retriever.weights(patient))
+    except ValueError as error:
+        add(Check("pool", FAULT, str(error)))
+        return checks
+    try:
+        with progress("two steps of training"):
+            add(*of_retriever.steps(patient))
+    except ValueError as error:
+        add(Check("steps", FAULT, str(error)))
+    return checks
+
+
+def _labelled(data: Dataset) -> bool:
+    """Whether enough lines know their positive to look at those alone."""
+    return sum(positive >= 0 for positive in data["positive"]) >= 2
+
+
+def has_fault(checks: Sequence[Check]) -> bool:
+    """Whether the run should not be started as it is."""
+    return any(check.status == FAULT for check in checks)
