@@ -11,7 +11,7 @@ import pytest
 from dream_training.data import beir_folder
 from dream_training.data.beir_folder import read_beir_folder, write_beir_folder
 from dream_training.demo.docstrings import RetrievalSplit, TrainExample
-from dream_training.training.driver import load_training_data, make_evaluator
+from dream_training.training.inputs import load_training_data, make_evaluator
 
 CORPUS = {"a.b": "naïve text\nwith two lines", "c": 'tab\tand "quotes"', "d": "other"}
 SPLIT = RetrievalSplit(

@@ -23,7 +23,7 @@ from dream_training.evaluation.options import EvaluationOptions
 from dream_training.evaluation.results import read_evaluations, write_evaluations
 from dream_training.evaluation.tasks import check_tasks, evaluate_bm25
 from dream_training.models.retriever import build_retriever
-from dream_training.training.driver import make_evaluator
+from dream_training.training.inputs import make_evaluator
 
 CORPUS = {"a": "red apples", "b": "blue rivers", "c": "green stones", "q1": "grey clouds"}
 QUERIES = {"q1": "apples", "q2": "rivers or stones", "q3": "clouds"}

@@ -28,7 +28,8 @@ from dream_training.objectives.embedding import draws_random_numbers
 from dream_training.preflight.check import FAULT
 from dream_training.preflight.diagnosis import diagnose
 from dream_training.reading.reader import Reader
-from dream_training.training.driver import make_evaluator, train
+from dream_training.training.driver import train
+from dream_training.training.inputs import make_evaluator
 from helpers.tiny import make_decoder, make_rows, make_tokenizer, quiet
 
 

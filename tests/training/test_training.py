@@ -24,7 +24,8 @@ from dream_training.preflight.dry_run import dry_run
 from dream_training.reading.reader import Reader
 from dream_training.report.run_folder import read_run
 from dream_training.training import driver
-from dream_training.training.driver import find_heads, load_training_data, train
+from dream_training.training.driver import train
+from dream_training.training.inputs import find_heads, load_training_data
 from helpers.tiny import make_rows, quiet
 
 

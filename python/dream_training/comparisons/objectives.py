@@ -341,7 +341,8 @@ def _measure(
     """Train once, evaluate before and after on every data set, and write the result."""
     from dream_training.models.loading import make_retriever
     from dream_training.models.retriever import merged
-    from dream_training.training.driver import make_evaluator, train
+    from dream_training.training.driver import train
+    from dream_training.training.inputs import make_evaluator
     from dream_training.training.resuming import has_checkpoint_of
 
     model = make_retriever(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ def build_objective(
     config: TrainConfig,
     model: SentenceTransformer,
     data: Dataset | IterableDataset,
-    choose_heads: Callable[[], Heads],
+    heads: Heads,
     verdicts: Verdicts | None = None,
 ) -> Objective:
     """Build the objective that a config names.
@@ -63,7 +63,7 @@ def build_objective(
         config: the run.
         model: the retriever.
         data: with the columns ``query``, ``target``, ``documents``, ``positive``.
-        choose_heads: returns the heads that receive the scores; called where they matter.
+        heads: of the reader, that receive the scores of ``dream``; the others have no use for them.
         verdicts: keeps what the reader says, with ``teaching: distilled``.
 
     Raises:
@@ -90,7 +90,7 @@ def build_objective(
         own = PoolInfoNCELoss(model, temperature, **options)
         data = labelled(data)
     elif name == "dream":
-        reader = load_reader(config, choose_heads())
+        reader = load_reader(config, heads)
         if config.teaching == "direct":
             own = DreamLoss(model, reader, temperature, **options)
         else:

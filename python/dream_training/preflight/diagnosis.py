@@ -58,7 +58,7 @@ def diagnose(
     from dream_training.models.texts import prepare_retriever
     from dream_training.objectives.build import build_objective, check_data
     from dream_training.reading.loading import load_reader
-    from dream_training.training.driver import find_heads
+    from dream_training.training.inputs import find_heads
 
     checks: list[Check] = []
 
@@ -79,7 +79,7 @@ def diagnose(
     try:
         check_data(config, data)
         if config.objective == "infonce":
-            build_objective(config, model, data, dict)
+            build_objective(config, model, data, {})
     except ValueError as error:
         add(Check("batches", FAULT, str(error)))
         return checks

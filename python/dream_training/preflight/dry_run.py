@@ -67,7 +67,7 @@ def dry_run(config: TrainConfig, console: Console) -> Plan:
 def _rows(config: TrainConfig) -> tuple[Any, bool]:
     from datasets import Dataset
 
-    from dream_training.training.driver import load_training_data
+    from dream_training.training.inputs import load_training_data
 
     try:
         return load_training_data(replace(config, streaming=False)), True
@@ -87,7 +87,8 @@ def _rows(config: TrainConfig) -> tuple[Any, bool]:
 
 
 def _two_steps(config: TrainConfig, rows: Any, folder: Path) -> History:
-    from dream_training.training.driver import find_heads, train
+    from dream_training.training.driver import train
+    from dream_training.training.inputs import find_heads
 
     heads = None
     if config.heads != "auto":
