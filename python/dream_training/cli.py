@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
-import logging
 import os
-import shutil
 import signal
 import sys
-import tempfile
-import warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -19,6 +14,7 @@ from dream_training.commands.data_app import app as data_app
 from dream_training.commands.options import Device, Output, Split, TargetFrom, TrustRemoteCode
 from dream_training.console import loading_libraries, make_console
 from dream_training.distributed.launched import refuse_several
+from dream_training.startup import find_datasets_cache, quieten_libraries
 
 app = typer.Typer(
     help="Train dense retrievers from a frozen language model's own next-token loss.",
@@ -464,8 +460,8 @@ _EXPECTED = (OSError, ModuleNotFoundError, TypeError, ValueError, MemoryError, F
 
 def main() -> None:
     """Run the command; mistakes of the user end in one line, not in a traceback."""
-    _quieten_libraries()
-    _find_cache()
+    quieten_libraries()
+    find_datasets_cache()
     try:
         if sys.argv[1:2] != ["train"] or "--dry-run" in sys.argv:
             refuse_several(" ".join(["dream", *sys.argv[1:2]]))
@@ -474,39 +470,6 @@ def main() -> None:
         if os.environ.get("DREAM_TRACEBACK"):
             raise
         sys.exit(f"dream: {error}")
-
-
-def _find_cache() -> None:
-    """Let ``datasets`` have a temporary cache where its own cannot be written, and say so.
-
-    It makes the folder also for what it never keeps, such as a stream.
-    """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
-    cache = Path(os.environ.get("HF_HOME") or home).expanduser() / "datasets"
-    if os.environ.get("HF_DATASETS_CACHE"):
-        return
-    there = next((folder for folder in (cache, *cache.parents) if folder.exists()), cache)
-    if there.is_dir() and os.access(there, os.W_OK):
-        return
-    temporary = tempfile.mkdtemp(prefix="dream-datasets-")
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    os.environ["HF_DATASETS_CACHE"] = temporary
-    typer.echo(
-        f"dream: the cache {cache} cannot be written: data sets of the hub are fetched anew in "
-        "every run; set HF_DATASETS_CACHE to a folder that can be",
-        err=True,
-    )
-
-
-def _quieten_libraries() -> None:
-    """Keep bars and notes of libraries out of the command's own output; warnings stay."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Read when transformers is imported; cut backbones would report every layer left out.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(level=logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,6 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from dream_kernels.files import is_standard_output
-
 WIDTH = 80
 # Without a terminal, a wait has a line after so many seconds, and then as often.
 FIRST_LINE, EVERY_LINE = 5.0, 20.0
@@ -57,12 +55,20 @@ def make_console(beside: str | os.PathLike[str] | None = None) -> Console:
     Text is printed as it is: brackets are no markup, and figures get no colours. Without a terminal
     it is as wide as COLUMNS says, and 80 by default.
     """
-    stderr = beside is not None and is_standard_output(beside)
-    console = OutputConsole(markup=False, highlight=False, emoji=False, stderr=stderr)
+    console = OutputConsole(
+        markup=False, highlight=False, emoji=False, stderr=beside is not None and _is_stdout(beside)
+    )
     columns = os.environ.get("COLUMNS", "")
     if not console.is_terminal:
         console.width = int(columns) if columns.isdigit() and int(columns) > 0 else WIDTH
     return console
+
+
+def _is_stdout(path: str | os.PathLike[str]) -> bool:
+    # Imported here, so that `dream --help` need not wait for torch.
+    from dream_kernels.files import is_standard_output
+
+    return is_standard_output(path)
 
 
 def wrapped(text: str, width: int) -> str:

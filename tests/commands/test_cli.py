@@ -9,18 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from dream_kernels import read_heads
-from helpers.own_process import run_command
+from dream_training.cli import app
+from helpers.own_process import run_command, run_dream
 from helpers.tiny import make_rows
 
 
 def dream(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return run_command(
-        *(sys.executable, "-m", "dream_training.cli", *arguments),
-        cwd=cwd,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"},
-    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
+    return run_dream(*arguments, cwd=cwd, env=environment)
 
 
 @pytest.fixture
@@ -31,10 +30,32 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_help_lists_the_commands() -> None:
-    result = dream("--help")
-    assert result.returncode == 0
+    """In an interpreter that has loaded nothing before."""
+    result = run_command(sys.executable, "-m", "dream_training.cli", "--help")
+    assert result.returncode == 0, result.stderr
     for command in ("demo", "doctor", "heads", "train", "evaluate", "bench"):
         assert f"\n  {command} " in result.stdout
+
+
+HELP = """
+import sys
+from dream_training.cli import main
+for command in sys.argv[1:]:
+    sys.argv = ["dream", *command.split(), "--help"]
+    try:
+        main()
+    except SystemExit as stopped:
+        assert not stopped.code, command
+    assert "torch" not in sys.modules, command
+"""
+
+
+def test_help_does_not_load_torch() -> None:
+    group = get_command(app).commands
+    names = [*group, *(f"data {name}" for name in group["data"].commands)]
+    result = run_command(sys.executable, "-c", HELP, *names)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Usage: dream") == len(names) > 12
 
 
 def test_heads_then_train_then_evaluate(tiny_model: Path, data: Path, tmp_path: Path) -> None:

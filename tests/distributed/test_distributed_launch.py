@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +20,14 @@ from dream_training.distributed.launched import refuse_several
 from dream_training.training.driver import train
 from dream_training.training.resuming import CHECKPOINTS
 from helpers import engines_on_cpu
-from helpers.own_process import run_command
+from helpers.own_process import run_command, run_dream
 from helpers.tiny import write_tiny_data
 
 _ZERO = (
     'deepspeed={"zero_optimization": {"stage": %d}, "train_micro_batch_size_per_gpu": "auto", '
     '"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}'
 )
-# Keys behind the command, and the environment.
+# Keys after the command, and the environment.
 ENGINES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "ddp": ((), {}),
     "fsdp2": (
@@ -76,16 +77,24 @@ def make_config(folder: str, tmp_path: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**{**settings, **changes})
 
 
-def torchrun(config: TrainConfig, *overrides: str, script: tuple[str, ...], **environment: str):
-    """Run ``dream train`` in two processes."""
+def train_with_two(
+    config: TrainConfig, *overrides: str, engine: str = "ddp", launcher: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run ``dream train`` in two processes, which torchrun starts unless ``launcher`` is false."""
+    keys, own = ENGINES[engine]
     path = Path(config.output_dir).parent / "config.yaml"
     path.write_text(json.dumps({**vars(config)}))
-    command = [
+    arguments = ("train", path, *keys, *overrides)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **own}
+    if not own and not launcher:
+        return run_dream(*arguments, env=environment, processes=2)
+    return run_command(
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *script),
-        *("train", str(path), *overrides),
-    ]
-    return run_command(*command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+        *((engines_on_cpu.__file__,) if own else ("-m", "dream_training.cli")),
+        *arguments,
+        env=environment,
+    )
 
 
 def one_head(folder: Path) -> str:
@@ -117,14 +126,12 @@ def history(folder: Path) -> tuple[list[float], list[float], list[float]]:
 def test_two_processes_train_as_one_does(folder, tmp_path: Path, engine: str) -> None:
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    keys, environment = ENGINES[engine]
     config = make_config(folder, tmp_path)
     expected = train(config)
-    done = torchrun(
+    done = train_with_two(
         config,
-        *("gather_across_devices=true", "batch_size=2", f"output_dir={tmp_path / 'two'}", *keys),
-        script=(engines_on_cpu.__file__,) if environment else ("-m", "dream_training.cli"),
-        **environment,
+        *("gather_across_devices=true", "batch_size=2", f"output_dir={tmp_path / 'two'}"),
+        engine=engine,
     )
     assert done.returncode == 0, done.stderr
     losses, weights, scores = history(tmp_path / "two")
@@ -141,20 +148,18 @@ def test_two_processes_train_as_one_does(folder, tmp_path: Path, engine: str) ->
 
 
 @pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.soak)])
-def test_two_processes_go_on_where_they_stopped(folder, tmp_path: Path, engine: str) -> None:
+def test_two_processes_resume_where_they_stopped(folder, tmp_path: Path, engine: str) -> None:
     """From the middle of a run whose last checkpoints are lost, to the same bits."""
-    keys, environment = ENGINES[engine]
-    script = (engines_on_cpu.__file__,) if environment else ("-m", "dream_training.cli")
     options = {"max_steps": 4, "save_steps": 1, "keep_checkpoints": 4, "batch_size": 2}
     config = make_config(folder, tmp_path, **options)
-    done = torchrun(config, *keys, script=script, **environment)
+    done = train_with_two(config, engine=engine, launcher=False)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "one"
     expected, weights = history(out), (out / "last" / "model.safetensors").read_bytes()
     for step in (3, 4):
         shutil.rmtree(out / CHECKPOINTS / f"step-{step:08d}")
     shutil.rmtree(out / "last")
-    done = torchrun(config, *keys, "--resume", script=script, **environment)
+    done = train_with_two(config, "--resume", engine=engine, launcher=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("going on after step 2") == 1, done.stdout
     assert history(out) == expected and len(expected[0]) == 4
@@ -172,7 +177,7 @@ def test_one_failing_process_ends_the_others(folder, tmp_path: Path) -> None:
     with Path(config.train_data).open("a", encoding="utf-8") as file:
         row = {"query": "q", "target": "long " * 120, "documents": ["d"], "positive": 0}
         file.write("\n" + json.dumps(row))
-    done = torchrun(config, script=("-m", "dream_training.cli"))
+    done = train_with_two(config)
     assert done.returncode != 0
     assert done.stderr.count("does not fit into the reader's context of 512 tokens") == 1
 

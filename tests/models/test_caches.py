@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dream_training import cli
+from dream_training import startup
 from dream_training.evaluation import beir_sets
 from dream_training.models import smollm2
 
@@ -45,8 +45,8 @@ def test_the_cache_of_the_sets_of_beir_is_named(home: Path) -> None:
 
 def test_data_sets_get_a_temporary_cache(home: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     left = []
-    monkeypatch.setattr(cli.atexit, "register", lambda *call, **options: left.append(call[1]))
-    cli._find_cache()
+    monkeypatch.setattr(startup.atexit, "register", lambda *call, **options: left.append(call[1]))
+    startup.find_datasets_cache()
     folder = os.environ["HF_DATASETS_CACHE"]
     assert left == [folder] and os.access(folder, os.W_OK)
     os.rmdir(folder)
@@ -54,9 +54,9 @@ def test_data_sets_get_a_temporary_cache(home: Path, tmp_path: Path, monkeypatch
     assert f"{home}/.cache/huggingface/datasets cannot be written" in text
     assert "set HF_DATASETS_CACHE" in text and text.count("\n") == 1
     # What the user set stays, and a cache that can be written as well.
-    cli._find_cache()
+    startup.find_datasets_cache()
     assert os.environ["HF_DATASETS_CACHE"] == folder
     del os.environ["HF_DATASETS_CACHE"]
     os.environ["HF_HOME"] = str(tmp_path / "new" / "folder")
-    cli._find_cache()
+    startup.find_datasets_cache()
     assert "HF_DATASETS_CACHE" not in os.environ and not capsys.readouterr().err

@@ -23,7 +23,7 @@ from dream_training.training.resuming import CHECKPOINTS
 from dream_training.training.signals import StopSignals
 from helpers import killed_run
 from helpers.killed_run import outcome
-from helpers.own_process import TIMEOUT_S, in_own_process, run_command
+from helpers.own_process import TIMEOUT_S, in_own_process, run_command, run_dream
 from helpers.soak_record import SOAK, record
 from helpers.tiny import quiet
 
@@ -252,7 +252,7 @@ def test_the_command_goes_on(run, tmp_path: Path) -> None:
     text = " ".join("".join(printed).split())
     assert "SIGTERM: stopping after this step" in text and "--resume goes on after step 2" in text
     alone = train(run(**{**changes, "output_dir": str(tmp_path / "alone")}), console=quiet())
-    done = run_command(sys.executable, "-m", "dream_training.cli", "train", path, "--resume")
+    done = run_dream("train", path, "--resume")
     assert done.returncode == 0, done.stderr
     steps = json.loads((tmp_path / "stopped" / "history.json").read_text())["steps"]
     assert len(steps) == 8
