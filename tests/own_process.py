@@ -6,15 +6,12 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
-
-import torch
 
 # For what takes a minute at most on a machine of its own. It ends what hangs, and measures nothing.
 TIMEOUT_S = float(os.environ.get("DREAM_TEST_TIMEOUT_S", "900"))
@@ -86,24 +83,6 @@ def _answer(pipe: Any, function: Callable[..., Any], args: tuple, options: dict)
     except BaseException:
         answer = (None, traceback.format_exc())
     pipe.send(answer)
-
-
-def run_ranks(work: Callable[..., None], size: int, *args: Any) -> None:
-    """Run ``work(rank, *args)`` in ``size`` new processes, and wait until all are done.
-
-    Raises:
-        Exception: one of them has failed; the others are ended.
-        AssertionError: they took too long.
-    """
-    context = torch.multiprocessing.start_processes(work, args=args, nprocs=size, join=False)
-    end = time.monotonic() + TIMEOUT_S
-    try:
-        while not context.join(max(end - time.monotonic(), 0)):
-            assert time.monotonic() < end, f"{work.__module__}.work: not done after {TIMEOUT_S} s"
-    finally:
-        for process in context.processes:
-            process.kill()
-            process.join()
 
 
 def run_command(

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dream_kernels import api
-from dream_kernels.context_parallel import context_parallel_attention
 from dream_kernels.injection.context import DocumentContext
 
 CONTEXT_KEYWORD = "document_context"
@@ -88,12 +86,6 @@ def _document_attention(
     """Attend through the operator; returns ``[B, M, Hq, D]`` as transformers expects."""
     prefix = None if context.prefix is None else context.prefix.layers[layer]
     _refuse_what_the_operator_cannot(layer, key, prefix, kwargs)
-    group = None if context.prefix is None else context.prefix.group
-    if group is not None and kwargs.get("sliding_window") is not None:
-        raise ValueError(
-            f"layer {layer} attends through a sliding window, and document_prefix is split over "
-            "ranks, none of which knows the length of the whole"
-        )
     rows, first = query.shape[2], context.first_row
     all_scores = context.scores_of(layer)
     if all_scores is None or context.spans is None or not heads:
@@ -110,10 +102,7 @@ def _document_attention(
         mask, last = context.attention_mask, key.shape[2] - rows + end
         if mask is not None:
             mask = mask[:, : mask.shape[1] - rows + end].to(query.device)
-        function: Callable[..., Tensor] = partial(api.document_attention, impl=context.impl)
-        if group is not None:
-            function = partial(context_parallel_attention, group=group)
-        return function(
+        return api.document_attention(
             _places(query, begin, end),
             _places(key, 0, last),
             _places(value, 0, last),
@@ -125,6 +114,7 @@ def _document_attention(
             scale=kwargs.get("scaling"),
             attention_mask=mask,
             prefix=prefix,
+            impl=context.impl,
         )
 
     if first in (0, rows):
@@ -141,8 +131,6 @@ def _record_mass(
     context: DocumentContext, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]
 ) -> None:
     assert context.recorder is not None and context.spans is not None
-    if context.prefix is not None and context.prefix.group is not None:
-        raise ValueError("document_prefix is split over ranks, which masses cannot be read from")
     prefix = None if context.prefix is None else context.prefix.layers[layer]
     _refuse_what_the_operator_cannot(layer, key, prefix, kwargs)
     mask = context.attention_mask

@@ -159,7 +159,7 @@ class Injection:
         past_length = 0 if past is None else int(past.get_seq_length())
 
         if prefix is not None:
-            _check_prefix(prefix, batch, len(support.attention_modules(model)), self._impl)
+            _check_prefix(prefix, batch, len(support.attention_modules(model)))
             if spans is None:
                 spans = prefix.spans
             if given.get("position_ids") is None:
@@ -299,7 +299,7 @@ def _check_first_row(first_row: object, rows: int) -> int:
     return first_row
 
 
-def _check_prefix(prefix: object, batch: int, layers: int, impl: str) -> None:
+def _check_prefix(prefix: object, batch: int, layers: int) -> None:
     if not isinstance(prefix, Prefix):
         raise TypeError(f"document_prefix must be a Prefix, got {type(prefix).__name__}")
     if len(prefix.layers) != layers:
@@ -309,10 +309,6 @@ def _check_prefix(prefix: object, batch: int, layers: int, impl: str) -> None:
         )
     if prefix.batch not in (1, batch):
         raise ValueError(f"document_prefix must have batch 1 or {batch}, got {prefix.batch}")
-    if prefix.group is not None and impl not in ("auto", "reference"):
-        raise NotImplementedError(
-            f"impl={impl!r} cannot read a document_prefix that is split over ranks; 'auto' can"
-        )
 
 
 def _full_mask(
