@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dream_kernels import api
 from dream_kernels.injection.context import DocumentContext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONTEXT_KEYWORD = "document_context"
 _NAME = "dream_"
@@ -24,6 +27,19 @@ _NAME = "dream_"
 def is_injected_name(name: str | None) -> bool:
     """Whether an ``_attn_implementation`` was registered by this module."""
     return name is not None and name.startswith(_NAME)
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """Return the name of the attention function that a model calls.
+
+    transformers has no public getter, so this module alone reads and sets the private one.
+    """
+    return model.config.get_text_config()._attn_implementation
+
+
+def use_attention(model: PreTrainedModel, name: str) -> None:
+    """Let a model call a registered attention function, see :func:`attention_of`."""
+    model.config.get_text_config()._attn_implementation = name
 
 
 def register(base: str) -> str:

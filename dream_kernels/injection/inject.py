@@ -50,9 +50,8 @@ class Injection:
         self._recorder: MassRecorder | None = None
         self._context: DocumentContext | None = None
         self._signature = inspect.signature(type(model).forward)
-        self._config = model.config.get_text_config()
-        self._original: str = self._config._attn_implementation
-        self._config._attn_implementation = attention.register(self._original)
+        self._original = attention.attention_of(model)
+        attention.use_attention(model, attention.register(self._original))
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
@@ -65,7 +64,7 @@ class Injection:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._config._attn_implementation = self._original
+        attention.use_attention(self.model, self._original)
 
     def __enter__(self) -> Injection:
         return self
