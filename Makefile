@@ -74,7 +74,7 @@ test-slow: $(STAMP)
 SOAK_RECORD ?= docs/soak.jsonl
 SOAK_TESTS ?= tests/checkpointing/test_checkpoint_folder.py tests/training/test_resume.py \
   tests/training/test_faults.py tests/training/test_workers.py tests/training/test_long_run.py \
-  tests/distributed tests/hostile tests/kernels/test_context_parallel.py
+  tests/distributed tests/hostile
 soak: $(STAMP)
 	rm -f $(SOAK_RECORD)
 	DREAM_SOAK=1 DREAM_SOAK_RECORD=$(abspath $(SOAK_RECORD)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest \

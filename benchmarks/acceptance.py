@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .cases import Case, gpu_cases, rehearsal_cases
-from .environment import describe_environment
+from .environment import provenance
 from .floors import Peaks, floor_table
 from .kernel import Settings, run_kernel
 from .records import SCHEMA
@@ -119,7 +119,7 @@ def measured_floors(records: list[Record]) -> str:
 
 
 def _run_checks(settings: Settings, rehearse: bool, say: Callable[[str], None]) -> list[Record]:
-    environment = describe_environment(settings.device)
+    environment = provenance(settings.device)
     records = []
     with tempfile.TemporaryDirectory() as cache:
         for name, command, extra in _checks(rehearse, cache):

@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_README = Path(__file__).resolve().parent / "README.md"
+_IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 for PyTorch's own number")]
@@ -86,12 +86,12 @@ def kernel(
     """Time one call of the operator, forward and backward, against its peers."""
     from . import cases as shapes
     from . import records
-    from .kernel import Settings, choose, run_kernel, run_overhead
+    from .kernel import Settings, choose_peers, run_kernel, run_overhead
     from .tables import print_kernel, print_overhead
 
     chosen = _device(device, threads)
     settings = Settings(
-        device=chosen, peers=choose(peer), runs=runs, seconds=seconds,
+        device=chosen, peers=choose_peers(peer), runs=runs, seconds=seconds,
         total_seconds=total_seconds, memory=memory, quick=quick,
     )  # fmt: skip
     if quick:
@@ -137,13 +137,13 @@ def scaling(
 ) -> None:
     """Time the operator along prefix length, documents, batch and heads scored."""
     from . import records
-    from .kernel import Settings, choose
+    from .kernel import Settings, choose_peers
     from .scaling import PEERS, default_axes, run_scaling
     from .tables import print_scaling
 
     settings = Settings(
-        device=_device(device, threads), peers=choose(peer or PEERS), runs=3 if quick else runs,
-        seconds=1.0 if quick else seconds, total_seconds=total_seconds,
+        device=_device(device, threads), peers=choose_peers(peer or PEERS),
+        runs=3 if quick else runs, seconds=1.0 if quick else seconds, total_seconds=total_seconds,
         memory=memory and not quick, quick=quick,
     )  # fmt: skip
     wanted = [a for a in default_axes(settings) if axis in a.name]
@@ -220,8 +220,7 @@ def everything(
     scaling(device=device, threads=threads, quick=quick, output=output)
     step(device=device, threads=threads, quick=quick, output=output)
     folder = results_folder(output, quick)
-    # Only results proper go into the README.
-    report(output=folder, readme=None if quick or output is not None else _README)
+    report(output=folder)
 
 
 @app.command("gpu-acceptance")
@@ -241,13 +240,13 @@ def gpu_acceptance(
 
     from . import records
     from .acceptance import PEERS, measured_floors, require_gpu, run_acceptance, summary
-    from .kernel import Settings, choose
+    from .kernel import Settings, choose_peers
     from .tables import print_kernel, print_rows
 
     if not rehearse:
         require_gpu()
     settings = Settings(
-        device=torch.device("cpu" if rehearse else "cuda"), peers=choose(PEERS),
+        device=torch.device("cpu" if rehearse else "cuda"), peers=choose_peers(PEERS),
         runs=2 if rehearse else runs, seconds=seconds, total_seconds=total_seconds,
         memory=not rehearse, quick=rehearse,
     )  # fmt: skip
@@ -275,19 +274,11 @@ def gpu_acceptance(
 
 
 @app.command()
-def report(
-    output: Output = None,
-    readme: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="file with the markers; by default that of the checkout"),
-    ] = None,
-) -> None:
-    """Turn the records into tables, plots, and the block in the README."""
-    from .report import write_report
+def report(output: Output = None) -> None:
+    """Turn the records into plots and a page of tables, README.md beside them."""
+    from .report import write_page
 
-    folder = results_folder(output, quick=False)
-    default = _README if output is None else folder / "none"
-    for path in write_report(folder, readme or default):
+    for path in write_page(results_folder(output, quick=False)):
         typer.echo(path)
 
 
@@ -313,7 +304,7 @@ def pictures(
     folder = results_folder(output, quick=False)
     if demo is not None:
         typer.echo(record_demo(demo, folder))
-    default = _README.parent.parent / "docs" / "images" if output is None else folder / "images"
+    default = _IMAGES if output is None else folder / "images"
     for path in draw_pictures(folder, images or default, device):
         typer.echo(path)
 
@@ -337,12 +328,12 @@ def compare(
 ) -> None:
     """Time two commits on this machine, in turn."""
     from . import records
-    from .compare import default_cases, run_compare
+    from .compare import compare_revisions, default_cases
     from .tables import print_compare
 
     chosen = _device(device, threads)
     console = show_on(make_console())
-    results = run_compare(
+    results = compare_revisions(
         base, default_cases(chosen, quick), chosen, rounds,
         lambda text: console.print(text, style="dim"),
     )  # fmt: skip

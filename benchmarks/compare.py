@@ -23,7 +23,7 @@ from .adapters import ADAPTERS, Prepared
 from .cases import Case, Inputs, from_record, make_inputs
 from .ceilings import Ceilings
 from .check import Oracle, check_case
-from .environment import commit, describe_environment
+from .environment import commit, provenance
 from .kernel import figures
 from .measure import Times, race
 from .records import SCHEMA
@@ -76,7 +76,7 @@ def built_worktree(revision: str, say: Callable[[str], None]) -> Iterator[tuple[
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_compare(
+def compare_revisions(
     base: str, cases: Sequence[Case], device: torch.device, rounds: int, say: Callable[[str], None]
 ) -> list[Record]:
     """Time ``cases`` with the base and with this checkout in turn.
@@ -99,7 +99,7 @@ def run_compare(
                     total.rounds += [number * _RUNS_A_ROUND + i for i in range(len(case["times"]))]
                     total.forward += [f for f, _ in case["times"]]
                     total.backward += [b for _, b in case["times"] if b is not None]
-    environment = describe_environment(device)
+    environment = provenance(device)
     return [
         {
             "schema": SCHEMA,

@@ -21,7 +21,7 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def describe_environment(device: torch.device) -> dict[str, Any]:
+def provenance(device: torch.device) -> dict[str, Any]:
     """Device, driver, versions, commit, date and threads."""
     return {
         "device": device_name(device),

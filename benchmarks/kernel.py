@@ -13,8 +13,8 @@ from .adapters import ADAPTERS, Prepared, Refusal
 from .cases import Case, Inputs, make_inputs
 from .ceilings import Ceilings, measure_ceilings
 from .check import Oracle, check_case, prepare
-from .environment import describe_environment
-from .measure import Times, describe, paired_ratio, quantiles, race
+from .environment import provenance
+from .measure import Times, describe_failure, paired_ratio, quantiles, race
 from .memory import available_bytes, cpu_peak_bytes, gpu_peak_bytes
 from .records import SCHEMA
 from .work import forward_work, total_work
@@ -68,7 +68,7 @@ def run_kernel(
         One record for every case and peer.
     """
     deadline = time.monotonic() + settings.total_seconds
-    environment = describe_environment(settings.device)
+    environment = provenance(settings.device)
     dtypes = sorted({case.dtype for case in cases})
     ceilings = measure_ceilings(settings.device, dtypes, 0.25 if settings.quick else 1.0)
     records: list[Record] = []
@@ -148,7 +148,7 @@ class Outcomes:
             try:
                 prepared = self._prepare_one(name, oracle, check_inputs, inputs)
             except Exception as error:
-                self.refuse(name, describe(error), "failed")
+                self.refuse(name, describe_failure(error), "failed")
                 continue
             if prepared is not None:
                 prepared_before.add((name, self.case.dtype))
@@ -291,14 +291,14 @@ def run_overhead(settings: Settings) -> list[Record]:
     )  # fmt: skip
     names = [n for n in settings.peers if n not in _SLOW_TO_PREPARE_ON_CPU]
     settings = replace(settings, peers=names)
-    environment = describe_environment(settings.device)
+    environment = provenance(settings.device)
     outcomes = Outcomes(case, settings, environment, Ceilings(), "overhead")
     ready = outcomes.prepare(set())
     outcomes.take(race(ready, settings.device, settings.runs, settings.seconds, calls=200))
     return outcomes.records()
 
 
-def choose(names: Iterable[str] | None) -> list[str]:
+def choose_peers(names: Iterable[str] | None) -> list[str]:
     """Adapters by name or by the beginning of their names.
 
     Raises:

@@ -15,7 +15,7 @@ from .adapters import Prepared
 
 MIN_RUNS = 3
 _FLUSH_BYTES = 256 * 2**20  # more than any GPU's second-level cache
-_SLEEP_CYCLES = 2_000_000  # about a millisecond: longer than launching one call takes
+_FLUSHES = 12  # a millisecond at 3 TB/s: longer than launching one call takes
 
 
 @dataclass
@@ -57,9 +57,9 @@ class Clock:
             result = function()
             return result, time.perf_counter() - start
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
-        # While the device sleeps the call is queued, so the time is the device's own.
-        torch.cuda._sleep(_SLEEP_CYCLES)
+        # While the device is busy the call is queued, so the time is the device's own.
+        for _ in range(_FLUSHES):
+            self._flush.zero_()
         begin.record()
         result = function()
         end.record()
@@ -93,7 +93,7 @@ def race(
             try:
                 forward, backward = _run(peers[name], clock, calls)
             except Exception as error:
-                record.failure = describe(error)
+                record.failure = describe_failure(error)
                 continue
             spent[name] += time.perf_counter() - start
             if number:  # round 0 warms up
@@ -120,7 +120,7 @@ def _run(peer: Prepared, clock: Clock, calls: int) -> tuple[float, float | None]
     return forward_seconds, clock(lambda: backward(output))[1]
 
 
-def describe(error: BaseException) -> str:
+def describe_failure(error: BaseException) -> str:
     """One line that says what went wrong; out of memory is called so."""
     text = str(error).strip().splitlines()
     line = text[0][:200] if text else type(error).__name__

@@ -21,7 +21,7 @@ from dream_kernels.files import open_whole, write_text
 from dream_training.json_file import read_json
 
 from .cases import GRADIENTS
-from .environment import describe_environment, device_slug
+from .environment import device_slug, provenance
 from .records import read
 
 Record = dict[str, Any]
@@ -157,7 +157,7 @@ def record_demo(demo: Path, results: Path) -> Path:
     if "adapted" in metrics:
         name = f"{metrics['adapted']['retriever']}, adapted"
         curves[name] = _curve(demo / "adapted" / "history.json")
-    environment = describe_environment(torch.device("cpu"))
+    environment = provenance(torch.device("cpu"))
     record = {"environment": environment, "metrics": metrics, "curves": curves}
     path = results / f"demo-{device_slug(environment['device'])}.json"
     write_text(path, json.dumps(record, indent=1) + "\n")

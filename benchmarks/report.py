@@ -1,4 +1,4 @@
-"""Records become tables, plots, and the block between the markers in the README."""
+"""Records become plots and one page of tables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ from .targets import findings
 
 Record = dict[str, Any]
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+HEAD = """# Results
+
+Written by `python -m benchmarks report` from the records in this folder; edits are lost.
+How they were measured is described in `benchmarks/README.md`.
+
+"""
 _COMMANDS = {
     "kernel": "python -m benchmarks kernel",
     "overhead": "python -m benchmarks kernel",
@@ -39,31 +44,24 @@ _COMMANDS = {
 }
 
 
-def write_report(results: Path, readme: Path) -> list[Path]:
-    """Draw the plots into ``results/plots`` and write the block into ``readme``.
-
-    Without such a file, or without markers in it, the block becomes ``results/report.md``.
+def write_page(results: Path) -> list[Path]:
+    """Draw the plots into ``results/plots`` and write the tables into ``results/README.md``.
 
     Returns:
         The files written.
 
     Raises:
-        ValueError: there are no records, or a line is not one.
+        ValueError: there are no records, a line is not one, or the page is somebody else's.
     """
     records = read(results)
     if not records:
         raise ValueError(f"there are no records in {results}: run a suite first")
+    page = results / "README.md"
+    if page.exists() and not page.read_text(encoding="utf-8").startswith(HEAD):
+        raise ValueError(f"{page} must be a page that this command wrote, and begins otherwise")
     plots = draw(records, results / "plots")
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    if BEGIN in text and END in text:
-        before, rest = text.split(BEGIN, 1)
-        _, after = rest.split(END, 1)
-        block = render(records, plots, readme.parent)
-        write_text(readme, f"{before}{BEGIN}\n\n{block}\n{END}{after}")
-        return [*plots, readme]
-    target = results / "report.md"
-    write_text(target, render(records, plots, results))
-    return [*plots, target]
+    write_text(page, HEAD + render(records, plots, results))
+    return [*plots, page]
 
 
 def render(records: Sequence[Record], plots: Iterable[Path], root: Path) -> str:
@@ -72,7 +70,7 @@ def render(records: Sequence[Record], plots: Iterable[Path], root: Path) -> str:
     plots = list(plots)
     for device in dict.fromkeys(r["environment"]["device"] for r in records):
         own = [r for r in records if r["environment"]["device"] == device]
-        parts.append(f"### {device}\n")
+        parts.append(f"## {device}\n")
         parts += [_environment(own), _targets(own)]
         by_suite: dict[str, list[Record]] = {}
         for record in own:
@@ -168,7 +166,8 @@ def _overhead(records: Sequence[Record]) -> str:
 def _scaling(records: Sequence[Record]) -> str:
     parts = []
     for axis in dict.fromkeys(r["axis"] for r in records):
-        sizes = sorted({r["value"] for r in records if r["axis"] == axis})
+        own = [r for r in records if r["axis"] == axis]
+        sizes = sorted({r["value"] for r in own})
         rows = []
         for peer in dict.fromkeys(r["peer"] for r in records):
             points = dict(series(records, axis, peer, "total"))
@@ -176,7 +175,11 @@ def _scaling(records: Sequence[Record]) -> str:
                 cells = [three_digits(1e3 * points[x]) if x in points else "-" for x in sizes]
                 rows.append([peer, number(fitted_exponent(list(points.items())), 2), *cells])
         columns = [f"ms against {axis}", "exponent", *(f"{size:g}" for size in sizes)]
-        parts.append(markdown(columns, rows))
+        if rows:
+            parts.append(markdown(columns, rows))
+        else:
+            reasons = dict.fromkeys(r["reason"] for r in own)
+            parts.append(f"Not timed against {axis}: {'; '.join(reasons)}.\n")
     return "\n".join(parts)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from .cases import Case
 from .ceilings import Ceilings
-from .environment import describe_environment
+from .environment import provenance
 from .kernel import Outcomes, Record, Settings, leave_out, race_together
 
 # The operator, the way it would be written, and the floor: attention without scores.
@@ -81,7 +81,7 @@ def run_scaling(
 ) -> list[Record]:
     """Run every axis; ``show`` is given its records when it is done."""
     deadline = time.monotonic() + settings.total_seconds
-    environment = describe_environment(settings.device)
+    environment = provenance(settings.device)
     records = []
     for axis in wanted:
         own = _run_axis(axis, settings, environment, time.monotonic() > deadline)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from .environment import describe_environment
-from .measure import describe, quantiles
+from .environment import provenance
+from .measure import describe_failure, quantiles
 from .memory import PeakMemory, measurable, spawn_environment
 from .records import SCHEMA
 from .step_models import STEP_MODELS, StepSetup, make_setup
@@ -105,7 +105,7 @@ def run_steps(
         One record for each way.
     """
     deadline = time.monotonic() + settings.total_seconds
-    environment = describe_environment(settings.device)
+    environment = provenance(settings.device)
     model = STEP_MODELS[settings.model]
     setup = make_setup(model, settings.batch, settings.document_tokens, settings.device)
     outcomes = {way.name: _Outcome(way) for way in settings.chosen_ways()}
@@ -196,7 +196,7 @@ def _time(
                     outcome.loss, outcome.gradient = loss, gradient_of(setup)
                 update(setup, watch)
             except Exception as error:
-                outcome.failure = ("failed", describe(error))
+                outcome.failure = ("failed", describe_failure(error))
                 setup.optimizer.zero_grad()
                 continue
             outcome.spent += time.perf_counter() - start

@@ -4,7 +4,6 @@ The operator is :func:`document_attention`; :func:`inject_attention` puts it int
 """
 
 from dream_kernels.api import document_attention, document_mass, explain
-from dream_kernels.context_parallel import context_parallel_attention
 from dream_kernels.dispatch import Explanation
 from dream_kernels.head_file import HeadFile, read_heads, write_heads
 from dream_kernels.injection import (
@@ -23,7 +22,6 @@ __all__ = [
     "Injection",
     "Prefix",
     "__version__",
-    "context_parallel_attention",
     "document_attention",
     "document_mass",
     "explain",

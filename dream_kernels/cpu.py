@@ -11,7 +11,7 @@ from torch import Tensor
 from dream_kernels.problem import Gradients, Needs, Problem
 
 try:
-    from dream_kernels import _native
+    import dream_kernels._native as _native
 except ImportError as error:
     _import_error: str | None = str(error)
 else:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dream_kernels import api
-from dream_kernels.context_parallel import context_parallel_attention
 from dream_kernels.injection.context import DocumentContext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONTEXT_KEYWORD = "document_context"
 _NAME = "dream_"
@@ -26,6 +27,19 @@ _NAME = "dream_"
 def is_injected_name(name: str | None) -> bool:
     """Whether an ``_attn_implementation`` was registered by this module."""
     return name is not None and name.startswith(_NAME)
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """Return the name of the attention function that a model calls.
+
+    transformers has no public getter, so this module alone reads and sets the private one.
+    """
+    return model.config.get_text_config()._attn_implementation
+
+
+def use_attention(model: PreTrainedModel, name: str) -> None:
+    """Let a model call a registered attention function, see :func:`attention_of`."""
+    model.config.get_text_config()._attn_implementation = name
 
 
 def register(base: str) -> str:
@@ -88,12 +102,6 @@ def _document_attention(
     """Attend through the operator; returns ``[B, M, Hq, D]`` as transformers expects."""
     prefix = None if context.prefix is None else context.prefix.layers[layer]
     _refuse_what_the_operator_cannot(layer, key, prefix, kwargs)
-    group = None if context.prefix is None else context.prefix.group
-    if group is not None and kwargs.get("sliding_window") is not None:
-        raise ValueError(
-            f"layer {layer} attends through a sliding window, and document_prefix is split over "
-            "ranks, none of which knows the length of the whole"
-        )
     rows, first = query.shape[2], context.first_row
     all_scores = context.scores_of(layer)
     if all_scores is None or context.spans is None or not heads:
@@ -110,10 +118,7 @@ def _document_attention(
         mask, last = context.attention_mask, key.shape[2] - rows + end
         if mask is not None:
             mask = mask[:, : mask.shape[1] - rows + end].to(query.device)
-        function: Callable[..., Tensor] = partial(api.document_attention, impl=context.impl)
-        if group is not None:
-            function = partial(context_parallel_attention, group=group)
-        return function(
+        return api.document_attention(
             _places(query, begin, end),
             _places(key, 0, last),
             _places(value, 0, last),
@@ -125,6 +130,7 @@ def _document_attention(
             scale=kwargs.get("scaling"),
             attention_mask=mask,
             prefix=prefix,
+            impl=context.impl,
         )
 
     if first in (0, rows):
@@ -141,8 +147,6 @@ def _record_mass(
     context: DocumentContext, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]
 ) -> None:
     assert context.recorder is not None and context.spans is not None
-    if context.prefix is not None and context.prefix.group is not None:
-        raise ValueError("document_prefix is split over ranks, which masses cannot be read from")
     prefix = None if context.prefix is None else context.prefix.layers[layer]
     _refuse_what_the_operator_cannot(layer, key, prefix, kwargs)
     mask = context.attention_mask

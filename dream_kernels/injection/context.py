@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-
-from dream_kernels.spans import document_of_key
 
 
 @dataclass(frozen=True)
@@ -24,15 +21,12 @@ class Prefix:
         next_position: ``[1 or B]`` int64, the position id at which a suffix starts.
         mask: ``[1 or B, P]`` bool, False for padding, or None when there is none; ``[B, P]`` over
             a shared pool hides documents from some rows.
-        group: the ranks that hold the rest of the pool, or None when all of it is here; see
-            :meth:`split_over`.
     """
 
     layers: list[tuple[Tensor, Tensor]]
     spans: Tensor
     next_position: Tensor
     mask: Tensor | None = None
-    group: Any = None
 
     @property
     def batch(self) -> int:
@@ -71,34 +65,7 @@ class Prefix:
             pick(self.spans),
             pick(self.next_position),
             None if self.mask is None else pick(self.mask),
-            self.group,
         )
-
-    def split_over(self, group: Any = None) -> Prefix:
-        """The same prefix as this rank's part of a pool that is split over ranks.
-
-        All ranks of the group call this, each with a prefix of documents that it has read
-        independently, and then run the model with the same suffixes and the scores of their own
-        documents. Outputs and gradients are those of one process with the whole pool; see
-        :func:`dream_kernels.context_parallel_attention`.
-
-        Args:
-            group: a process group; None for all ranks.
-
-        Returns:
-            A prefix after which suffixes start at one position on all ranks. Its keys outside the
-            documents, the header that every rank has read, count on the first rank only.
-        """
-        import torch.distributed as dist
-
-        group = dist.group.WORLD if group is None else group
-        position = self.next_position.clone()
-        dist.all_reduce(position, dist.ReduceOp.MAX, group=group)
-        mask = self.mask
-        if dist.get_rank(group) > 0:
-            of_documents = document_of_key(self.spans, self.length) < self.documents
-            mask = of_documents if mask is None else of_documents & mask
-        return replace(self, next_position=position, mask=mask, group=group)
 
 
 class MassRecorder:

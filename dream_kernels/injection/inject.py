@@ -50,9 +50,8 @@ class Injection:
         self._recorder: MassRecorder | None = None
         self._context: DocumentContext | None = None
         self._signature = inspect.signature(type(model).forward)
-        self._config = model.config.get_text_config()
-        self._original: str = self._config._attn_implementation
-        self._config._attn_implementation = attention.register(self._original)
+        self._original = attention.attention_of(model)
+        attention.use_attention(model, attention.register(self._original))
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
@@ -65,7 +64,7 @@ class Injection:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._config._attn_implementation = self._original
+        attention.use_attention(self.model, self._original)
 
     def __enter__(self) -> Injection:
         return self
@@ -159,7 +158,7 @@ class Injection:
         past_length = 0 if past is None else int(past.get_seq_length())
 
         if prefix is not None:
-            _check_prefix(prefix, batch, len(support.attention_modules(model)), self._impl)
+            _check_prefix(prefix, batch, len(support.attention_modules(model)))
             if spans is None:
                 spans = prefix.spans
             if given.get("position_ids") is None:
@@ -299,7 +298,7 @@ def _check_first_row(first_row: object, rows: int) -> int:
     return first_row
 
 
-def _check_prefix(prefix: object, batch: int, layers: int, impl: str) -> None:
+def _check_prefix(prefix: object, batch: int, layers: int) -> None:
     if not isinstance(prefix, Prefix):
         raise TypeError(f"document_prefix must be a Prefix, got {type(prefix).__name__}")
     if len(prefix.layers) != layers:
@@ -309,10 +308,6 @@ def _check_prefix(prefix: object, batch: int, layers: int, impl: str) -> None:
         )
     if prefix.batch not in (1, batch):
         raise ValueError(f"document_prefix must have batch 1 or {batch}, got {prefix.batch}")
-    if prefix.group is not None and impl not in ("auto", "reference"):
-        raise NotImplementedError(
-            f"impl={impl!r} cannot read a document_prefix that is split over ranks; 'auto' can"
-        )
 
 
 def _full_mask(

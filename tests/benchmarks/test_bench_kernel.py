@@ -13,7 +13,7 @@ from dream_benchmarks.adapters.eager import Eager
 from dream_benchmarks.cases import GRADIENTS, Case, from_record, full_sequence, make_inputs
 from dream_benchmarks.check import Oracle, relative_error, run
 from dream_benchmarks.kernel import Settings, run_kernel, run_overhead
-from dream_benchmarks.measure import Times, describe, paired_ratio, quantiles
+from dream_benchmarks.measure import Times, describe_failure, paired_ratio, quantiles
 from dream_benchmarks.records import validate
 
 SMALL = Case(
@@ -192,8 +192,8 @@ def test_ratios_are_medians_over_common_rounds() -> None:
 
 def test_out_of_memory_is_called_so() -> None:
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
-    assert describe(error).startswith("out of memory")
-    assert describe(ValueError("bad")) == "ValueError: bad"
+    assert describe_failure(error).startswith("out of memory")
+    assert describe_failure(ValueError("bad")) == "ValueError: bad"
 
 
 def test_relative_error_of_nan_is_never_small() -> None:

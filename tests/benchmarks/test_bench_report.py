@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import dream_benchmarks
+from dream_benchmarks import plots
 from dream_benchmarks import records as store
 from dream_benchmarks.cases import Case, cpu_cases, full_sequences, gpu_cases, make_inputs
 from dream_benchmarks.floors import H100, floor_of, floor_table
 from dream_benchmarks.kernel import Settings, run_kernel
-from dream_benchmarks.report import BEGIN, END, write_report
+from dream_benchmarks.report import HEAD, render, write_page
 from dream_benchmarks.scaling import Axis, fitted_exponent, run_scaling
 from dream_benchmarks.tables import print_rows
 from dream_benchmarks.targets import findings, unmeasured
@@ -51,7 +52,7 @@ def measured() -> list[dict]:
 
 def _steps() -> list[dict]:
     """A step record like those of the suite, without training anything."""
-    from dream_benchmarks.environment import describe_environment
+    from dream_benchmarks.environment import provenance
 
     def quantile(x: float) -> dict:
         return {"median": x, "lower": x, "upper": x, "least": x, "runs": 1}
@@ -59,7 +60,7 @@ def _steps() -> list[dict]:
     return [
         {
             "schema": 1, "suite": "step", "quick": True,
-            "environment": describe_environment(torch.device("cpu")),
+            "environment": provenance(torch.device("cpu")),
             "peer": way, "status": "ok", "reason": None, "model": "tiny", "dtype": "float32",
             "batch": 2, "documents": 2, "document_tokens": 8, "note": "", "tokens": 100,
             "total": quantile(seconds),
@@ -120,23 +121,39 @@ def test_the_recorded_results_validate() -> None:
     assert recorded and not any(r["quick"] for r in recorded)
 
 
-def test_the_report_draws_and_writes_the_same_block_twice(measured, tmp_path) -> None:
-    store.write(tmp_path / "results" / "all.jsonl", measured)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    *plots, written = write_report(tmp_path / "results", readme)
-    first = readme.read_text()
-    assert written == readme and first.startswith("before\n") and first.endswith("after\n")
-    assert "old" not in first and "| eager | reweight |" in first
+def test_the_report_draws_and_writes_the_same_page_twice(measured, tmp_path) -> None:
+    umask = os.umask(0o027)
+    try:
+        store.write(tmp_path / "all.jsonl", measured)
+        *drawn, page = write_page(tmp_path)
+    finally:
+        os.umask(umask)
+    first = page.read_text()
+    assert page == tmp_path / "README.md" and "| eager | reweight |" in first
     assert "times faster than the naive one | ≥ 8 | 16 | yes |" in first
-    assert {p.name.split("-")[0] for p in plots} == {"kernel", "scaling", "step"}
-    for path in plots:
+    assert {p.name.split("-")[0] for p in drawn} == {"kernel", "scaling", "step"}
+    for path in drawn:
         assert f"({path.relative_to(tmp_path)})" in first
         _assert_not_blank(path)
-    before = [path.read_bytes() for path in plots]
-    write_report(tmp_path / "results", readme)
-    assert readme.read_text() == first
-    assert [path.read_bytes() for path in plots] == before
+    files = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {tmp_path / "all.jsonl", page, *drawn}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+    before = [path.read_bytes() for path in drawn]
+    write_page(tmp_path)
+    assert page.read_text() == first
+    assert [path.read_bytes() for path in drawn] == before
+
+
+def test_the_recorded_page_is_that_of_the_records(monkeypatch) -> None:
+    monkeypatch.setattr(plots, "save", lambda figure, path: (plots.plt.close(figure), path)[1])
+    results = PACKAGE / "results"
+    if not list(results.glob("*.jsonl")):
+        pytest.skip("this checkout has no recorded results")
+    recorded = store.read(results)
+    drawn = plots.draw(recorded, results / "plots")
+    assert all(path.is_file() for path in drawn)
+    page = (results / "README.md").read_text(encoding="utf-8")
+    assert page == HEAD + render(recorded, drawn, results), "run python -m benchmarks report"
 
 
 def _assert_not_blank(path: Path) -> None:
@@ -152,19 +169,15 @@ def _assert_not_blank(path: Path) -> None:
     assert (pixels.amax(-1) - pixels.amin(-1)).max() < 0.05
 
 
-def test_without_markers_the_report_is_a_file_of_its_own(measured, tmp_path) -> None:
-    umask = os.umask(0o027)
-    try:
-        store.write(tmp_path / "all.jsonl", measured)
-        *_, written = write_report(tmp_path, tmp_path / "none")
-    finally:
-        os.umask(umask)
-    assert written == tmp_path / "report.md" and "### " in written.read_text()
-    files = {path for path in tmp_path.rglob("*") if path.is_file()}
-    assert {path.suffix for path in files} == {".jsonl", ".md", ".png"}
-    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+def test_the_report_replaces_no_page_but_its_own(measured, tmp_path) -> None:
     with pytest.raises(ValueError, match="no records"):
-        write_report(tmp_path / "plots", tmp_path / "none")
+        write_page(tmp_path)
+    store.write(tmp_path / "all.jsonl", measured)
+    page = tmp_path / "README.md"
+    page.write_text("# Mine\n")
+    with pytest.raises(ValueError, match=r"README\.md must be a page that this command wrote"):
+        write_page(tmp_path)
+    assert page.read_text() == "# Mine\n" and len(list(tmp_path.iterdir())) == 2
 
 
 def test_targets_are_found_in_the_records_of_their_own_shape_only(measured) -> None:

@@ -93,24 +93,6 @@ def _answer(pipe: Any, function: Callable[..., Any], args: tuple, options: dict)
     pipe.send(answer)
 
 
-def run_ranks(work: Callable[..., None], size: int, *args: Any) -> None:
-    """Run ``work(rank, *args)`` in ``size`` new processes, and wait until all are done.
-
-    Raises:
-        Exception: one of them has failed; the others are ended.
-        AssertionError: they took too long.
-    """
-    context = torch.multiprocessing.start_processes(work, args=args, nprocs=size, join=False)
-    end = time.monotonic() + TIMEOUT_S
-    try:
-        while not context.join(max(end - time.monotonic(), 0)):
-            assert time.monotonic() < end, f"{work.__module__}.work: not done after {TIMEOUT_S} s"
-    finally:
-        for process in context.processes:
-            process.kill()
-            process.join()
-
-
 def run_command(
     *command: Any, check: bool = False, **options: Any
 ) -> subprocess.CompletedProcess[str]:
