@@ -28,13 +28,13 @@ from triton.compiler import ASTSource
 from dream_kernels.files import is_stream, write_text
 from dream_kernels.triton.coefficients import coefficients_kernel
 from dream_kernels.triton.combine import combine_kernel, join_kernel
-from dream_kernels.triton.config import Config, candidates, padded_head
-from dream_kernels.triton.config import family as family_of_capability
 from dream_kernels.triton.forward import forward_kernel
 from dream_kernels.triton.keys import keys_kernel
 from dream_kernels.triton.mass import mass_kernel
-from dream_kernels.triton.plan import plan_kernel
 from dream_kernels.triton.rows import rows_kernel
+from dream_kernels.triton.tiles import Config, family_of, padded_head
+from dream_kernels.triton.tuning import candidates
+from dream_kernels.triton.work_list import work_list_kernel
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # NVIDIA: compute capability, and the shared memory that a block may have, in KB.
@@ -130,15 +130,15 @@ def variants(
     if head_dim == HEAD_DIMS[0]:  # the others do not hang on it
         yield Variant("join", join_kernel, Config(16, 64, 1, 1), {"REST": rare})
         yield Variant(
-            "plan", plan_kernel, Config(128, 64, 4, 1),
+            "work-list", work_list_kernel, Config(128, 64, 4, 1),
             {"BX": 128, "BC": 32, "BW": 64, "HS": 1, "CAUSAL": not rare, "BIAS": rare,
              "SEGMENT": not rare, "HAS_MASK": rare},
         )  # fmt: skip
 
 
-def family_of(target: str) -> str:
+def family_of_target(target: str) -> str:
     """The family of tile shapes of a target's name."""
-    return family_of_capability(int(target[3:]) // 10 if target[:3] == "sm_" else 0)
+    return family_of(int(target[3:]) // 10 if target[:3] == "sm_" else 0)
 
 
 def compile_variant(variant: Variant, target: GPUTarget, dtype: torch.dtype) -> Any:
@@ -228,7 +228,7 @@ def compiled_rows(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """``"target/head size/kernel"`` and resources, for all kernels or those in ``names``."""
     for target, head_dim in itertools.product(targets, head_dims):
-        for variant in variants(head_dim, family_of(target), dtype, rare):
+        for variant in variants(head_dim, family_of_target(target), dtype, rare):
             if names and variant.name not in names:
                 continue
             compiled = compile_variant(variant, TARGETS[target], dtype)

@@ -19,7 +19,7 @@ from dream_kernels.triton.blocks import (
     row_pointers,
 )
 from dream_kernels.triton.forward import document_share
-from dream_kernels.triton.plan import load_span
+from dream_kernels.triton.work_list import load_span
 
 
 @triton.jit(do_not_specialize=["M", "T", "C", "Hq"])

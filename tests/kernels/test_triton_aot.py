@@ -52,12 +52,14 @@ def split_name(name: str) -> tuple[str, int, str]:
     [*((target, (64, 80, 96, 128, 256)) for target in MAIN), *((t, (64, 128)) for t in OTHERS)],
 )
 def test_the_record_has_every_kernel(target: str, head_dims: tuple[int, ...]) -> None:
-    from dream_kernels.triton.aot import family_of, variants
+    from dream_kernels.triton.aot import family_of_target, variants
 
     for head_dim in head_dims:
         prefix = f"{target}/{head_dim}/"
         recorded = {name.removeprefix(prefix) for name in KERNELS if name.startswith(prefix)}
-        assert recorded == {variant.name for variant in variants(head_dim, family_of(target))}
+        assert recorded == {
+            variant.name for variant in variants(head_dim, family_of_target(target))
+        }
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -90,7 +92,7 @@ def compile_anew(
 @pytest.mark.parametrize(
     "target,head_dim,kernels",
     [
-        ("sm_80", 64, ("forward-reweight", "plan")),
+        ("sm_80", 64, ("forward-reweight", "work-list")),
         ("sm_90", 128, ("forward-reweight", "query-reweight", "documents-reweight")),
         ("sm_90", 64, ("keys-reweight", "coefficients-reweight", "combine-reweight")),
         ("sm_100", 64, ("forward-bias",)),
@@ -114,7 +116,7 @@ def test_compiles_for_other_devices(tmp_path: Path, target: str) -> None:
 
 RARE = (
     "forward-reweight", "forward-bias-fold", "query-reweight-fold", "documents-bias-split",
-    "keys-reweight", "mass", "combine-reweight", "coefficients-reweight", "join", "plan",
+    "keys-reweight", "mass", "combine-reweight", "coefficients-reweight", "join", "work-list",
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def load_span(p_spans, o_c, m_c, T):
 
 # The strides of the scores are often C itself.
 @triton.jit(do_not_specialize=["s_sb", "s_sh", "M", "T", "P", "C", "NT", "n_blocks"])
-def plan_kernel(
+def work_list_kernel(
     spans, mask, scores, tiles, shorts, rest, segment, counts, weights,
     s_sb, s_sh, s_sc, M, T, P, C, NT, n_blocks,
     BN: tl.constexpr, SLOT: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
