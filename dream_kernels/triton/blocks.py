@@ -26,6 +26,15 @@ COLUMNS = tl.constexpr(4)
 
 
 @triton.jit
+def block_and_split(i_x, S, SPLIT: tl.constexpr):
+    """The row block and the split of a program, which go together in the first axis of a grid."""
+    if SPLIT:
+        return i_x // S, i_x % S
+    else:
+        return i_x, i_x * 0
+
+
+@triton.jit
 def locate_rows(i_m, i_h, i_z, table, B, M, G, BM: tl.constexpr, FOLD: tl.constexpr):
     """The rows of a tile: those of a key head's query heads, scored heads first.
 
@@ -61,19 +70,29 @@ def locate_scored_rows(
 
 
 @triton.jit
-def fold_range(i_m, counts, m_r, o_b, B, M, G, BM: tl.constexpr):
-    """The batch elements that a folded tile has rows of.
+def fold_range(i_m, i_b, counts, m_r, o_b, B, M, G, BM: tl.constexpr, FOLD: tl.constexpr):
+    """The passes of a tile over the batch elements that it has rows of.
+
+    A folded tile visits the prefix once if its elements are alike in it, else once for each of
+    them, and the local keys once for each.
 
     Returns:
-        first: the element of the tile's first row; the others follow it, cyclically.
-        n: how many there are.
+        b_first: the element of the tile's first row; the others follow it, cyclically.
+        n_own: how many there are.
+        n_common: passes over the prefix.
         unlike: 0 if all have the same documents and padding in the prefix and no document is
             elsewhere, else 1.
     """
-    first = i_m * BM // M
-    last = (tl.minimum((i_m + 1) * BM, G * B * M) - 1) // M
-    b_alike = tl.load(counts + o_b * COUNTS + LIKE_FIRST, mask=m_r, other=1)
-    return first % B, tl.minimum(last - first + 1, B), 1 - tl.min(b_alike, 0)
+    if FOLD:
+        first = i_m * BM // M
+        last = (tl.minimum((i_m + 1) * BM, G * B * M) - 1) // M
+        b_alike = tl.load(counts + o_b * COUNTS + LIKE_FIRST, mask=m_r, other=1)
+        b_first = first % B
+        n_own = tl.minimum(last - first + 1, B)
+        unlike = 1 - tl.min(b_alike, 0)
+        return b_first, n_own, 1 + (n_own - 1) * unlike, unlike
+    else:
+        return i_b, 1, 1, 0
 
 
 @triton.jit
@@ -105,6 +124,18 @@ def load_rows(p_rows, m_rows, s_d, D: tl.constexpr, BD: tl.constexpr):
     o_d = tl.arange(0, BD)
     m_d = m_rows[:, None] if D == BD else m_rows[:, None] & (o_d < D)[None, :]
     return tl.load(p_rows[:, None] + o_d[None, :] * s_d, mask=m_d, other=0.0)
+
+
+@triton.jit
+def load_query(
+    q, o_b, o_h, o_m, m_rows, s_b, s_h, s_m, s_d, D: tl.constexpr, BD: tl.constexpr,
+    NEGATE: tl.constexpr,
+):  # fmt: skip
+    """``[BM, BD]``: rows of the query, negated where the scale is, so that the kernels' is not."""
+    b_q = load_rows(row_pointers(q, o_b, o_h, o_m, s_b, s_h, s_m), m_rows, s_d, D, BD)
+    if NEGATE:
+        b_q = -b_q
+    return b_q
 
 
 @triton.jit
@@ -200,12 +231,12 @@ def load_run(
 
 
 @triton.jit
-def work(p_counts, i_s, S, BN: tl.constexpr, SLOT: tl.constexpr, SPLIT: tl.constexpr):
+def work_share(p_counts, i_s, S, BN: tl.constexpr, SLOT: tl.constexpr, SPLIT: tl.constexpr):
     """The work list of a batch element, tiles then packs then the rest, and a split's share of it.
 
     Returns:
         n_tiles: tiles of documents.
-        n_behind: where the rest begins.
+        rest_begin: where the rest begins.
         t_begin, t_end: what split ``i_s`` does.
     """
     NS: tl.constexpr = BN // SLOT
@@ -215,12 +246,12 @@ def work(p_counts, i_s, S, BN: tl.constexpr, SLOT: tl.constexpr, SPLIT: tl.const
     n_rest_prefix = tl.load(p_counts + N_REST_PREFIX)
     n_rest = tl.cdiv(n_rest_prefix, BN)
     n_rest += tl.cdiv(tl.load(p_counts + N_REST) - n_rest_prefix, BN)
-    n_behind = n_tiles + n_packs
+    rest_begin = n_tiles + n_packs
     t_begin = n_tiles * 0
-    t_end = n_behind + n_rest
+    t_end = rest_begin + n_rest
     if SPLIT:
         t_begin, t_end = split_range(t_end, i_s, S)
-    return n_tiles, n_behind, t_begin, t_end
+    return n_tiles, rest_begin, t_begin, t_end
 
 
 @triton.jit
@@ -288,16 +319,16 @@ def rest_range(
         begin, end: the tiles.
         reach: above 0 if the split's share of the work list reaches into the rest.
     """
-    _, n_behind, t_begin, t_end = work(p_counts, i_s, S, BN, SLOT, SPLIT)
+    _, rest_begin, t_begin, t_end = work_share(p_counts, i_s, S, BN, SLOT, SPLIT)
     n_prefix = tl.load(p_counts + N_REST_PREFIX)
-    begin = tl.maximum(t_begin - n_behind, 0)
-    end = tl.minimum(t_end - n_behind, rest_tiles(n_seen, n_prefix, BN))
+    begin = tl.maximum(t_begin - rest_begin, 0)
+    end = tl.minimum(t_end - rest_begin, rest_tiles(n_seen, n_prefix, BN))
     if FOLD:
         n_common = tl.cdiv(n_prefix, BN) * (1 - unlike)
         # No branch: the compiler of triton 3.2 dies of it.
         begin = tl.where(z == 0, begin, tl.maximum(begin, n_common))
         end = tl.where(z == 0, tl.minimum(end, n_common), end)
-    return begin, end, t_end - n_behind
+    return begin, end, t_end - rest_begin
 
 
 @triton.jit
@@ -310,6 +341,19 @@ def finite(b_m):
 def inverse(b_l):
     """``1 / l``, and 0 for the sum over no key."""
     return tl.where(b_l > 0, 1.0 / tl.where(b_l > 0, b_l, 1.0), 0.0)
+
+
+@triton.jit
+def document_share(b_documents, b_rest, document_mass, FIXED: tl.constexpr):
+    """The mass of all documents together and that of the rest, from their log-sum-exps."""
+    if FIXED:
+        b_mu = tl.where(b_rest == float("-inf"), 1.0, document_mass)
+        return b_mu, 1.0 - b_mu
+    else:
+        b_peak = finite(tl.maximum(b_documents, b_rest))
+        b_d, b_r = tl.exp2(b_documents - b_peak), tl.exp2(b_rest - b_peak)
+        b_scale = inverse(b_d + b_r)
+        return b_d * b_scale, b_r * b_scale
 
 
 @triton.jit
