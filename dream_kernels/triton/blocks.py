@@ -96,18 +96,18 @@ def fold_range(i_m, i_b, counts, m_r, o_b, B, M, G, BM: tl.constexpr, FOLD: tl.c
 
 
 @triton.jit
-def fold_pass(z, own, i_b, b_first, o_b, m_rows, B, FOLD: tl.constexpr):
-    """What pass ``z`` of a tile over the batch elements it has rows of is about.
+def fold_pass(i_pass, own, i_b, b_first, o_b, m_rows, B, FOLD: tl.constexpr):
+    """What a pass of a tile over the batch elements that it has rows of is about.
 
     Returns:
         i_z: the element, int64.
-        m_z: ``[BM]`` which of ``m_rows`` the pass concerns: the element's own, or where ``own`` is
-            0, all.
+        m_z: ``[BM]`` which of ``m_rows`` the pass concerns: the element's own, or if ``own`` is 0,
+            all.
     """
     b_z = i_b
     m_z = m_rows
     if FOLD:
-        b_z = (b_first + z) % B
+        b_z = (b_first + i_pass) % B
         m_z = m_rows & ((o_b - b_z) * own == 0)
     return b_z.to(tl.int64), m_z
 

@@ -78,17 +78,11 @@ def forward_kernel(
             i_later, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
         )  # fmt: skip
         b_row = o_b.to(tl.int64) * Hq + o_h
-        if BIAS:
-            _store_softmax(
-                o, state, part_o, part_lse, b_row, o_m, m_scored, b_m, b_l, b_part, i_s, n_rows,
-                n_slots, M, D, BD, SPLIT,
-            )  # fmt: skip
-        else:
-            _store_mixture(
-                o, state, part_o, part_lse, b_row, o_m, m_scored, b_acc, b_all_m, b_all_l,
-                b_m, b_l, b_part, b_has_rest, i_s, n_rows, n_slots, document_mass, M, D, BD,
-                FIXED, SPLIT,
-            )  # fmt: skip
+        _store_scored(
+            o, state, part_o, part_lse, b_row, o_m, m_scored, b_acc, b_all_m, b_all_l,
+            b_m, b_l, b_part, b_has_rest, i_s, n_rows, n_slots, document_mass, M, D, BD,
+            BIAS, FIXED, SPLIT,
+        )  # fmt: skip
 
     m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
         i_later, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
@@ -105,7 +99,7 @@ def forward_kernel(
         )  # fmt: skip
         m_plain = m_r & (m_scored == 0)
         b_row = o_b.to(tl.int64) * Hq + o_h
-        _store_softmax(
+        _store_plain(
             o, state, part_o, part_lse, b_row, o_m, m_plain, b_m, b_l, b_part, i_s, n_rows,
             n_slots, M, D, BD, SPLIT,
         )  # fmt: skip
@@ -210,11 +204,11 @@ def _plain_rows(
 
 
 @triton.jit
-def _store_softmax(
+def _store_plain(
     o, state, part_o, part_lse, b_row, o_m, m_rows, b_m, b_l, b_acc, i_s, n_rows, n_slots, M,
     D: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Write the output and the log-sum-exp of rows with one softmax over all keys."""
+    """Write output and log-sum-exp of plain rows."""
     if SPLIT:
         p_part = i_s.to(tl.int64) * 3 * n_rows + b_row * M + o_m
         store_part(part_o, part_lse, p_part + 2 * n_rows, b_m, b_l, b_acc, m_rows, D, BD)
@@ -226,22 +220,30 @@ def _store_softmax(
 
 
 @triton.jit
-def _store_mixture(
+def _store_scored(
     o, state, part_o, part_lse, b_row, o_m, m_rows, b_acc, b_all_m, b_all_l, b_m, b_l, b_part,
     b_has_rest, i_s, n_rows, n_slots, document_mass, M,
-    D: tl.constexpr, BD: tl.constexpr, FIXED: tl.constexpr, SPLIT: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr, FIXED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Write the output of rows of reweight, documents and rest, and the rest's log-sum-exp."""
+    """Write output and log-sum-exp of scored rows, of all keys for bias and of the rest otherwise.
+
+    The other arguments are what ``_scored_rows`` returns.
+    """
     if SPLIT:
         p_part = i_s.to(tl.int64) * 3 * n_rows + b_row * M + o_m
-        m_rest = m_rows & (b_has_rest > 0)
-        tl.store(part_lse + p_part, b_all_m + tl.log2(b_all_l), mask=m_rows)
-        store_rows(part_o + p_part * D, b_acc, m_rows, D, BD)
+        m_rest = m_rows
+        if not BIAS:
+            m_rest = m_rows & (b_has_rest > 0)
+            tl.store(part_lse + p_part, b_all_m + tl.log2(b_all_l), mask=m_rows)
+            store_rows(part_o + p_part * D, b_acc, m_rows, D, BD)
         store_part(part_o, part_lse, p_part + 2 * n_rows, b_m, b_l, b_part, m_rest, D, BD)
     else:
         b_lse = b_m + tl.log2(b_l)
         p_last = state + (b_row * n_slots + n_slots - 1) * M + o_m
         tl.store(p_last, b_lse, mask=m_rows)
-        b_mu, b_rest = document_share(b_all_m + tl.log2(b_all_l), b_lse, document_mass, FIXED)
-        b_o = b_acc * b_mu[:, None] + b_part * (b_rest * inverse(b_l))[:, None]
+        if BIAS:
+            b_o = b_part * inverse(b_l)[:, None]
+        else:
+            b_mu, b_rest = document_share(b_all_m + tl.log2(b_all_l), b_lse, document_mass, FIXED)
+            b_o = b_acc * b_mu[:, None] + b_part * (b_rest * inverse(b_l))[:, None]
         store_rows(o + (b_row * M + o_m) * D, b_o, m_rows, D, BD)

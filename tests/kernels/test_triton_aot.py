@@ -6,6 +6,7 @@ The record is renewed by
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import dream_kernels
 from helpers.own_process import run_command
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -33,6 +35,7 @@ INSTRUCTIONS = {
     "sm_100": {"tcgen05.mma", "mma.sync"},
     "gfx942": {"v_mfma"},
 }
+SOURCES = sorted((Path(dream_kernels.__file__).parent / "triton").glob("*.py"))
 # Kernels that multiply tiles; the others read and add.
 WITH_PRODUCTS = ("forward", "documents", "query", "keys", "mass")
 
@@ -132,3 +135,38 @@ def test_compiles_with_the_rare_options(
     found = compile_anew(tmp_path, "sm_80", 64, kernels, "--rare", f"--dtype={dtype}")
     assert len(found) == len(kernels)
     assert all(row["shared"] <= SHARED_KB["sm_80"] * 1024 for row in found.values())
+
+
+def jit_functions(path: Path) -> list[ast.FunctionDef]:
+    functions = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]
+    return [f for f in functions if any("triton.jit" in ast.unparse(d) for d in f.decorator_list)]
+
+
+def test_device_functions_take_each_variable_at_the_parameter_of_its_name() -> None:
+    """Arguments are many and passed by position, since triton 3.2 knows no tuples of them."""
+    everywhere = {function.name: function for path in SOURCES for function in jit_functions(path)}
+    checked, misplaced = 0, []
+    for path in SOURCES:
+        known = {**everywhere, **{function.name: function for function in jit_functions(path)}}
+        calls = [
+            node
+            for function in jit_functions(path)
+            for node in ast.walk(function)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        ]
+        for call in calls:
+            if call.func.id not in known:
+                continue
+            parameters = [argument.arg for argument in known[call.func.id].args.args]
+            checked += 1
+            if len(call.args) != len(parameters):
+                misplaced.append(f"{path.name}:{call.lineno}: {len(call.args)} arguments")
+            misplaced += [
+                f"{path.name}:{call.lineno}: {argument.id} is passed as {parameter}"
+                for parameter, argument in zip(parameters, call.args)
+                if isinstance(argument, ast.Name)
+                and argument.id in parameters
+                and argument.id != parameter
+            ]
+    assert checked > 100
+    assert not misplaced
