@@ -30,8 +30,7 @@ DOCUMENT_BLOCK = 32
 def run(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **options: int) -> None:
     """Launch ``kernel`` with those of the ``arguments`` that it has parameters for.
 
-    A parameter's name means the same in every kernel, so that they share the groups of arguments
-    below.
+    A parameter's name means the same in every kernel, so that kernels share groups of arguments.
     """
     kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **options)
 
@@ -74,7 +73,7 @@ def _heads(scored: tuple[bool, ...], key_heads: int, device: torch.device) -> He
 
 @dataclass(frozen=True)
 class WorkList:
-    """What ``work_list_kernel`` writes for tiles of a number of keys, and ``limit``, its tiles."""
+    """What ``work_list_kernel`` writes for one size of tiles, at most ``limit`` tiles."""
 
     tiles: Tensor
     shorts: Tensor
@@ -98,7 +97,7 @@ class RowGrid:
 
     Attributes:
         shape: of the grid.
-        splits: parts of the keys, 1 where row blocks alone fill the device.
+        splits: parts of the keys, 1 if row blocks alone fill the device.
         fold: whether a tile may hold rows of several batch elements.
     """
 
@@ -150,14 +149,14 @@ class Call:
             "table": self.heads.order, "n_scored": self.heads.count, "scored": self.heads.scored,
             "B": self.batch, "Hq": self.query_heads, "G": self.group, "M": self.rows,
             "T": self.length, "P": self.prefix_length, "C": self.documents,
-            # Never 0, so that a masked logit of -inf stays one.
+            # Never 0, so that a masked logit of -inf stays -inf.
             "scale": max(abs(problem.scale) * LOG2_E, 1e-30),
             "document_mass": 1.0 if problem.document_mass is None else problem.document_mass,
             **self._flags, "FIXED": self.fixed,
         }  # fmt: skip
 
     def _memory(self) -> dict[str, Any]:
-        """Keys and values, local and of the prefix; the local ones stand in for no prefix."""
+        """Keys and values; without a prefix the local ones are passed in its place."""
         problem = self.problem
         arguments: dict[str, Any] = {}
         for name, local, prefix in (
@@ -237,7 +236,7 @@ class Call:
         return choose(key, configs, launch, self.device)
 
     def kind(self, kernel: str) -> str:
-        """The name of a kernel over rows among the tile shapes: folded or split it has others."""
+        """The name of a kernel over rows in the table of tile shapes: with folding or splitting."""
         grid = self.grid(self.configs(kernel, self.reach)[0])
         if grid.splits > 1:
             return f"{kernel}-split"
@@ -260,7 +259,7 @@ class Call:
         rows = self.group * self.rows
         blocks, elements, fold = triton.cdiv(rows, config.rows), self.batch, False
         folded = triton.cdiv(self.reach, config.rows)
-        # A folded tile is not split: where that few rows are left, the elements' own tiles are
+        # A folded tile is not split: with so few rows, the elements' own tiles are
         # split instead, and read the shared prefix at about the same time, from the cache.
         if self.reach > rows and folded < blocks * elements and self._splits(folded) == 1:
             blocks, elements, fold = folded, 1, True
@@ -273,7 +272,7 @@ class Call:
 
 
 def _same_last_stride(local: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The kernels take one stride for the elements of a key, local or not."""
+    """Copy keys or values as needed: the kernels take one last stride for local ones and prefix."""
     if prefix is None or prefix.stride(-1) == local.stride(-1):
         return local, prefix
     return local.contiguous(), prefix if prefix.stride(-1) == 1 else prefix.contiguous()

@@ -98,11 +98,11 @@ def _sums_over_documents(
     p_spans, p_weights, p_state, p_documents, m_rows, M, T, C,
     BM: tl.constexpr, BC: tl.constexpr, DOCUMENTS: tl.constexpr,
 ):  # fmt: skip
-    """Over the documents that are present, for each row.
+    """``[BM]`` sums over the documents that are present.
 
     Returns:
         b_m, b_l: peak and relative sum of all their logits.
-        b_mean: ``dO . sum_d w_d o_d``, where it is known.
+        b_mean: ``dO . sum_d w_d o_d``, 0 without ``DOCUMENTS``.
     """
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
@@ -130,7 +130,7 @@ def _document_gradients(
     b_peak, b_total, M, T, C, BC: tl.constexpr, FIXED: tl.constexpr, SCORES: tl.constexpr,
     LOGITS: tl.constexpr,
 ):  # fmt: skip
-    """Write the rows' share in the gradient of the scores, and the documents' offsets."""
+    """Write the rows' part of the scores' gradient, and the documents' offsets."""
     b_scale = inverse(b_total)
     for c in range(0, C, BC):
         o_c = c + tl.arange(0, BC)

@@ -1,4 +1,4 @@
-"""Joins what the splits of the forward and of the document pass have written, in their order."""
+"""Joins the partial results of the forward's and the backward's splits, in their order."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from dream_kernels.triton.blocks import (
 
 @triton.jit
 def split_documents(p_counts, p_tiles, i_s, S, BN: tl.constexpr, SLOT: tl.constexpr):
-    """What split ``i_s`` holds of documents that do not lie wholly in it.
+    """The documents that are only partly in split ``i_s``.
 
     Returns:
         document: the one that the split's first tile belongs to.
         ends: whether that document began in an earlier split and ends in this one.
-        opens: whether this split's last document goes on in the next one.
+        opens: whether this split's last document continues in the next one.
         has_rest: whether the split reaches into the rest.
     """
     n_tiles, rest_begin, begin, end = work_share(p_counts, i_s, S, BN, SLOT, True)
@@ -116,7 +116,7 @@ def _join_documents(
             of all their logits together.
         b_rest, b_rest_m, b_rest_l: the online softmax of the rest.
     """
-    # The document that spans splits.
+    # The current document that spans splits.
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
     b_acc = tl.zeros([BM, BD], tl.float32)
@@ -164,8 +164,8 @@ def join_kernel(
 ):  # fmt: skip
     """Sum per document from the parts that ``rows_kernel`` has written; grid (rows, Hkv, B).
 
-    Only documents that span splits are left to do, and for ``REST`` the rest, which every split
-    may hold a part of.
+    Only documents that span splits are not complete yet, and for ``REST`` the rest, of which any
+    split may have a part.
     """
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _, _, o_h, o_m, m_scored = locate_scored_rows(

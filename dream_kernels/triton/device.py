@@ -1,4 +1,4 @@
-"""What the kernels ask of the machine: triton, the device and its properties, measured times."""
+"""What depends on the machine: which triton there is, properties of the device, measured times."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ def product_precision(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def name(device: torch.device) -> str:
-    """What the maker calls a CUDA or HIP device."""
+    """The model of a CUDA or HIP device."""
     return torch.cuda.get_device_name(device)
 
 
 def capturing() -> bool:
-    """Whether launches on the current stream go into a CUDA graph and are not run."""
+    """Whether the current stream is capturing a CUDA graph, so that launches do not run."""
     return torch.cuda.is_current_stream_capturing()
 
 

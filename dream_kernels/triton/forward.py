@@ -1,4 +1,4 @@
-"""The forward pass: online softmax document by document, split over the keys where rows are few."""
+"""The forward pass: online softmax document by document, with split keys if rows are few."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def forward_kernel(
     p_state = state + b_row * n_slots * M + o_m
     n_rows = B.to(tl.int64) * Hq * M
     p_part = i_s.to(tl.int64) * 3 * n_rows + b_row * M + o_m
-    # Where the rows are located again: 0, but the compiler does not know, and so keeps no pointers
-    # in registers through the loops, from which they would spill.
+    # To locate the rows again after the loops: the minimum is 0, but the compiler does not know it,
+    # and so keeps no pointers in registers through the loops, from which they would spill.
     i_later = i_m + tl.minimum(T, 0)
     b_first, n_own, n_common, unlike = fold_range(i_m, i_b, counts, m_r, o_b, B, M, G, BM, FOLD)
 
@@ -115,12 +115,12 @@ def _scored_rows(
     CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr,
     SPLIT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """The scored rows over the documents, then the rest; rows are counted in passes, see fold_pass.
+    """Visit the documents, then the rest, for the scored rows.
 
     Returns:
-        b_acc, b_all_m, b_all_l: reweight, finished documents: their weighted outputs, and peak and
-            relative sum of all their logits together.
-        b_part, b_m, b_l: the online softmax of the rest, or of bias, which is one over all keys.
+        b_acc, b_all_m, b_all_l: reweight, finished documents: the sum of their weighted outputs,
+            peak and relative sum of all their logits.
+        b_m, b_l, b_part: the online softmax of the rest; for bias of all keys.
         b_has_rest: ``[BM]`` above 0 for rows whose split reaches into the rest.
     """
     top_pos = tl.max(tl.where(m_scored, b_pos, 0), 0)
@@ -156,7 +156,7 @@ def _scored_rows(
         b_l = tl.zeros([BM], tl.float32)
         b_part = tl.zeros([BM, BD], tl.float32)
     b_has_rest = o_b * 0
-    # Pass 0 is the prefix in common, pass z > 0 what is element z's own.
+    # Pass 0 visits the prefix in common, pass z > 0 the keys of the z-th element alone.
     for z in range(0 if FOLD else 1, n_own + 1):
         i_z, m_z = fold_pass(tl.maximum(z - 1, 0), z, i_b, b_first, o_b, m_scored, B, FOLD)
         k_lz, k_pz = k_l + i_z * s_kb, k_p + i_z * s_pkb

@@ -1,4 +1,4 @@
-"""The forward's loops over keys: documents, packs of short documents, the rest, plain keys."""
+"""The loops over keys of the forward: long documents, packs of short ones, the rest, plain keys."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def long_documents(
     HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr, SPLIT: tl.constexpr,
     IP: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of longer documents, the first ``n_tiles`` of the work list ``begin .. end``."""
+    """Visit the work list's tiles of long documents, up to ``n_tiles``, within ``begin .. end``."""
     b_zero = tl.zeros([BM], tl.float32)
     begun = begin < 0  # whether the current document began in this split
     open_document = begin < 0
@@ -93,7 +93,7 @@ def short_documents(
     BIAS: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr,
     IP: tl.constexpr,
 ):  # fmt: skip
-    """The packs of short documents, ``n_tiles .. rest_begin`` of the work list ``begin .. end``."""
+    """Visit the work list's packs, ``n_tiles`` to ``rest_begin``, within ``begin .. end``."""
     NS: tl.constexpr = BN // SLOT
     for t in range(tl.maximum(begin, n_tiles), tl.minimum(end, rest_begin)):
         b_doc, m_doc, b_n, m_n, inside = load_pack(shorts, p_counts, i_z, t - n_tiles, C, BN, SLOT)
@@ -148,7 +148,7 @@ def rest_keys(
     CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr,
     SPLIT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """The keys of the rest in pass ``z``, for rows at positions from ``low_pos`` to ``top_pos``.
+    """Visit keys of the rest in pass ``z``, for rows at positions from ``low_pos`` to ``top_pos``.
 
     Returns:
         b_m, b_l, b_acc: the online softmax.

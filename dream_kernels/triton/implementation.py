@@ -1,4 +1,4 @@
-"""The Triton implementation: what it can run, and the calls that import triton when they do."""
+"""The Triton implementation: what it can run. Triton is imported by the first call."""
 
 from __future__ import annotations
 

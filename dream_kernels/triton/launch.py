@@ -1,4 +1,4 @@
-"""Launches the kernels: allocates what they write, and says which options they are built with."""
+"""Launches the kernels: allocates what they write and selects their options."""
 
 from __future__ import annotations
 

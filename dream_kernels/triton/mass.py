@@ -45,7 +45,7 @@ def mass_kernel(
 ):  # fmt: skip
     """``state`` ``[B, Hq, C + 1, M]``: every present document, and last all keys together.
 
-    Grid ``(row blocks, Hkv, B)``. Unlike the forward's, the rows may stand inside documents.
+    Grid ``(row blocks, Hkv, B)``. Unlike in the forward, rows may be inside documents.
     """
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m_r, _, _, o_h, o_m = locate_rows(i_m, i_h, i_b, table, B, M, G, BM, False)

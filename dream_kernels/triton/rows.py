@@ -1,4 +1,4 @@
-"""The backward over rows: what each document gives to the scores, and the query's gradient."""
+"""The backward over rows: the documents' part in the scores' gradient, and the query's gradient."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def rows_kernel(
     p_part = parts + i_s.to(tl.int64) * 2 * n_rows + b_row * M + o_m
     p_weights = weight_pointers(weights, b_row, o_b, i_b, C, PER_HEAD, FOLD)
     b_first, n_own, n_common, unlike = fold_range(i_m, i_b, counts, m_r, o_b, B, M, G, BM, FOLD)
-    # As in forward_kernel: located again later, the rows' pointers need no registers until then.
+    # As in forward_kernel: rows are located again, so that pointers need no registers until then.
     i_later = i_m + tl.minimum(T, 0)
     b_norm, b_offset, b_mu = _document_columns(p_columns, m_scored, M, BM, BIAS or DQ)
     b_dq = tl.zeros([BM, BD], tl.float32)
@@ -120,9 +120,9 @@ def rows_kernel(
 
 @triton.jit
 def _document_columns(p_columns, m_rows, M, BM: tl.constexpr, NEEDED: tl.constexpr):
-    """Norm, offset and mass of all documents, for the loops over documents that need them.
+    """``[BM]`` norm, offset and mass of all documents, for the loops over documents.
 
-    Rows that a pass does not concern have an infinite norm, which makes all their terms 0.
+    Masked rows have an infinite norm, which makes all their terms 0.
     """
     if NEEDED:
         b_norm = tl.load(p_columns + NORM * M, mask=m_rows, other=float("inf"))
@@ -145,7 +145,7 @@ def _scored_documents(
     HAS_MASK: tl.constexpr, DOCUMENTS: tl.constexpr, DQ: tl.constexpr, FOLD: tl.constexpr,
     SPLIT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """The scored rows over the documents, once for each element that is unlike the others."""
+    """Visit the documents for the scored rows."""
     for z in range(0, n_common):
         i_z, m_z = fold_pass(z, unlike, i_b, b_first, o_b, m_scored, B, FOLD)
         k_lz, k_pz = k_l + i_z * s_kb, k_p + i_z * s_pkb
@@ -178,7 +178,7 @@ def _scored_rest(
     DOCUMENTS: tl.constexpr, DQ: tl.constexpr, FOLD: tl.constexpr, SPLIT: tl.constexpr,
     IP: tl.constexpr,
 ):  # fmt: skip
-    """The scored rows over the rest: the query's gradient, or ``dO . o_rest`` of a fixed mass."""
+    """Visit the rest for the scored rows: the query's gradient, or ``dO . o_rest`` (fixed mass)."""
     b_row = o_b.to(tl.int64) * Hq + o_h
     b_factor = tl.zeros([BM], tl.float32) + 1.0
     b_offset = tl.zeros([BM], tl.float32)
@@ -192,7 +192,7 @@ def _scored_rest(
         b_norm = tl.load(p_rest, mask=m_scored, other=float("inf"))
         b_norm = tl.where(b_norm == float("-inf"), float("inf"), b_norm)
     b_sum = tl.zeros([BM], tl.float32)
-    # Pass 0 is the prefix in common, pass z > 0 what is element z's own.
+    # Pass 0 visits the prefix in common, pass z > 0 the keys of the z-th element alone.
     for z in range(0 if FOLD else 1, n_own + 1):
         i_z, m_z = fold_pass(tl.maximum(z - 1, 0), z, i_b, b_first, o_b, m_scored, B, FOLD)
         k_lz, k_pz = k_l + i_z * s_kb, k_p + i_z * s_pkb
@@ -214,7 +214,7 @@ def _scored_rest(
             scale, T, D, BD, BN, CAUSAL, HAS_PREFIX, HAS_MASK, DQ, IP,
         )  # fmt: skip
         if DOCUMENTS and FIXED:
-            # Every pass adds to the sums of its own rows, so the last to write is right.
+            # Each pass adds to its rows' sums and stores them again: the last store is complete.
             if SPLIT:
                 if reach > 0:
                     p_rest = parts + (i_s.to(tl.int64) * 2 + 1) * n_rows + b_row * M + o_m

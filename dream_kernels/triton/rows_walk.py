@@ -1,4 +1,4 @@
-"""The backward's loops over keys: documents, packs of short documents, the rest, plain keys."""
+"""The loops over keys of the backward over rows, as in forward_walk.py."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def long_document_gradients(
     HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, DOCUMENTS: tl.constexpr, DQ: tl.constexpr,
     SPLIT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of longer documents, the first ``n_tiles`` of the work list ``begin .. end``."""
+    """Visit the work list's tiles of long documents, up to ``n_tiles``, within ``begin .. end``."""
     b_zero = tl.zeros([BM], tl.float32)
     b_one = b_zero + 1.0
     b_inf = b_zero + float("inf")
@@ -97,7 +97,7 @@ def short_document_gradients(
     BIAS: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, DOCUMENTS: tl.constexpr,
     DQ: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """The packs of short documents, ``n_tiles .. rest_begin`` of the work list ``begin .. end``."""
+    """Visit the work list's packs, ``n_tiles`` to ``rest_begin``, within ``begin .. end``."""
     NS: tl.constexpr = BN // SLOT
     for t in range(tl.maximum(begin, n_tiles), tl.minimum(end, rest_begin)):
         b_doc, m_doc, b_at, m_n, inside = load_pack(shorts, p_counts, i_z, t - n_tiles, C, BN, SLOT)
@@ -141,7 +141,7 @@ def rest_gradients(
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, DQ: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """The tiles ``begin .. end`` of the rest, for ``b_dq``, or without ``DQ`` for ``b_sum``."""
+    """Add tiles ``begin .. end`` of the rest to ``b_dq``, or without ``DQ`` to ``b_sum``."""
     for t in range(begin, end):
         b_at, m_n, inside, _ = load_rest(rest, p_counts, i_z, t, T, BN)
         b_k, b_v = load_pair(

@@ -1,4 +1,4 @@
-"""The plan: in which order the key tiles of a batch element are visited, made on the device."""
+"""The work list: the order in which the keys of a batch element are visited, made on the device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def load_span(p_spans, o_c, m_c, T):
-    """Start and end of documents, int32. Clamped: unchecked spans must not lead out of memory."""
+    """Start and end of documents, int32, clamped: unchecked spans must not lead out of bounds."""
     b_start = tl.load(p_spans + o_c * 2, mask=m_c, other=0)
     b_end = tl.load(p_spans + o_c * 2 + 1, mask=m_c, other=0)
     b_start = tl.minimum(tl.maximum(b_start, 0), T).to(tl.int32)
@@ -39,20 +39,20 @@ def work_list_kernel(
     HS: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, SEGMENT: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Write one block of the plan, or the weights of the documents for one row of scores.
+    """Write one block of the work list, or the weights of the documents for one row of scores.
 
-    Programs ``(x, b)`` with ``x < n_blocks`` look after tiles and key positions ``x * BX ...``;
-    the ``HS`` others after ``scores[b, x - n_blocks]``.
+    Programs ``(x, b)`` with ``x < n_blocks`` write tiles and key positions ``x * BX ...``, the
+    ``HS`` others the weights of ``scores[b, x - n_blocks]``.
 
     Outputs, int32 but for the weights:
         tiles: ``[B, NT, 4]``: first key, keys, document, flags. A document longer than ``SLOT``
             keys, or across the prefix's end, is cut into tiles of ``BN`` from its own start and
             anew at the prefix's end.
         shorts: ``[B, C, 4]``: document, first key and keys of those of up to ``SLOT`` keys, from
-            the front the ones in the prefix, from the back the ones behind it.
+            the front those in the prefix, from the back those after it.
         rest: ``[B, T]``: the positions outside all documents, ascending.
         segment: ``[B, T]``: the document of each key, ``C`` for the rest; only for ``SEGMENT``.
-        counts: ``[B, 8]``: tiles, short documents in the prefix and behind it, keys of the rest in
+        counts: ``[B, 8]``: tiles, short documents in the prefix and after it, keys of the rest in
             the prefix and all, first scored row, whether spans and padding of the prefix are those
             of element 0 and no document reaches beyond the prefix.
         weights: ``[B, HS, C]`` float32: softmax of the scores over the present documents; for
@@ -77,7 +77,7 @@ def _list_keys(
     BN: tl.constexpr, SLOT: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
     CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Write tiles and positions ``i_x * BX ...`` of a batch element; the first program the rest."""
+    """Write tiles and positions ``i_x * BX ...``, and program 0 short documents and counts."""
     o_x = i_x * BX + tl.arange(0, BX)
     b_segment = tl.full([BX], 0, tl.int32) + C
     b_before = tl.zeros([BX], tl.int32)  # keys of documents before each position
@@ -169,7 +169,7 @@ def _cut_long(
 
     Returns:
         b_tiles: ``[BC]`` how many tiles each takes.
-        b_key0, b_n, b_doc, b_flags: ``[BX]`` those of the tiles ``o_x``, with these documents'.
+        b_key0, b_n, b_doc, b_flags: ``[BX]`` of the tiles ``o_x``, completed by these documents'.
     """
     b_cut = tl.where((b_start < P) & (b_end > P), P, b_start)
     b_head = (b_cut - b_start + BN - 1) // BN  # tiles before the cut
