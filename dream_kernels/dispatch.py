@@ -9,7 +9,8 @@ from functools import cache
 from dream_kernels.cpu import CpuImplementation, native_import_error
 from dream_kernels.problem import Implementation, Problem
 from dream_kernels.reference import ReferenceImplementation
-from dream_kernels.triton.implementation import TritonImplementation, interpreted
+from dream_kernels.triton.device import interpreted
+from dream_kernels.triton.implementation import TritonImplementation
 
 # Fastest first: "auto" takes the first that can run the problem.
 IMPLEMENTATIONS: dict[str, Implementation] = {

@@ -1,8 +1,8 @@
-"""Compile every kernel ahead of time, for devices that need not be there, and report resources.
+"""Compile every kernel ahead of time, without the device, and report the resources it needs.
 
 ``python -m dream_kernels.triton.aot`` prints the table of registers, shared memory, spills and
-tensor-core instructions; with ``--write FILE`` it becomes the table that the tests hold the
-kernels to. Needs triton and the tools that its wheel carries, no GPU.
+tensor-core instructions; ``--write FILE`` saves the table that the tests compare the kernels
+with. Needs triton and the tools in its wheel, no GPU.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from triton.compiler import ASTSource
 from dream_kernels.files import is_stream, write_text
 from dream_kernels.triton.coefficients import coefficients_kernel
 from dream_kernels.triton.combine import combine_kernel, join_kernel
-from dream_kernels.triton.config import Config, candidates, padded_head
-from dream_kernels.triton.config import family as family_of_capability
+from dream_kernels.triton.device import triton_version
 from dream_kernels.triton.forward import forward_kernel
 from dream_kernels.triton.keys import keys_kernel
 from dream_kernels.triton.mass import mass_kernel
-from dream_kernels.triton.plan import plan_kernel
 from dream_kernels.triton.rows import rows_kernel
+from dream_kernels.triton.tiles import Config, family_of, padded_head
+from dream_kernels.triton.tuning import candidates
+from dream_kernels.triton.work_list import work_list_kernel
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # NVIDIA: compute capability, and the shared memory that a block may have, in KB.
@@ -67,7 +68,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes.
+    """What a compiled kernel needs.
 
     Attributes:
         registers: per thread.
@@ -127,18 +128,18 @@ def variants(
              "LOGITS": True},
         )  # fmt: skip
     yield Variant("mass", mass_kernel, config("mass"), {**shape, "HAS_PREFIX": not rare})
-    if head_dim == HEAD_DIMS[0]:  # the others do not hang on it
+    if head_dim == HEAD_DIMS[0]:  # these do not depend on it
         yield Variant("join", join_kernel, Config(16, 64, 1, 1), {"REST": rare})
         yield Variant(
-            "plan", plan_kernel, Config(128, 64, 4, 1),
+            "work-list", work_list_kernel, Config(128, 64, 4, 1),
             {"BX": 128, "BC": 32, "BW": 64, "HS": 1, "CAUSAL": not rare, "BIAS": rare,
              "SEGMENT": not rare, "HAS_MASK": rare},
         )  # fmt: skip
 
 
-def family_of(target: str) -> str:
-    """The family of tile shapes of a target's name."""
-    return family_of_capability(int(target[3:]) // 10 if target[:3] == "sm_" else 0)
+def family_of_target(target: str) -> str:
+    """The family of tile shapes that a target, such as ``sm_90``, takes."""
+    return family_of(int(target[3:]) // 10 if target[:3] == "sm_" else 0)
 
 
 def compile_variant(variant: Variant, target: GPUTarget, dtype: torch.dtype) -> Any:
@@ -171,7 +172,7 @@ def _source_arguments(
     signature: dict[str, str], constants: dict[str, Any], aligned: list[int]
 ) -> tuple[Any, ...]:
     """The arguments of ASTSource, whose form changed in triton 3.3."""
-    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3):
+    if triton_version() >= (3, 3):
         return signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
     from triton.backends.compiler import AttrsDescriptor
 
@@ -183,7 +184,7 @@ def _source_arguments(
 
 
 def measure(compiled: Any) -> Resources:
-    """Read a compiled kernel's resources off its machine code."""
+    """Read a compiled kernel's resources from its machine code."""
     asm = compiled.asm
     text = asm.get("ptx") or asm["amdgcn"]
     kinds: dict[str, int] = {}
@@ -208,7 +209,7 @@ def measure(compiled: Any) -> Resources:
 def _tool_path(name: str) -> Path:
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     if not path.exists():
-        raise FileNotFoundError(f"triton {triton.__version__} carries no {name} ({path})")
+        raise FileNotFoundError(f"triton {triton.__version__} contains no {name} ({path})")
     return path
 
 
@@ -228,7 +229,7 @@ def compiled_rows(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """``"target/head size/kernel"`` and resources, for all kernels or those in ``names``."""
     for target, head_dim in itertools.product(targets, head_dims):
-        for variant in variants(head_dim, family_of(target), dtype, rare):
+        for variant in variants(head_dim, family_of_target(target), dtype, rare):
             if names and variant.name not in names:
                 continue
             compiled = compile_variant(variant, TARGETS[target], dtype)
@@ -263,8 +264,8 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--write", type=Path,
-        help="write the table to this file, as JSON; what it has of the same triton, and was not "
-        "compiled now, stays",
+        help="write the table to this file, as JSON; its rows from the same triton that were not "
+        "compiled now are kept",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.write is not None and is_stream(options.write):

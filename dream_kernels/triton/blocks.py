@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Flags of a tile in the plan: it opens a document, it closes one.
+# Flags of a tile in the work list: it is the first of its document, it is the last.
 FIRST = tl.constexpr(1)
 LAST = tl.constexpr(2)
-# Entries of the plan's counts, per batch element.
+# Entries of the work list's counts, per batch element.
 N_TILES = tl.constexpr(0)
 N_SHORT_PREFIX = tl.constexpr(1)
 N_SHORT_LOCAL = tl.constexpr(2)
@@ -23,6 +23,15 @@ FACTOR = tl.constexpr(1)
 OFFSET = tl.constexpr(2)
 MU = tl.constexpr(3)
 COLUMNS = tl.constexpr(4)
+
+
+@triton.jit
+def block_and_split(i_x, S, SPLIT: tl.constexpr):
+    """The row block and the split of a program: both are in the first axis of the grid."""
+    if SPLIT:
+        return i_x // S, i_x % S
+    else:
+        return i_x, i_x * 0
 
 
 @triton.jit
@@ -61,34 +70,44 @@ def locate_scored_rows(
 
 
 @triton.jit
-def fold_range(i_m, counts, m_r, o_b, B, M, G, BM: tl.constexpr):
-    """The batch elements that a folded tile has rows of.
+def fold_range(i_m, i_b, counts, m_r, o_b, B, M, G, BM: tl.constexpr, FOLD: tl.constexpr):
+    """How often a tile visits its keys: passes over the batch elements that it has rows of.
+
+    A folded tile visits the prefix once if its elements are alike in it, else once for each of
+    them, and the local keys once for each.
 
     Returns:
-        first: the element of the tile's first row; the others follow it, cyclically.
-        n: how many there are.
+        b_first: the element of the tile's first row; the others follow it cyclically.
+        n_own: how many there are.
+        n_common: passes over the prefix.
         unlike: 0 if all have the same documents and padding in the prefix and no document is
             elsewhere, else 1.
     """
-    first = i_m * BM // M
-    last = (tl.minimum((i_m + 1) * BM, G * B * M) - 1) // M
-    b_alike = tl.load(counts + o_b * COUNTS + LIKE_FIRST, mask=m_r, other=1)
-    return first % B, tl.minimum(last - first + 1, B), 1 - tl.min(b_alike, 0)
+    if FOLD:
+        first = i_m * BM // M
+        last = (tl.minimum((i_m + 1) * BM, G * B * M) - 1) // M
+        b_alike = tl.load(counts + o_b * COUNTS + LIKE_FIRST, mask=m_r, other=1)
+        b_first = first % B
+        n_own = tl.minimum(last - first + 1, B)
+        unlike = 1 - tl.min(b_alike, 0)
+        return b_first, n_own, 1 + (n_own - 1) * unlike, unlike
+    else:
+        return i_b, 1, 1, 0
 
 
 @triton.jit
-def fold_pass(z, own, i_b, b_first, o_b, m_rows, B, FOLD: tl.constexpr):
-    """What pass ``z`` of a tile over the batch elements it has rows of is about.
+def fold_pass(i_pass, own, i_b, b_first, o_b, m_rows, B, FOLD: tl.constexpr):
+    """The batch element and the rows of one pass of a tile, see :func:`fold_range`.
 
     Returns:
         i_z: the element, int64.
-        m_z: ``[BM]`` which of ``m_rows`` the pass concerns: the element's own, or where ``own`` is
-            0, all.
+        m_z: ``[BM]`` which of ``m_rows`` the pass concerns: the element's own, or if ``own`` is 0,
+            all.
     """
     b_z = i_b
     m_z = m_rows
     if FOLD:
-        b_z = (b_first + z) % B
+        b_z = (b_first + i_pass) % B
         m_z = m_rows & ((o_b - b_z) * own == 0)
     return b_z.to(tl.int64), m_z
 
@@ -108,6 +127,18 @@ def load_rows(p_rows, m_rows, s_d, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def load_query(
+    q, o_b, o_h, o_m, m_rows, s_b, s_h, s_m, s_d, D: tl.constexpr, BD: tl.constexpr,
+    NEGATE: tl.constexpr,
+):  # fmt: skip
+    """``[BM, BD]``: rows of the query, negated for a negative scale: the kernels' is positive."""
+    b_q = load_rows(row_pointers(q, o_b, o_h, o_m, s_b, s_h, s_m), m_rows, s_d, D, BD)
+    if NEGATE:
+        b_q = -b_q
+    return b_q
+
+
+@triton.jit
 def store_rows(p_rows, b_x, m_rows, D: tl.constexpr, BD: tl.constexpr):
     """Write ``[rows, BD]`` to rows that are contiguous."""
     o_d = tl.arange(0, BD)
@@ -117,7 +148,7 @@ def store_rows(p_rows, b_x, m_rows, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def weight_pointers(weights, b_row, o_b, i_b, C, PER_HEAD: tl.constexpr, FOLD: tl.constexpr):
-    """Where the weights of each row begin, ``[BM]``, or ``[1]`` if that is one place for all."""
+    """``[BM]`` pointers to the weights of each row, or ``[1]`` if all rows share them."""
     if PER_HEAD:
         return weights + b_row * C
     elif FOLD:
@@ -152,7 +183,7 @@ def visible_range(
 
 @triton.jit
 def segment_bases(local, prefix, i_h, P, s_h, s_n, s_ph):
-    """Keys or values of a key head in both segments, based as :func:`key_pointers` wants them."""
+    """Pointers to keys or values of a key head in both segments, for :func:`key_pointers`."""
     i_kh = i_h.to(tl.int64)
     return local + (i_kh * s_h - P.to(tl.int64) * s_n), prefix + i_kh * s_ph
 
@@ -161,8 +192,8 @@ def segment_bases(local, prefix, i_h, P, s_h, s_n, s_ph):
 def key_pointers(local, prefix, s_n, s_pn, b_n, inside, HAS_PREFIX: tl.constexpr):
     """``[BN]`` pointers to the keys at positions ``b_n``, all ``inside`` the prefix or none.
 
-    ``local`` and ``prefix`` are based so that positions count from the start of the prefix. The
-    choice is one for the tile: chosen key by key, pointers lose the alignment of 16-byte loads.
+    ``local`` and ``prefix`` are offset so that positions count from the start of the prefix. The
+    segment is chosen once per tile: chosen key by key, pointers lose the 16-byte alignment.
     """
     o_n = b_n.to(tl.int64)
     if HAS_PREFIX:
@@ -186,10 +217,10 @@ def load_pair(
 def load_run(
     k, v, key0, end, s_kn, s_vn, s_kd, s_vd, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """A tile of keys as they stand in one segment of memory, from ``key0`` and below ``end``.
+    """A tile of consecutive keys of one segment of memory, from ``key0`` and below ``end``.
 
     Returns:
-        o_n: ``[BN]`` their positions, and m_n: which of them there are.
+        o_n: ``[BN]`` their positions, and m_n: which of them exist.
         b_k, b_v: ``[BN, BD]``.
     """
     o_n = key0 + tl.arange(0, BN)
@@ -200,13 +231,13 @@ def load_run(
 
 
 @triton.jit
-def work(p_counts, i_s, S, BN: tl.constexpr, SLOT: tl.constexpr, SPLIT: tl.constexpr):
-    """The work list of a batch element, tiles then packs then the rest, and a split's share of it.
+def work_share(p_counts, i_s, S, BN: tl.constexpr, SLOT: tl.constexpr, SPLIT: tl.constexpr):
+    """The work list of a batch element (tiles, packs, the rest) and a split's share of it.
 
     Returns:
         n_tiles: tiles of documents.
-        n_behind: where the rest begins.
-        t_begin, t_end: what split ``i_s`` does.
+        rest_begin: where the rest begins.
+        t_begin, t_end: the share of split ``i_s``.
     """
     NS: tl.constexpr = BN // SLOT
     n_tiles = tl.load(p_counts + N_TILES)
@@ -215,12 +246,12 @@ def work(p_counts, i_s, S, BN: tl.constexpr, SLOT: tl.constexpr, SPLIT: tl.const
     n_rest_prefix = tl.load(p_counts + N_REST_PREFIX)
     n_rest = tl.cdiv(n_rest_prefix, BN)
     n_rest += tl.cdiv(tl.load(p_counts + N_REST) - n_rest_prefix, BN)
-    n_behind = n_tiles + n_packs
+    rest_begin = n_tiles + n_packs
     t_begin = n_tiles * 0
-    t_end = n_behind + n_rest
+    t_end = rest_begin + n_rest
     if SPLIT:
         t_begin, t_end = split_range(t_end, i_s, S)
-    return n_tiles, n_behind, t_begin, t_end
+    return n_tiles, rest_begin, t_begin, t_end
 
 
 @triton.jit
@@ -235,9 +266,9 @@ def load_pack(shorts, p_counts, i_b, t, C, BN: tl.constexpr, SLOT: tl.constexpr)
     """Pack ``t``: ``BN / SLOT`` short documents, all of the prefix or all of the local keys.
 
     Returns:
-        b_doc: ``[BN / SLOT]`` their indices, and m_doc: which of them there are.
-        b_n: ``[BN]`` positions of the keys, and m_n: which of them there are.
-        inside: whether they stand in the prefix.
+        b_doc: ``[BN / SLOT]`` their indices, and m_doc: which of them exist.
+        b_n: ``[BN]`` positions of the keys, and m_n: which of them exist.
+        inside: whether they are in the prefix.
     """
     NS: tl.constexpr = BN // SLOT
     n_prefix = tl.load(p_counts + N_SHORT_PREFIX)
@@ -276,10 +307,10 @@ def rest_range(
     p_counts, z, unlike, n_seen, i_s, S, BN: tl.constexpr, SLOT: tl.constexpr, FOLD: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of the rest that a split does in pass ``z``, and whether it reaches the rest.
+    """The tiles of the rest that a split visits in pass ``z``, and whether it reaches the rest.
 
-    Pass 0 of a folded tile does what its batch elements have in common, the prefix unless they
-    are ``unlike`` in it; the other passes do what is an element's own.
+    Pass 0 of a folded tile visits what its batch elements have in common, the prefix unless they
+    are ``unlike`` in it; each other pass visits the keys of one element alone.
 
     Args:
         n_seen: how many keys of the rest any row sees.
@@ -288,16 +319,16 @@ def rest_range(
         begin, end: the tiles.
         reach: above 0 if the split's share of the work list reaches into the rest.
     """
-    _, n_behind, t_begin, t_end = work(p_counts, i_s, S, BN, SLOT, SPLIT)
+    _, rest_begin, t_begin, t_end = work_share(p_counts, i_s, S, BN, SLOT, SPLIT)
     n_prefix = tl.load(p_counts + N_REST_PREFIX)
-    begin = tl.maximum(t_begin - n_behind, 0)
-    end = tl.minimum(t_end - n_behind, rest_tiles(n_seen, n_prefix, BN))
+    begin = tl.maximum(t_begin - rest_begin, 0)
+    end = tl.minimum(t_end - rest_begin, rest_tiles(n_seen, n_prefix, BN))
     if FOLD:
         n_common = tl.cdiv(n_prefix, BN) * (1 - unlike)
-        # No branch: the compiler of triton 3.2 dies of it.
+        # No branch: it crashes the compiler of triton 3.2.
         begin = tl.where(z == 0, begin, tl.maximum(begin, n_common))
         end = tl.where(z == 0, tl.minimum(end, n_common), end)
-    return begin, end, t_end - n_behind
+    return begin, end, t_end - rest_begin
 
 
 @triton.jit
@@ -313,8 +344,21 @@ def inverse(b_l):
 
 
 @triton.jit
+def document_share(b_documents, b_rest, document_mass, FIXED: tl.constexpr):
+    """The mass of all documents together and that of the rest, from their log-sum-exps."""
+    if FIXED:
+        b_mu = tl.where(b_rest == float("-inf"), 1.0, document_mass)
+        return b_mu, 1.0 - b_mu
+    else:
+        b_peak = finite(tl.maximum(b_documents, b_rest))
+        b_d, b_r = tl.exp2(b_documents - b_peak), tl.exp2(b_rest - b_peak)
+        b_scale = inverse(b_d + b_r)
+        return b_d * b_scale, b_r * b_scale
+
+
+@triton.jit
 def log_add(b_m, b_l, b_lse):
-    """Add ``exp2(lse)`` to the sum that a peak and a relative sum stand for."""
+    """Add ``exp2(lse)`` to the sum ``l * exp2(m)`` of a peak ``m`` and a relative sum ``l``."""
     b_new = tl.maximum(b_m, b_lse)
     b_safe = finite(b_new)
     return b_new, b_l * tl.exp2(b_m - b_safe) + tl.exp2(b_lse - b_safe)

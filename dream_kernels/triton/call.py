@@ -1,27 +1,47 @@
-"""One call as the kernels take it: heads, flags, strides, the plan, the grid of row blocks."""
+"""One call as the kernels take it: their arguments by name, work lists, the grid of row blocks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from dream_kernels.problem import Problem
+from dream_kernels.triton import device
 from dream_kernels.triton.blocks import COUNTS
-from dream_kernels.triton.config import Config, bucket, candidates, choose, family, padded_head
-from dream_kernels.triton.plan import plan_kernel
+from dream_kernels.triton.tiles import Config, family_of, padded_head
+from dream_kernels.triton.tuning import bucket, candidates, choose
+from dream_kernels.triton.work_list import work_list_kernel
 
 LOG2_E = 1.0 / math.log(2.0)
 # A split shorter than this many keys costs more in partial results than it gains.
 MIN_SPLIT_KEYS = 256
-# Positions of a program that makes the plan, and documents it looks at together.
-_PLAN_BLOCK = 128
-PLAN_DOCUMENTS = 32
+# Positions of a program that makes the work list, and documents that a program reads together.
+_LIST_BLOCK = 128
+DOCUMENT_BLOCK = 32
+
+
+def run(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **options: int) -> None:
+    """Launch ``kernel`` with those of the ``arguments`` that it has parameters for.
+
+    A parameter's name means the same in every kernel, so that kernels share groups of arguments.
+    """
+    kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **options)
+
+
+def strides(of: str, dimensions: str, tensor: Tensor) -> dict[str, int]:
+    """Strides as the kernels name them: ``s_qb`` for dimension ``b`` of ``q``."""
+    return {f"s_{of}{name}": step for name, step in zip(dimensions, tensor.stride())}
+
+
+def tile_arguments(config: Config) -> dict[str, int]:
+    return {"BM": config.rows, "BN": config.keys, "SLOT": config.slot}
 
 
 @dataclass(frozen=True)
@@ -52,8 +72,8 @@ def _heads(scored: tuple[bool, ...], key_heads: int, device: torch.device) -> He
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What ``plan_kernel`` writes for tiles of ``keys`` keys."""
+class WorkList:
+    """What ``work_list_kernel`` writes for one size of tiles, at most ``limit`` tiles."""
 
     tiles: Tensor
     shorts: Tensor
@@ -63,6 +83,13 @@ class Plan:
     weights: Tensor
     limit: int
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "tiles": self.tiles, "shorts": self.shorts, "rest": self.rest, "segment": self.segment,
+            "counts": self.counts, "weights": self.weights, "NT": self.limit,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True)
 class RowGrid:
@@ -70,7 +97,7 @@ class RowGrid:
 
     Attributes:
         shape: of the grid.
-        splits: parts of the keys, 1 where row blocks alone fill the device.
+        splits: parts of the keys, 1 if row blocks alone fill the device.
         fold: whether a tile may hold rows of several batch elements.
     """
 
@@ -78,9 +105,17 @@ class RowGrid:
     splits: int
     fold: bool
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {"S": self.splits, "FOLD": self.fold, "SPLIT": self.splits > 1}
+
 
 class Call:
-    """One problem, reduced to what the kernels take: aligned strides, flags, heads, plans."""
+    """One problem, reduced to what the kernels take.
+
+    Attributes:
+        arguments: what depends on the problem alone, by the names of the kernels' parameters.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -91,47 +126,67 @@ class Call:
         self.length, self.prefix_length = problem.total_length, problem.prefix_length
         self.documents = problem.documents
         self.head_dim = problem.head_dim
-        self.has_prefix = problem.prefix_key is not None
-        self.key, self.prefix_key = _same_last_stride(problem.key, problem.prefix_key)
-        self.value, self.prefix_value = _same_last_stride(problem.value, problem.prefix_value)
-        self.spans = problem.spans.contiguous()
         self.heads = _heads(problem.heads, self.key_heads, self.device)
         self.bias = problem.mode == "bias"
         self.fixed = problem.document_mass is not None
-        self.document_mass = problem.document_mass if problem.document_mass is not None else 1.0
-        # Never 0, so that a masked logit of -inf stays one.
-        self.scale = max(abs(problem.scale) * LOG2_E, 1e-30)
-        # Without padding any pointer serves: the kernels do not follow it.
-        mask = self.heads.scored if problem.mask is None else problem.mask.contiguous()
-        self.mask = mask.view(torch.uint8)
-        self._plans: dict[tuple[int, int, bool], Plan] = {}
-        self.shape_flags = {
+        self._work_lists: dict[tuple[int, int, bool], WorkList] = {}
+        self._flags = {
             "D": self.head_dim,
             "BD": padded_head(self.head_dim),
             "CAUSAL": problem.causal,
+            "HAS_PREFIX": problem.prefix_key is not None,
             "HAS_MASK": problem.mask is not None,
             "NEGATE": problem.scale < 0,
-            "IP": _products(problem.query.dtype, self.device),
-        }
-        self.mode_flags = {
+            "IP": device.product_precision(problem.query.dtype, self.device),
             "PER_HEAD": problem.scores.shape[1] > 1,
             "BIAS": self.bias,
         }
+        # Without padding any pointer serves: the kernels do not read from it.
+        mask = self.heads.scored if problem.mask is None else problem.mask.contiguous()
+        self.arguments = {
+            "q": problem.query, **strides("q", "bhmd", problem.query), **self._memory(),
+            "mask": mask.view(torch.uint8), "spans": problem.spans.contiguous(),
+            "table": self.heads.order, "n_scored": self.heads.count, "scored": self.heads.scored,
+            "B": self.batch, "Hq": self.query_heads, "G": self.group, "M": self.rows,
+            "T": self.length, "P": self.prefix_length, "C": self.documents,
+            # Never 0, so that a masked logit of -inf stays -inf.
+            "scale": max(abs(problem.scale) * LOG2_E, 1e-30),
+            "document_mass": 1.0 if problem.document_mass is None else problem.document_mass,
+            **self._flags, "FIXED": self.fixed,
+        }  # fmt: skip
 
-    def plan(self, config: Config, segment: bool = False) -> Plan:
+    def _memory(self) -> dict[str, Any]:
+        """Keys and values; without a prefix the local ones are passed in its place."""
+        problem = self.problem
+        arguments: dict[str, Any] = {}
+        for name, local, prefix in (
+            ("k", problem.key, problem.prefix_key), ("v", problem.value, problem.prefix_value),
+        ):  # fmt: skip
+            local, prefix = _same_last_stride(local, prefix)
+            prefix = local if prefix is None else prefix
+            of_prefix = strides(f"p{name}", "bhn", prefix)
+            if prefix.shape[0] == 1:
+                of_prefix[f"s_p{name}b"] = 0
+            arguments |= {name: local, f"p{name}": prefix}
+            arguments |= {**strides(name, "bhnd", local), **of_prefix}
+        return arguments
+
+    def work_list(self, config: Config, segment: bool = False) -> WorkList:
         key = (config.keys, config.slot, segment)
-        if key not in self._plans:
-            self._plans[key] = self._make_plan(*key)
-        return self._plans[key]
+        if key not in self._work_lists:
+            self._work_lists[key] = self._make_work_list(*key)
+        return self._work_lists[key]
 
-    def any_plan(self) -> Plan:
-        """A plan for tiles of some size: weights and scored rows are the same in all plans."""
-        if not self._plans:
-            self.plan(self.configs("query", self.reach)[0])
-        return next(iter(self._plans.values()))
+    def any_work_list(self) -> WorkList:
+        """A work list of tiles of some size: weights and scored rows are the same in all."""
+        if not self._work_lists:
+            self.work_list(self.configs("query", self.reach)[0])
+        return next(iter(self._work_lists.values()))
 
-    def _make_plan(self, keys: int, slot: int, segment: bool) -> Plan:
-        problem, batch, length, documents = self.problem, self.batch, self.length, self.documents
+    def _make_work_list(self, keys: int, slot: int, segment: bool) -> WorkList:
+        scores, batch, length, documents = (
+            self.problem.scores, self.batch, self.length, self.documents
+        )  # fmt: skip
         # Every tile but a document's last is full, and one document, short or not, may be cut at
         # the prefix's end.
         limit = length // keys + min(documents, length // (slot + 1)) + 2
@@ -142,57 +197,46 @@ class Call:
         # Each part begins at 16 bytes, whatever the sizes: a kernel is compiled for alignments.
         sizes = tuple(triton.cdiv(size, 4) * 4 for size in sizes)
         buffer = torch.empty(sum(sizes), dtype=torch.int32, device=self.device)
-        tiles, shorts, rest, segments, counts = buffer.split(sizes)
-        score_heads = problem.scores.shape[1]
+        score_heads = scores.shape[1]
         weights = torch.empty(
             batch, score_heads, documents, dtype=torch.float32, device=self.device
         )
-        plan = Plan(tiles, shorts, rest, segments, counts, weights, limit)
-        blocks = triton.cdiv(max(limit, length), _PLAN_BLOCK)
-        plan_kernel[(blocks + score_heads, batch)](
-            self.spans, self.mask, problem.scores, plan.tiles, plan.shorts, plan.rest, plan.segment,
-            plan.counts, weights, *problem.scores.stride(), self.rows, length, self.prefix_length,
-            documents, limit, blocks, BN=keys, SLOT=slot, BX=_PLAN_BLOCK, BC=PLAN_DOCUMENTS,
-            BW=min(1024, max(16, bucket(documents))), HS=score_heads, CAUSAL=problem.causal,
-            BIAS=self.bias, SEGMENT=segment, HAS_MASK=problem.mask is not None, num_warps=4,
+        tiles, shorts, rest, segments, counts = buffer.split(sizes)
+        work = WorkList(tiles, shorts, rest, segments, counts, weights, limit)
+        blocks = triton.cdiv(max(limit, length), _LIST_BLOCK)
+        own = {
+            "scores": scores, **strides("s", "bhc", scores), "n_blocks": blocks, "BN": keys,
+            "SLOT": slot, "BX": _LIST_BLOCK, "BC": DOCUMENT_BLOCK,
+            "BW": min(1024, max(16, bucket(documents))), "HS": score_heads, "SEGMENT": segment,
+        }  # fmt: skip
+        run(
+            work_list_kernel, (blocks + score_heads, batch),
+            {**self.arguments, **work.arguments, **own}, num_warps=4,
         )  # fmt: skip
-        return plan
-
-    def memory(self) -> tuple[list[Tensor], list[int]]:
-        """Pointers and strides of keys and values; the local ones stand in for no prefix."""
-        prefix_key = self.key if self.prefix_key is None else self.prefix_key
-        prefix_value = self.value if self.prefix_value is None else self.prefix_value
-        strides = [*self.key.stride(), *self.value.stride()]
-        for tensor in (prefix_key, prefix_value):
-            batch, head, key, _ = tensor.stride()
-            strides += [batch if tensor.shape[0] > 1 else 0, head, key]
-        return [self.key, self.value, prefix_key, prefix_value], strides
+        return work
 
     def row_tensor(self, *leading: int, slots: int) -> Tensor:
         shape = (*leading, self.batch, self.query_heads, slots, self.rows)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def configs(self, kernel: str, rows: int) -> tuple[Config, ...]:
-        return candidates(
-            kernel, self.head_dim, self.problem.query.dtype, rows, _family(self.device)
-        )
+        family = family_of(device.capability(self.device))
+        return candidates(kernel, self.head_dim, self.problem.query.dtype, rows, family)
 
     def tuned(
         self, kernel: str, rows: int, launch: Callable[[Config], object], *flags: Hashable
     ) -> Config:
         """The configuration for a kernel at this call's sizes."""
-        problem = self.problem
         configs = self.configs(kernel, rows)
         key = (
-            kernel, self.head_dim, problem.query.dtype, self.has_prefix, *flags,
-            *self.shape_flags.values(), *self.mode_flags.values(),
-            bucket(rows), bucket(self.batch * self.key_heads), bucket(self.length),
+            kernel, self.problem.query.dtype, *flags, *self._flags.values(), bucket(rows),
+            bucket(self.batch * self.key_heads), bucket(self.length),
             bucket(self.length // self.documents),
         )  # fmt: skip
         return choose(key, configs, launch, self.device)
 
     def kind(self, kernel: str) -> str:
-        """The name of a kernel over rows among the tile shapes: folded or split it has others."""
+        """The name of a kernel over rows in the table of tile shapes: with folding or splitting."""
         grid = self.grid(self.configs(kernel, self.reach)[0])
         if grid.splits > 1:
             return f"{kernel}-split"
@@ -205,7 +249,8 @@ class Call:
         Folded tiles visit the local keys once per batch element, for all their rows: the prefix
         has to be the larger part.
         """
-        shared = self.prefix_key is not None and self.prefix_key.shape[0] < self.batch
+        prefix = self.problem.prefix_key
+        shared = prefix is not None and prefix.shape[0] < self.batch
         long = self.prefix_length >= 2 * (self.length - self.prefix_length)
         return self.group * self.rows * (self.batch if shared and long else 1)
 
@@ -214,7 +259,7 @@ class Call:
         rows = self.group * self.rows
         blocks, elements, fold = triton.cdiv(rows, config.rows), self.batch, False
         folded = triton.cdiv(self.reach, config.rows)
-        # A folded tile is not split: where that few rows are left, the elements' own tiles are
+        # A folded tile is not split: with so few rows, the elements' own tiles are
         # split instead, and read the shared prefix at about the same time, from the cache.
         if self.reach > rows and folded < blocks * elements and self._splits(folded) == 1:
             blocks, elements, fold = folded, 1, True
@@ -222,37 +267,12 @@ class Call:
         return RowGrid((blocks * splits, self.key_heads, elements), splits, fold)
 
     def _splits(self, blocks: int) -> int:
-        wanted = 2 * _processors(self.device) // (blocks * self.key_heads)
+        wanted = 2 * device.processors(self.device) // (blocks * self.key_heads)
         return max(1, min(wanted, self.length // MIN_SPLIT_KEYS))
 
 
-@lru_cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@lru_cache
-def _family(device: torch.device) -> str:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return family(0)
-    return family(torch.cuda.get_device_capability(device)[0])
-
-
-def _products(dtype: torch.dtype, device: torch.device) -> str:
-    """How float32 is multiplied: exactly, unless PyTorch's own switch allows TF32."""
-    if dtype != torch.float32 or device.type != "cuda" or torch.version.hip is not None:
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    # Where there is a newer switch, the old one cannot be read once the newer one was set.
-    precision = getattr(matmul, "fp32_precision", None)
-    allowed = matmul.allow_tf32 if precision is None else precision == "tf32"
-    return "tf32" if allowed else "ieee"
-
-
 def _same_last_stride(local: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The kernels take one stride for the elements of a key, local or not."""
+    """Copy keys or values as needed: the kernels take one last stride for local ones and prefix."""
     if prefix is None or prefix.stride(-1) == local.stride(-1):
         return local, prefix
     return local.contiguous(), prefix if prefix.stride(-1) == 1 else prefix.contiguous()

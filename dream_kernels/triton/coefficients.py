@@ -19,7 +19,7 @@ from dream_kernels.triton.blocks import (
     row_pointers,
 )
 from dream_kernels.triton.forward import document_share
-from dream_kernels.triton.plan import load_span
+from dream_kernels.triton.work_list import load_span
 
 
 @triton.jit(do_not_specialize=["M", "T", "C", "Hq"])
@@ -63,23 +63,9 @@ def coefficients_kernel(
         p_documents = documents + b_row * (C + 1) * M + o_m
         p_spans = spans + i_b.to(tl.int64) * C * 2
         p_weights = weights + (b_row if PER_HEAD else i_b.to(tl.int64)) * C
-        b_m = tl.full([BM], float("-inf"), tl.float32)
-        b_l = tl.zeros([BM], tl.float32)
-        b_mean = tl.zeros([BM], tl.float32)  # dO . sum_d w_d o_d
-        for c in range(0, C, BC):
-            o_c = c + tl.arange(0, BC)
-            b_start, b_end = load_span(p_spans, o_c, o_c < C, T)
-            m_cm = (b_end > b_start)[:, None] & m_scored[None, :]  # [BC, BM]
-            o_cm = o_c.to(tl.int64)[:, None] * M
-            b_lse = tl.load(p_state[None, :] + o_cm, mask=m_cm, other=float("-inf"))
-            b_new = tl.maximum(b_m, tl.max(b_lse, 0))
-            b_safe = finite(b_new)
-            b_l = b_l * tl.exp2(b_m - b_safe) + tl.sum(tl.exp2(b_lse - b_safe[None, :]), 0)
-            b_m = b_new
-            if DOCUMENTS:
-                b_w = tl.load(p_weights + o_c, mask=o_c < C, other=0.0)
-                b_g = tl.load(p_documents[None, :] + o_cm, mask=m_cm, other=0.0)
-                b_mean += tl.sum(b_w[:, None] * b_g, 0)
+        b_m, b_l, b_mean = _sums_over_documents(
+            p_spans, p_weights, p_state, p_documents, m_scored, M, T, C, BM, BC, DOCUMENTS
+        )  # fmt: skip
         b_all = b_m + tl.log2(b_l)
         b_mu, b_rest = document_share(b_all, b_last, document_mass, FIXED)
         b_mu = tl.where(m_scored, b_mu, 0.0)
@@ -95,29 +81,73 @@ def coefficients_kernel(
             b_norm = tl.where(m_scored & (b_total > 0), b_peak + tl.log2(b_total), b_norm)
 
         if DOCUMENTS:
-            b_scale = inverse(b_total)
-            for c in range(0, C, BC):
-                o_c = c + tl.arange(0, BC)
-                b_start, b_end = load_span(p_spans, o_c, o_c < C, T)
-                m_cm = (b_end > b_start)[:, None] & m_scored[None, :]
-                o_cm = o_c.to(tl.int64)[:, None] * M
-                b_w = tl.load(p_weights + o_c, mask=o_c < C, other=0.0)
-                b_g = tl.load(p_documents[None, :] + o_cm, mask=m_cm, other=0.0)
-                b_f = b_mu[None, :] * b_w[:, None]
-                if SCORES:
-                    b_ds = tl.sum(tl.where(m_cm, b_f * (b_g - b_mean[None, :]), 0.0), 1)
-                    p_partial = partial + (b_row * tl.num_programs(0) + i_m) * C + o_c
-                    tl.store(p_partial, b_ds, mask=o_c < C)
-                if LOGITS:
-                    b_u = -b_f * b_g
-                    if not FIXED:
-                        b_lse = tl.load(p_state[None, :] + o_cm, mask=m_cm, other=float("-inf"))
-                        b_mass = tl.exp2(b_lse - b_peak[None, :]) * b_scale[None, :]
-                        b_u += b_mass * (b_mean - b_delta)[None, :]
-                    tl.store(p_documents[None, :] + o_cm, b_u, mask=m_cm)
+            _document_gradients(
+                p_spans, p_weights, p_state, p_documents, partial, b_row, i_m, m_scored, b_mu,
+                b_mean, b_delta, b_peak, b_total, M, T, C, BC, FIXED, SCORES, LOGITS,
+            )  # fmt: skip
 
     p_columns = columns + b_row * COLUMNS * M + o_m
     tl.store(p_columns + NORM * M, b_norm, mask=m_m)
     tl.store(p_columns + FACTOR * M, b_factor, mask=m_m)
     tl.store(p_columns + OFFSET * M, b_offset, mask=m_m)
     tl.store(p_columns + MU * M, b_mu, mask=m_m)
+
+
+@triton.jit
+def _sums_over_documents(
+    p_spans, p_weights, p_state, p_documents, m_rows, M, T, C,
+    BM: tl.constexpr, BC: tl.constexpr, DOCUMENTS: tl.constexpr,
+):  # fmt: skip
+    """``[BM]`` sums over the documents that are present.
+
+    Returns:
+        b_m, b_l: peak and relative sum of all their logits.
+        b_mean: ``dO . sum_d w_d o_d``, 0 without ``DOCUMENTS``.
+    """
+    b_m = tl.full([BM], float("-inf"), tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    b_mean = tl.zeros([BM], tl.float32)
+    for c in range(0, C, BC):
+        o_c = c + tl.arange(0, BC)
+        b_start, b_end = load_span(p_spans, o_c, o_c < C, T)
+        m_cm = (b_end > b_start)[:, None] & m_rows[None, :]  # [BC, BM]
+        o_cm = o_c.to(tl.int64)[:, None] * M
+        b_lse = tl.load(p_state[None, :] + o_cm, mask=m_cm, other=float("-inf"))
+        b_new = tl.maximum(b_m, tl.max(b_lse, 0))
+        b_safe = finite(b_new)
+        b_l = b_l * tl.exp2(b_m - b_safe) + tl.sum(tl.exp2(b_lse - b_safe[None, :]), 0)
+        b_m = b_new
+        if DOCUMENTS:
+            b_w = tl.load(p_weights + o_c, mask=o_c < C, other=0.0)
+            b_g = tl.load(p_documents[None, :] + o_cm, mask=m_cm, other=0.0)
+            b_mean += tl.sum(b_w[:, None] * b_g, 0)
+    return b_m, b_l, b_mean
+
+
+@triton.jit
+def _document_gradients(
+    p_spans, p_weights, p_state, p_documents, partial, b_row, i_m, m_rows, b_mu, b_mean, b_delta,
+    b_peak, b_total, M, T, C, BC: tl.constexpr, FIXED: tl.constexpr, SCORES: tl.constexpr,
+    LOGITS: tl.constexpr,
+):  # fmt: skip
+    """Write the rows' part of the scores' gradient, and the documents' offsets."""
+    b_scale = inverse(b_total)
+    for c in range(0, C, BC):
+        o_c = c + tl.arange(0, BC)
+        b_start, b_end = load_span(p_spans, o_c, o_c < C, T)
+        m_cm = (b_end > b_start)[:, None] & m_rows[None, :]
+        o_cm = o_c.to(tl.int64)[:, None] * M
+        b_w = tl.load(p_weights + o_c, mask=o_c < C, other=0.0)
+        b_g = tl.load(p_documents[None, :] + o_cm, mask=m_cm, other=0.0)
+        b_f = b_mu[None, :] * b_w[:, None]
+        if SCORES:
+            b_ds = tl.sum(tl.where(m_cm, b_f * (b_g - b_mean[None, :]), 0.0), 1)
+            p_partial = partial + (b_row * tl.num_programs(0) + i_m) * C + o_c
+            tl.store(p_partial, b_ds, mask=o_c < C)
+        if LOGITS:
+            b_u = -b_f * b_g
+            if not FIXED:
+                b_lse = tl.load(p_state[None, :] + o_cm, mask=m_cm, other=float("-inf"))
+                b_mass = tl.exp2(b_lse - b_peak[None, :]) * b_scale[None, :]
+                b_u += b_mass * (b_mean - b_delta)[None, :]
+            tl.store(p_documents[None, :] + o_cm, b_u, mask=m_cm)

@@ -1,4 +1,4 @@
-"""Joins what the splits of the forward and of the document pass have written, in their order."""
+"""Joins the partial results of the forward's and the backward's splits, in their order."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from dream_kernels.triton.blocks import (
     COUNTS,
     FIRST,
     LAST,
+    document_share,
     finite,
     inverse,
     load_rows,
     locate_scored_rows,
     log_add,
     store_rows,
-    work,
+    work_share,
 )
-from dream_kernels.triton.forward import document_share
 
 
 @triton.jit
 def split_documents(p_counts, p_tiles, i_s, S, BN: tl.constexpr, SLOT: tl.constexpr):
-    """What split ``i_s`` holds of documents that do not lie wholly in it.
+    """The documents that are only partly in split ``i_s``.
 
     Returns:
         document: the one that the split's first tile belongs to.
         ends: whether that document began in an earlier split and ends in this one.
-        opens: whether this split's last document goes on in the next one.
+        opens: whether this split's last document continues in the next one.
         has_rest: whether the split reaches into the rest.
     """
-    n_tiles, n_behind, begin, end = work(p_counts, i_s, S, BN, SLOT, True)
+    n_tiles, rest_begin, begin, end = work_share(p_counts, i_s, S, BN, SLOT, True)
     last = tl.minimum(end, n_tiles) - 1
     any_tile = begin <= last
     p_first, p_last = p_tiles + begin * 4, p_tiles + last * 4
@@ -39,7 +39,7 @@ def split_documents(p_counts, p_tiles, i_s, S, BN: tl.constexpr, SLOT: tl.conste
     opens = (tl.load(p_last + 3, mask=any_tile, other=LAST) & LAST) == 0
     through = opens & (tl.load(p_last + 2, mask=any_tile, other=0) == document)
     ends = (begun | through) == 0
-    return document, ends, opens, end > n_behind
+    return document, ends, opens, end > rest_begin
 
 
 @triton.jit
@@ -92,49 +92,69 @@ def combine_kernel(
             p_weights = weights + b_row * C
         else:
             p_weights = weights + i_b.to(tl.int64) * C + o_h * 0
-        b_all = tl.zeros([BM, BD], tl.float32)
-        b_all_m = tl.full([BM], float("-inf"), tl.float32)
-        b_all_l = tl.zeros([BM], tl.float32)
-        b_rest = tl.zeros([BM, BD], tl.float32)
-        b_rest_m = tl.full([BM], float("-inf"), tl.float32)
-        b_rest_l = tl.zeros([BM], tl.float32)
-        b_acc = tl.zeros([BM, BD], tl.float32)  # of the document that spans splits
-        b_m = tl.full([BM], float("-inf"), tl.float32)
-        b_l = tl.zeros([BM], tl.float32)
-        for s in range(0, S):
-            i_s = S * 0 + s
-            p_part = i_s.to(tl.int64) * 3 * n_rows + b_row * M + o_m
-            document, ends, opens, has_rest = split_documents(p_counts, p_tiles, i_s, S, BN, SLOT)
-            if ends:
-                b_m, b_l, b_acc = _merge(
-                    part_o, part_lse, p_part + n_rows, m_scored, b_m, b_l, b_acc, D, BD
-                )
-                b_lse = b_m + tl.log2(b_l)
-                tl.store(p_state + document.to(tl.int64) * M, b_lse, mask=m_scored)
-                b_w = tl.load(p_weights + document, mask=m_scored, other=0.0)
-                b_all += b_acc * (b_w * inverse(b_l))[:, None]
-                b_all_m, b_all_l = log_add(b_all_m, b_all_l, b_lse)
-                b_m = tl.full([BM], float("-inf"), tl.float32)
-                b_l = tl.zeros([BM], tl.float32)
-                b_acc = tl.zeros([BM, BD], tl.float32)
-            if opens:
-                b_m, b_l, b_acc = _merge(
-                    part_o, part_lse, p_part + 2 * n_rows, m_scored, b_m, b_l, b_acc, D, BD
-                )
-            if has_rest:
-                b_rest_m, b_rest_l, b_rest = _merge(
-                    part_o, part_lse, p_part + 2 * n_rows, m_scored,
-                    b_rest_m, b_rest_l, b_rest, D, BD,
-                )  # fmt: skip
-            b_lse = tl.load(part_lse + p_part, mask=m_scored, other=float("-inf"))
-            b_all += load_rows(part_o + p_part * D, m_scored, 1, D, BD)
-            b_all_m, b_all_l = log_add(b_all_m, b_all_l, b_lse)
+        b_all, b_all_m, b_all_l, b_rest, b_rest_m, b_rest_l = _join_documents(
+            part_o, part_lse, p_counts, p_tiles, p_weights, p_state, b_row, o_m, m_scored, n_rows,
+            M, S, D, BD, BM, BN, SLOT,
+        )  # fmt: skip
         b_lse = b_rest_m + tl.log2(b_rest_l)
         tl.store(p_last, b_lse, mask=m_scored)
         b_mu, b_other = document_share(b_all_m + tl.log2(b_all_l), b_lse, document_mass, FIXED)
         b_mixed = b_all * b_mu[:, None] + b_rest * (b_other * inverse(b_rest_l))[:, None]
         b_o = tl.where(m_scored[:, None], b_mixed, b_o)
     store_rows(o + (b_row * M + o_m) * D, b_o, m_r, D, BD)
+
+
+@triton.jit
+def _join_documents(
+    part_o, part_lse, p_counts, p_tiles, p_weights, p_state, b_row, o_m, m_rows, n_rows, M, S,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
+):  # fmt: skip
+    """Walk the splits of the scored rows of reweight, and store documents that span several.
+
+    Returns:
+        b_all, b_all_m, b_all_l: the weighted outputs of the documents, and peak and relative sum
+            of all their logits together.
+        b_rest, b_rest_m, b_rest_l: the online softmax of the rest.
+    """
+    # The current document that spans splits.
+    b_m = tl.full([BM], float("-inf"), tl.float32)
+    b_l = tl.zeros([BM], tl.float32)
+    b_acc = tl.zeros([BM, BD], tl.float32)
+    b_all = tl.zeros([BM, BD], tl.float32)
+    b_all_m = tl.full([BM], float("-inf"), tl.float32)
+    b_all_l = tl.zeros([BM], tl.float32)
+    b_rest = tl.zeros([BM, BD], tl.float32)
+    b_rest_m = tl.full([BM], float("-inf"), tl.float32)
+    b_rest_l = tl.zeros([BM], tl.float32)
+    for s in range(0, S):
+        i_s = S * 0 + s
+        p_part = i_s.to(tl.int64) * 3 * n_rows + b_row * M + o_m
+        document, ends, opens, has_rest = split_documents(p_counts, p_tiles, i_s, S, BN, SLOT)
+        if ends:
+            b_m, b_l, b_acc = _merge(
+                part_o, part_lse, p_part + n_rows, m_rows, b_m, b_l, b_acc, D, BD
+            )
+            b_lse = b_m + tl.log2(b_l)
+            tl.store(p_state + document.to(tl.int64) * M, b_lse, mask=m_rows)
+            b_w = tl.load(p_weights + document, mask=m_rows, other=0.0)
+            b_all += b_acc * (b_w * inverse(b_l))[:, None]
+            b_all_m, b_all_l = log_add(b_all_m, b_all_l, b_lse)
+            b_m = tl.full([BM], float("-inf"), tl.float32)
+            b_l = tl.zeros([BM], tl.float32)
+            b_acc = tl.zeros([BM, BD], tl.float32)
+        if opens:
+            b_m, b_l, b_acc = _merge(
+                part_o, part_lse, p_part + 2 * n_rows, m_rows, b_m, b_l, b_acc, D, BD
+            )
+        if has_rest:
+            b_rest_m, b_rest_l, b_rest = _merge(
+                part_o, part_lse, p_part + 2 * n_rows, m_rows,
+                b_rest_m, b_rest_l, b_rest, D, BD,
+            )  # fmt: skip
+        b_lse = tl.load(part_lse + p_part, mask=m_rows, other=float("-inf"))
+        b_all += load_rows(part_o + p_part * D, m_rows, 1, D, BD)
+        b_all_m, b_all_l = log_add(b_all_m, b_all_l, b_lse)
+    return b_all, b_all_m, b_all_l, b_rest, b_rest_m, b_rest_l
 
 
 @triton.jit(do_not_specialize=["M", "C", "NT", "S", "B", "Hq"])
@@ -144,8 +164,8 @@ def join_kernel(
 ):  # fmt: skip
     """Sum per document from the parts that ``rows_kernel`` has written; grid (rows, Hkv, B).
 
-    Only documents that span splits are left to do, and for ``REST`` the rest, which every split
-    may hold a part of.
+    Only documents that span splits are not complete yet, and for ``REST`` the rest, of which any
+    split may have a part.
     """
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _, _, o_h, o_m, m_scored = locate_scored_rows(

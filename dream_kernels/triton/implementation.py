@@ -1,62 +1,15 @@
-"""The Triton implementation's door: what it can run, and the calls behind which triton is used."""
+"""The Triton implementation: what it can run. Triton is imported by the first call."""
 
 from __future__ import annotations
-
-import os
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dream_kernels.problem import Gradients, Needs, Problem
+from dream_kernels.triton.device import current, device_refusal, interpreted, triton_missing
 
-OLDEST = (3, 2)
 MAX_HEAD_DIM = 256
-# AMD's architectures that every kernel is compiled for; see README.md.
-AMD = ("gfx942",)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@cache
-def _triton_missing() -> str | None:
-    """Return why triton cannot be used, or None when it can."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"triton is not installed ({error})"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        return f"it needs triton {oldest} or newer, got {triton.__version__}"
-    return None
-
-
-def interpreted() -> bool:
-    """Return whether triton's kernels run in its interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-
-
-@cache
-def _device_refusal(device: torch.device) -> str | None:
-    """Return why the kernels cannot run on a CUDA or HIP device, or None when they can."""
-    if torch.version.hip is not None:
-        # "gfx942:sramecc+:xnack-"
-        architecture = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-        if architecture in AMD:
-            return None
-        known = ", ".join(AMD)
-        return f"its kernels are compiled for AMD GPUs of {known} only, got {architecture}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, got {major}.{minor}"
-    return None
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Make ``device`` the current one: triton launches on that."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class TritonImplementation:
@@ -71,7 +24,7 @@ class TritonImplementation:
 
     def why_not(self, problem: Problem) -> str | None:
         device = problem.query.device
-        missing = _triton_missing()
+        missing = triton_missing()
         if missing is not None:
             return missing
         if device.type == "cpu" and not interpreted():
@@ -85,7 +38,7 @@ class TritonImplementation:
             return f"it supports head sizes up to {MAX_HEAD_DIM}, got {problem.head_dim}"
         if device.type == "cpu" and problem.query.dtype == torch.bfloat16:
             return "triton's interpreter computes wrong bfloat16 products"
-        return _device_refusal(device) if device.type == "cuda" else None
+        return device_refusal(device) if device.type == "cuda" else None
 
     def empty_saved(self, problem: Problem, needs: Needs) -> tuple[Tensor, ...]:
         """Return uninitialised tensors in the form of what :meth:`forward` saves."""
@@ -96,7 +49,7 @@ class TritonImplementation:
     def forward(self, problem: Problem, needs: Needs) -> tuple[Tensor, tuple[Tensor, ...]]:
         from dream_kernels.triton import launch
 
-        with _on(problem.query.device):
+        with current(problem.query.device):
             (state,) = saved = self.empty_saved(problem, needs)
             return launch.forward(problem, state), saved
 
@@ -111,11 +64,11 @@ class TritonImplementation:
         from dream_kernels.triton import launch
 
         (state,) = saved
-        with _on(problem.query.device):
+        with current(problem.query.device):
             return launch.backward(problem, output, state, grad_output, needs)
 
     def mass(self, problem: Problem) -> Tensor:
         from dream_kernels.triton import launch
 
-        with _on(problem.query.device):
+        with current(problem.query.device):
             return launch.mass(problem)

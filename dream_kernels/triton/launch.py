@@ -1,4 +1,4 @@
-"""Launches the kernels: allocates what they write, and passes pointers, strides and options."""
+"""Launches the kernels: allocates what they write and selects their options."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from torch import Tensor
 
 from dream_kernels.problem import Gradients, Needs, Problem
 from dream_kernels.triton.blocks import COLUMNS
-from dream_kernels.triton.call import PLAN_DOCUMENTS, Call
+from dream_kernels.triton.call import DOCUMENT_BLOCK, Call, run, strides, tile_arguments
 from dream_kernels.triton.coefficients import coefficients_kernel
 from dream_kernels.triton.combine import combine_kernel, join_kernel
-from dream_kernels.triton.config import Config, bucket, padded_head
 from dream_kernels.triton.forward import forward_kernel
 from dream_kernels.triton.keys import keys_kernel
 from dream_kernels.triton.mass import mass_kernel
 from dream_kernels.triton.rows import rows_kernel
+from dream_kernels.triton.tiles import Config
+from dream_kernels.triton.tuning import bucket
 
 _COMBINE_ROWS = 16
 
@@ -33,33 +34,26 @@ def forward(problem: Problem, state: Tensor) -> Tensor:
 
 
 def _forward(call: Call, config: Config, output: Tensor, state: Tensor) -> None:
-    problem, plan, heads, grid = call.problem, call.plan(config), call.heads, call.grid(config)
-    splits = grid.splits
-    tensors, strides = call.memory()
+    work, grid = call.work_list(config), call.grid(config)
     part_o, part_lse = output, state
-    if splits > 1:
-        part_lse = call.row_tensor(splits, slots=3)
+    if grid.splits > 1:
+        part_lse = call.row_tensor(grid.splits, slots=3)
         part_o = torch.empty(
             (*part_lse.shape, call.head_dim), dtype=torch.float32, device=call.device
         )
-    flags = {"BN": config.keys, "SLOT": config.slot, "FIXED": call.fixed, **call.mode_flags}
-    forward_kernel[grid.shape](
-        problem.query, *tensors, call.mask, heads.order, heads.count,
-        plan.tiles, plan.shorts, plan.rest, plan.counts, plan.weights,
-        output, state, part_o, part_lse, *problem.query.stride(), *strides,
-        call.scale, call.document_mass, call.batch, call.query_heads, call.group, call.rows,
-        call.length, call.prefix_length, call.documents, plan.limit, splits,
-        BM=config.rows, HAS_PREFIX=call.has_prefix, FOLD=grid.fold, SPLIT=splits > 1, **flags,
-        **call.shape_flags, num_warps=config.warps, num_stages=config.stages,
+    arguments = {
+        **call.arguments, **work.arguments, **grid.arguments, **tile_arguments(config),
+        "o": output, "state": state, "part_o": part_o, "part_lse": part_lse,
+    }  # fmt: skip
+    run(
+        forward_kernel, grid.shape, arguments, num_warps=config.warps, num_stages=config.stages
     )  # fmt: skip
-    if splits > 1:
-        blocks = triton.cdiv(call.group * call.rows, _COMBINE_ROWS)
-        combine_kernel[(blocks, call.key_heads, call.batch)](
-            part_o, part_lse, heads.order, heads.count, plan.tiles, plan.counts, plan.weights,
-            output, state, call.document_mass, call.batch, call.query_heads, call.group,
-            call.rows, call.documents, plan.limit, splits, D=call.head_dim,
-            BD=padded_head(call.head_dim), BM=_COMBINE_ROWS, **flags, num_warps=8,
-        )  # fmt: skip
+    if grid.splits > 1:
+        run(combine_kernel, _combine_grid(call), {**arguments, "BM": _COMBINE_ROWS}, num_warps=8)
+
+
+def _combine_grid(call: Call) -> tuple[int, int, int]:
+    return triton.cdiv(call.group * call.rows, _COMBINE_ROWS), call.key_heads, call.batch
 
 
 def backward(
@@ -68,7 +62,7 @@ def backward(
     call = Call(problem)
     logits = needs.query or needs.key or needs.prefix_key
     weighs = call.heads.any and (needs.scores or (logits and not call.bias))
-    # dO . o_d of reweight, which all but dV hangs on, or the scores' gradient by row of bias.
+    # dO . o_d of reweight, on which all but dV depends, or the scores' gradient by row of bias.
     documents: Tensor | None = None
     grad_scores: Tensor | None = None
     columns = call.row_tensor(slots=COLUMNS.value)
@@ -144,35 +138,25 @@ def _launch_rows(
     grad_query: Tensor | None,
     by_document: bool,
 ) -> None:
-    problem, plan, heads, grid = call.problem, call.plan(config), call.heads, call.grid(config)
-    splits = grid.splits
-    tensors, strides = call.memory()
-    documents = columns if documents is None else documents
-    split = splits > 1
-    parts = call.row_tensor(splits, slots=2) if split and by_document else columns
+    work, grid = call.work_list(config), call.grid(config)
+    split = grid.splits > 1
+    parts = call.row_tensor(grid.splits, slots=2) if split and by_document else columns
     into = columns if grad_query is None else grad_query
     if split and grad_query is not None:
-        into = torch.empty((splits, *grad_query.shape), dtype=torch.float32, device=call.device)
-    rows_kernel[grid.shape](
-        problem.query, *tensors, grad_output, call.mask, heads.order, heads.count,
-        plan.tiles, plan.shorts, plan.rest, plan.counts, plan.weights,
-        state, columns, documents, parts, into,
-        *problem.query.stride(), *strides, *grad_output.stride(),
-        call.scale, problem.scale, call.batch, call.query_heads, call.group, call.rows,
-        call.length, call.prefix_length, call.documents, plan.limit, splits,
-        BM=config.rows, BN=config.keys, SLOT=config.slot, FIXED=call.fixed,
-        HAS_PREFIX=call.has_prefix, DOCUMENTS=by_document, DQ=grad_query is not None,
-        FOLD=grid.fold, SPLIT=split, **call.shape_flags, **call.mode_flags,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+        into = torch.empty(
+            (grid.splits, *grad_query.shape), dtype=torch.float32, device=call.device
+        )
+    arguments = {
+        **call.arguments, **work.arguments, **grid.arguments, **tile_arguments(config),
+        "do": grad_output, **strides("o", "bhmd", grad_output),
+        "state": state, "columns": columns, "parts": parts,
+        "documents": columns if documents is None else documents,
+        "dq": into, "dq_scale": call.problem.scale,
+        "DOCUMENTS": by_document, "DQ": grad_query is not None, "REST": call.fixed,
+    }  # fmt: skip
+    run(rows_kernel, grid.shape, arguments, num_warps=config.warps, num_stages=config.stages)
     if split and by_document:
-        blocks = triton.cdiv(call.group * call.rows, _COMBINE_ROWS)
-        join_kernel[(blocks, call.key_heads, call.batch)](
-            parts, heads.order, heads.count, plan.tiles, plan.counts, documents,
-            call.batch, call.query_heads, call.group, call.rows, call.documents, plan.limit,
-            splits, BM=_COMBINE_ROWS, BN=config.keys, SLOT=config.slot, REST=call.fixed,
-            num_warps=1,
-        )  # fmt: skip
+        run(join_kernel, _combine_grid(call), {**arguments, "BM": _COMBINE_ROWS}, num_warps=1)
     if split and grad_query is not None:
         grad_query.copy_(into.sum(0))
 
@@ -188,7 +172,6 @@ def _coefficients(
     logits: bool,
 ) -> Tensor | None:
     """Launch ``coefficients_kernel``; return the scores' gradient by row block, if it is made."""
-    plan = call.any_plan()
     rows = min(32, max(16, bucket(call.rows)))
     blocks = triton.cdiv(call.rows, rows)
     by_document = documents is not None and not call.bias
@@ -198,14 +181,17 @@ def _coefficients(
             (call.batch, call.query_heads, blocks, call.documents),
             dtype=torch.float32, device=call.device,
         )  # fmt: skip
-    coefficients_kernel[(blocks, call.query_heads, call.batch)](
-        output, grad_output, call.spans, call.heads.scored, plan.counts, plan.weights, state,
-        columns if documents is None else documents, columns,
-        columns if partial is None else partial, *grad_output.stride(), call.document_mass,
-        call.query_heads, call.rows, call.length, call.documents,
-        D=call.head_dim, BD=padded_head(call.head_dim), BM=rows, BC=PLAN_DOCUMENTS,
-        FIXED=call.fixed, DOCUMENTS=by_document, SCORES=partial is not None,
-        LOGITS=logits, **call.mode_flags, num_warps=8,
+    own = {
+        "o": output, "do": grad_output, **strides("o", "bhmd", grad_output),
+        "state": state, "columns": columns,
+        "documents": columns if documents is None else documents,
+        "partial": columns if partial is None else partial,
+        "BM": rows, "BC": DOCUMENT_BLOCK,
+        "DOCUMENTS": by_document, "SCORES": partial is not None, "LOGITS": logits,
+    }  # fmt: skip
+    run(
+        coefficients_kernel, (blocks, call.query_heads, call.batch),
+        {**call.arguments, **call.any_work_list().arguments, **own}, num_warps=8,
     )  # fmt: skip
     return partial
 
@@ -229,20 +215,22 @@ def _keys(
     )
     if key.shape[2] == 0 or not (needs_key or needs_value):
         return grad_key, grad_value
-    problem = call.problem
-    documents = columns if documents is None else documents
+    own = {
+        "k": key, **strides("k", "bhnd", key), "v": value, **strides("v", "bhnd", value),
+        "do": grad_output, **strides("o", "bhmd", grad_output),
+        "state": state, "columns": columns,
+        "documents": columns if documents is None else documents,
+        "dk": key if grad_key is None else grad_key,
+        "dv": value if grad_value is None else grad_value,
+        "dk_scale": abs(call.problem.scale), "first_key": first, "n_keys": key.shape[2],
+        "SHARED": key.shape[0] < call.batch, "DK": needs_key, "DV": needs_value,
+    }  # fmt: skip
 
     def launch(config: Config) -> None:
-        plan = call.plan(config, segment=True)
-        keys_kernel[(triton.cdiv(key.shape[2], config.keys), call.key_heads, key.shape[0])](
-            problem.query, key, value, grad_output, call.mask, call.heads.scored,
-            plan.segment, plan.counts, plan.weights, state, columns, documents,
-            key if grad_key is None else grad_key, value if grad_value is None else grad_value,
-            *problem.query.stride(), *key.stride(), *value.stride(), *grad_output.stride(),
-            call.scale, abs(problem.scale), call.batch, call.query_heads, call.group, call.rows,
-            call.length, call.documents, first, key.shape[2],
-            BM=config.rows, BN=config.keys, SHARED=key.shape[0] < call.batch, DK=needs_key,
-            DV=needs_value, **call.shape_flags, **call.mode_flags,
+        work = call.work_list(config, segment=True)
+        run(
+            keys_kernel, (triton.cdiv(key.shape[2], config.keys), call.key_heads, key.shape[0]),
+            {**call.arguments, **work.arguments, **tile_arguments(config), **own},
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
@@ -255,19 +243,16 @@ def _keys(
 def mass(problem: Problem) -> Tensor:
     call = Call(problem)
     state = call.row_tensor(slots=call.documents + 1)
-    tensors, strides = call.memory()
 
     def launch(config: Config) -> None:
-        plan = call.plan(config)
+        arguments = {
+            **call.arguments, **call.work_list(config).arguments, **tile_arguments(config),
+            "state": state,
+        }  # fmt: skip
         blocks = triton.cdiv(call.group * call.rows, config.rows)
-        mass_kernel[(blocks, call.key_heads, call.batch)](
-            problem.query, tensors[0], tensors[2], call.mask, call.heads.order,
-            plan.tiles, plan.shorts, plan.rest, plan.counts, state,
-            *problem.query.stride(), *strides[:4], *strides[8:11], call.scale, call.batch,
-            call.query_heads, call.group, call.rows, call.length, call.prefix_length,
-            call.documents, plan.limit,
-            BM=config.rows, BN=config.keys, SLOT=config.slot, HAS_PREFIX=call.has_prefix,
-            **call.shape_flags, num_warps=config.warps, num_stages=config.stages,
+        run(
+            mass_kernel, (blocks, call.key_heads, call.batch), arguments,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
     launch(call.tuned("mass", call.group * call.rows, launch))

@@ -21,7 +21,8 @@ from helpers.own_process import run_command
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from dream_kernels.triton import call, config, launch
+from dream_kernels.triton import call, device, launch, tiles, tuning
+from dream_kernels.triton.tiles import Config
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
@@ -120,13 +121,13 @@ def language_patched_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def larger_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's time goes by the number of tiles."""
-    monkeypatch.setattr(config, "_INTERPRETER", config.Config(64, 64, 4, 1, slot=4))
+    monkeypatch.setattr(tiles, "INTERPRETER", Config(64, 64, 4, 1, slot=4))
 
 
 @pytest.fixture
 def split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut the keys of every call into as many splits as there are tiles, or about half."""
-    monkeypatch.setattr(call, "_processors", lambda device: 8)
+    monkeypatch.setattr(device, "processors", lambda on: 8)
     monkeypatch.setattr(call, "MIN_SPLIT_KEYS", 8)
 
 
@@ -225,7 +226,7 @@ def test_rows_of_a_batch_share_tiles_over_a_shared_prefix(
         "fold", spans=spans, padding=padding, heads=heads, batch=3, rows=3, local=4, prefix=19,
         query_heads=2, key_heads=1, mode=mode, document_mass=mass,
     )  # fmt: skip
-    grid = call.Call(inputs_of(case).call(problem_of)).grid(config.Config(64, 16, 4, 1))
+    grid = call.Call(inputs_of(case).call(problem_of)).grid(Config(64, 16, 4, 1))
     assert grid.fold and grid.shape == (1, 1, 1)
     check(inputs_of(case))
 
@@ -235,8 +236,8 @@ def test_folded_tiles_of_several_heads(
     mode: str, mass: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tiles that begin and end inside a batch, and hold elements that are not alike."""
-    small = config.Config(rows=16, keys=16, warps=4, stages=1, slot=4)
-    monkeypatch.setattr(config, "_INTERPRETER", small)
+    small = Config(rows=16, keys=16, warps=4, stages=1, slot=4)
+    monkeypatch.setattr(tiles, "INTERPRETER", small)
     spans = (((2, 33), (40, 43)),) * 4 + (((5, 9), (9, 42)),)
     case = Case(
         "folds", spans=spans, batch=5, rows=3, local=3, prefix=45, query_heads=3, key_heads=1,
@@ -247,11 +248,11 @@ def test_folded_tiles_of_several_heads(
 
 @pytest.mark.parametrize("mode", ("reweight", "bias"))
 def test_a_thousand_documents_of_few_tokens(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "_INTERPRETER", config.Config(64, 256, 4, 1, slot=4))
+    monkeypatch.setattr(tiles, "INTERPRETER", Config(64, 256, 4, 1, slot=4))
     if not ON_GPU:  # fewer steps for the interpreter, the same ones
-        monkeypatch.setattr(call, "_PLAN_BLOCK", 1024)
-        monkeypatch.setattr(call, "PLAN_DOCUMENTS", 256)
-        monkeypatch.setattr(launch, "PLAN_DOCUMENTS", 256)
+        monkeypatch.setattr(call, "_LIST_BLOCK", 1024)
+        monkeypatch.setattr(call, "DOCUMENT_BLOCK", 256)
+        monkeypatch.setattr(launch, "DOCUMENT_BLOCK", 256)
     widths = [1 + i % 3 for i in range(1024)]
     starts = [2 + sum(widths[:i]) for i in range(1024)]
     spans = tuple((start, start + width) for start, width in zip(starts, widths))
@@ -383,34 +384,28 @@ def test_why_not_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_old_and_missing_triton_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dream_kernels.triton import implementation
-
     monkeypatch.setattr("triton.__version__", "3.1.0")
-    assert "3.2 or newer, got 3.1.0" in str(implementation._triton_missing.__wrapped__())
+    assert "3.2 or newer, got 3.1.0" in str(device.triton_missing.__wrapped__())
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert "not installed" in str(implementation._triton_missing.__wrapped__())
+    assert "not installed" in str(device.triton_missing.__wrapped__())
 
 
 def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dream_kernels.triton import implementation
-
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    refusal = implementation._device_refusal.__wrapped__(torch.device("cuda"))
+    refusal = device.device_refusal.__wrapped__(torch.device("cuda"))
     assert "8.0 or newer, got 7.5" in str(refusal)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert implementation._device_refusal.__wrapped__(torch.device("cuda")) is None
+    assert device.device_refusal.__wrapped__(torch.device("cuda")) is None
 
 
 def test_amd_gpus_that_nothing_was_compiled_for_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from dream_kernels.triton import implementation
-
     def refusal(name: str) -> str | None:
         properties = SimpleNamespace(gcnArchName=name)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        return implementation._device_refusal.__wrapped__(torch.device("cuda"))
+        return device.device_refusal.__wrapped__(torch.device("cuda"))
 
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert refusal("gfx942:sramecc+:xnack-") is None
@@ -430,17 +425,19 @@ def test_tf32_follows_the_switch_of_pytorch(
     monkeypatch: pytest.MonkeyPatch, matmul_precision: None
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
-    device = torch.device("cuda")
-    assert call._products(torch.float32, device) == "ieee"
+    card = torch.device("cuda")
+    assert device.product_precision(torch.float32, card) == "ieee"
     torch.set_float32_matmul_precision("high")
-    assert call._products(torch.float32, device) == "tf32"
-    assert call._products(torch.bfloat16, device) == "ieee"  # or kernels would be compiled anew
-    assert call._products(torch.float32, torch.device("cpu")) == "ieee"
+    assert device.product_precision(torch.float32, card) == "tf32"
+    assert (
+        device.product_precision(torch.bfloat16, card) == "ieee"
+    )  # else the kernels would be compiled again
+    assert device.product_precision(torch.float32, torch.device("cpu")) == "ieee"
     torch.backends.cuda.matmul.allow_tf32 = False
-    assert call._products(torch.float32, device) == "ieee"
+    assert device.product_precision(torch.float32, card) == "ieee"
     monkeypatch.setattr(torch.version, "hip", "6.4")
     torch.backends.cuda.matmul.allow_tf32 = True
-    assert call._products(torch.float32, device) == "ieee"
+    assert device.product_precision(torch.float32, card) == "ieee"
 
 
 @pytest.mark.skipif(
@@ -448,9 +445,9 @@ def test_tf32_follows_the_switch_of_pytorch(
 )
 def test_tf32_follows_the_newer_switch(matmul_precision: None) -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    assert call._products(torch.float32, torch.device("cuda")) == "tf32"
+    assert device.product_precision(torch.float32, torch.device("cuda")) == "tf32"
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    assert call._products(torch.float32, torch.device("cuda")) == "ieee"
+    assert device.product_precision(torch.float32, torch.device("cuda")) == "ieee"
 
 
 @pytest.mark.skipif(ON_GPU, reason="without a GPU only: the interpreter is not for production")
@@ -468,41 +465,41 @@ def test_importing_the_package_does_not_import_triton() -> None:
 def test_the_fastest_configuration_is_taken_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources
 
-    slow, fast, huge = (config.Config(rows, 64, 4, 2) for rows in (32, 64, 128))
+    slow, fast, huge = (Config(rows, 64, 4, 2) for rows in (32, 64, 128))
     timed = []
 
     def milliseconds(launch_once) -> float:
         timed.append(launch_once())
         return {slow: 2.0, fast: 1.0}[timed[-1]]
 
-    def launch_once(candidate: config.Config) -> config.Config:
+    def launch_once(candidate: Config) -> Config:
         if candidate == huge:
             raise OutOfResources(300, 200, "shared memory")
         return candidate
 
     monkeypatch.delenv("DREAM_KERNELS_TUNE", raising=False)
-    monkeypatch.setattr(config, "_milliseconds", milliseconds)
-    monkeypatch.setattr(config, "_fastest", {})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    device, configs = torch.device("cuda"), (slow, huge, fast)
-    assert config.choose(("k", 1), configs, launch_once, device) == fast
-    assert config.choose(("k", 1), configs, launch_once, device) == fast
+    monkeypatch.setattr(device, "milliseconds", milliseconds)
+    monkeypatch.setattr(tuning, "_fastest", {})
+    monkeypatch.setattr(device, "name", lambda on: "card")
+    monkeypatch.setattr(device, "capturing", lambda: False)
+    card, configs = torch.device("cuda"), (slow, huge, fast)
+    assert tuning.choose(("k", 1), configs, launch_once, card) == fast
+    assert tuning.choose(("k", 1), configs, launch_once, card) == fast
     assert timed == [slow, fast]
     monkeypatch.setenv("DREAM_KERNELS_TUNE", "0")
-    assert config.choose(("k", 2), configs, launch_once, device) == slow
+    assert tuning.choose(("k", 2), configs, launch_once, card) == slow
 
 
 def test_tiles_are_no_taller_than_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "interpreted", lambda: False)
+    monkeypatch.setattr(device, "interpreted", lambda: False)
     kernels = ("forward", "documents", "query")
     forms = [f"{kernel}{form}" for kernel in kernels for form in ("", "-fold", "-split")]
     for kernel in (*forms, "keys", "mass"):
         for dtype in (torch.float32, torch.bfloat16):
             for head_dim in (16, 64, 80, 96, 128, 256):
                 for capability in (0, 8, 9, 10, 12):
-                    family = config.family(capability)
-                    found = config.candidates(kernel, head_dim, dtype, 20, family)
+                    family = tiles.family_of(capability)
+                    found = tuning.candidates(kernel, head_dim, dtype, 20, family)
                     assert found
                     assert all(c.rows <= 32 for c in found)
                     assert len(set(found)) == len(found)
@@ -511,13 +508,13 @@ def test_tiles_are_no_taller_than_the_rows(monkeypatch: pytest.MonkeyPatch) -> N
 def test_triton_3_2_gets_tiles_that_it_can_compile_for_hopper(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(config, "interpreted", lambda: False)
+    monkeypatch.setattr(device, "interpreted", lambda: False)
     arguments = ("forward-split", 128, torch.bfloat16, 1024)
     for old in (False, True):
-        monkeypatch.setattr(config, "_ONE_GROUP", old)
-        found = {c.rows: c.warps for c in config.candidates(*arguments, "hopper")}
+        monkeypatch.setattr(tuning, "_ONE_GROUP", old)
+        found = {c.rows: c.warps for c in tuning.candidates(*arguments, "hopper")}
         assert found == {64: 4 if old else 8, 128: 8}
-        assert config.candidates(*arguments, "ampere")[0].warps == 8
+        assert tuning.candidates(*arguments, "ampere")[0].warps == 8
 
 
 @needs_gpu
@@ -555,10 +552,10 @@ def test_runs_on_a_device_that_is_not_the_current_one() -> None:
 
 @needs_gpu
 def test_new_sizes_within_a_bucket_do_not_recompile() -> None:
-    from dream_kernels.triton import coefficients, forward, keys, plan, rows
+    from dream_kernels.triton import coefficients, forward, keys, rows, work_list
 
     kernels = (
-        plan.plan_kernel, forward.forward_kernel, rows.rows_kernel, keys.keys_kernel,
+        work_list.work_list_kernel, forward.forward_kernel, rows.rows_kernel, keys.keys_kernel,
         coefficients.coefficients_kernel,
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ The record is renewed by
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import dream_kernels
 from helpers.own_process import run_command
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -33,6 +35,7 @@ INSTRUCTIONS = {
     "sm_100": {"tcgen05.mma", "mma.sync"},
     "gfx942": {"v_mfma"},
 }
+SOURCES = sorted((Path(dream_kernels.__file__).parent / "triton").glob("*.py"))
 # Kernels that multiply tiles; the others read and add.
 WITH_PRODUCTS = ("forward", "documents", "query", "keys", "mass")
 
@@ -52,12 +55,14 @@ def split_name(name: str) -> tuple[str, int, str]:
     [*((target, (64, 80, 96, 128, 256)) for target in MAIN), *((t, (64, 128)) for t in OTHERS)],
 )
 def test_the_record_has_every_kernel(target: str, head_dims: tuple[int, ...]) -> None:
-    from dream_kernels.triton.aot import family_of, variants
+    from dream_kernels.triton.aot import family_of_target, variants
 
     for head_dim in head_dims:
         prefix = f"{target}/{head_dim}/"
         recorded = {name.removeprefix(prefix) for name in KERNELS if name.startswith(prefix)}
-        assert recorded == {variant.name for variant in variants(head_dim, family_of(target))}
+        assert recorded == {
+            variant.name for variant in variants(head_dim, family_of_target(target))
+        }
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -90,7 +95,7 @@ def compile_anew(
 @pytest.mark.parametrize(
     "target,head_dim,kernels",
     [
-        ("sm_80", 64, ("forward-reweight", "plan")),
+        ("sm_80", 64, ("forward-reweight", "work-list")),
         ("sm_90", 128, ("forward-reweight", "query-reweight", "documents-reweight")),
         ("sm_90", 64, ("keys-reweight", "coefficients-reweight", "combine-reweight")),
         ("sm_100", 64, ("forward-bias",)),
@@ -114,7 +119,7 @@ def test_compiles_for_other_devices(tmp_path: Path, target: str) -> None:
 
 RARE = (
     "forward-reweight", "forward-bias-fold", "query-reweight-fold", "documents-bias-split",
-    "keys-reweight", "mass", "combine-reweight", "coefficients-reweight", "join", "plan",
+    "keys-reweight", "mass", "combine-reweight", "coefficients-reweight", "join", "work-list",
 )  # fmt: skip
 
 
@@ -130,3 +135,38 @@ def test_compiles_with_the_rare_options(
     found = compile_anew(tmp_path, "sm_80", 64, kernels, "--rare", f"--dtype={dtype}")
     assert len(found) == len(kernels)
     assert all(row["shared"] <= SHARED_KB["sm_80"] * 1024 for row in found.values())
+
+
+def jit_functions(path: Path) -> list[ast.FunctionDef]:
+    functions = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)]
+    return [f for f in functions if any("triton.jit" in ast.unparse(d) for d in f.decorator_list)]
+
+
+def test_device_functions_take_each_variable_at_the_parameter_of_its_name() -> None:
+    """Arguments are many and passed by position, since triton 3.2 knows no tuples of them."""
+    everywhere = {function.name: function for path in SOURCES for function in jit_functions(path)}
+    checked, misplaced = 0, []
+    for path in SOURCES:
+        known = {**everywhere, **{function.name: function for function in jit_functions(path)}}
+        calls = [
+            node
+            for function in jit_functions(path)
+            for node in ast.walk(function)
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        ]
+        for call in calls:
+            if call.func.id not in known:
+                continue
+            parameters = [argument.arg for argument in known[call.func.id].args.args]
+            checked += 1
+            if len(call.args) != len(parameters):
+                misplaced.append(f"{path.name}:{call.lineno}: {len(call.args)} arguments")
+            misplaced += [
+                f"{path.name}:{call.lineno}: {argument.id} is passed as {parameter}"
+                for parameter, argument in zip(parameters, call.args)
+                if isinstance(argument, ast.Name)
+                and argument.id in parameters
+                and argument.id != parameter
+            ]
+    assert checked > 100
+    assert not misplaced
