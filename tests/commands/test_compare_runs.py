@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from dream_training.cli import app
-from dream_training.commands.evaluate import choose_devices
 from dream_training.data.beir_folder import write_beir_folder
 from dream_training.demo.docstrings import RetrievalSplit
 from dream_training.evaluation import Evaluation, read_evaluations, write_evaluations
+from dream_training.evaluation.options import choose_devices
 from dream_training.models.retriever import build_retriever, save_retriever
 
 CORPUS = {f"d{i}": f"document {i} of {word}" for i, word in enumerate(["apple", "river", "stone"])}

@@ -1,9 +1,6 @@
 """Kills a run again and again, lets it finish, and compares it with one that was left alone.
 
-Every run is a forked child of this process, so that the imports are paid for once. Prints one JSON
-object: how many kills there were, at what, and what differs.
-
-Usage: killed_run.py CONFIG.json FOLDER KILLS SEED
+Every run is a forked child of the process, so that the imports are paid for once.
 """
 
 from __future__ import annotations
@@ -14,12 +11,13 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 
 from dream_training.config import TrainConfig
@@ -74,7 +72,7 @@ def kill_at(config: TrainConfig, point: str, count: int) -> bool:
 
     _, status = os.waitpid(run(config, before), 0)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        raise SystemExit("a run failed")
+        raise AssertionError("a run failed")
     return os.WIFSIGNALED(status)
 
 
@@ -93,25 +91,30 @@ def outcome(folder: Path) -> dict:
     return {"history": history, "files": files, "examples": examples}
 
 
-def main() -> None:
-    values, folder, kills, seed = sys.argv[1:]
-    config = TrainConfig(**json.loads(Path(values).read_text()))
-    alone = replace(config, output_dir=str(Path(folder) / "alone"))
-    killed = replace(config, output_dir=str(Path(folder) / "killed"))
+def kill_and_compare(config: TrainConfig, folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Return how many kills there were, at what, in how many whole runs, and what differs.
+
+    Args:
+        config: of the run.
+        folder: for the outputs.
+        kills: how many at least.
+        seed: of where they hit.
+    """
+    torch.set_num_threads(1)
+    alone = replace(config, output_dir=str(folder / "alone"))
+    killed = replace(config, output_dir=str(folder / "killed"))
     begin = time.perf_counter()
     _, status = os.waitpid(run(alone), 0)
-    if status:
-        raise SystemExit("the run that was left alone failed")
+    assert status == 0, "the run that was left alone failed"
     seconds = time.perf_counter() - begin
     generator = random.Random(seed)
     moments: list[str] = []
     differs: list[str] = []
     rounds = 0
-    while len(moments) < int(kills) or Path(killed.output_dir).exists():
-        if len(moments) >= int(kills):
+    while len(moments) < kills or Path(killed.output_dir).exists():
+        if len(moments) >= kills:
             _, status = os.waitpid(run(killed), 0)
-            if status:
-                raise SystemExit("the last run failed")
+            assert status == 0, "the last run failed"
             finished = True
         elif len(moments) % 2:
             moment = seconds * generator.random()
@@ -127,12 +130,4 @@ def main() -> None:
             differs += [key for key in first if first[key] != second[key]]
             differs += [str(p) for p in Path(killed.output_dir).rglob(".*") if p.suffix == ".tmp"]
             shutil.rmtree(killed.output_dir)
-    print(
-        json.dumps(
-            {"kills": len(moments), "rounds": rounds, "moments": moments, "differs": differs}
-        )
-    )
-
-
-if __name__ == "__main__":
-    main()
+    return {"kills": len(moments), "rounds": rounds, "moments": moments, "differs": differs}

@@ -20,13 +20,12 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.models import Normalize, Pooling, Router, Transformer
+from typer.testing import CliRunner
 
 from dream_kernels import HeadFile
-from dream_training.commands.evaluate import run_evaluate
-from dream_training.commands.mine import run_mine
+from dream_training.cli import app
 from dream_training.comparisons.objectives import Comparison, run_comparison
 from dream_training.data.beir_folder import write_beir_folder
-from dream_training.data.mining import MiningOptions
 from dream_training.demo.docstrings import RetrievalSplit
 from dream_training.demo.measured import DemoEvaluator
 from dream_training.evaluation import RetrievalTask, search
@@ -49,6 +48,10 @@ PROMPTS = {"query": "Q: ", "document": "D: "}
 LONG, LENGTHS = 200, {"query_max_len": 22, "passage_max_len": 34}
 
 Given = set[tuple[str, int]]
+
+
+def dream(*arguments: object) -> None:
+    CliRunner().invoke(app, [str(part) for part in arguments], catch_exceptions=False)
 
 
 def make_lines(count: int = 8) -> list[dict[str, Any]]:
@@ -204,14 +207,9 @@ def test_training_gives_what_the_folder_gives(
         assert max(len(make_tokenizer()(text)["input_ids"]) for text, _ in found) == length
     # The run's own figures are those that the command finds in the folder.
     of_run = read_evaluations(tmp_path / "out")[-1]
-    found = run_evaluate(
-        [of_run.model, data["eval_data"]],
-        tasks="",
-        output=None,
-        options=EvaluationOptions(),
-        bm25=False,
-        console=quiet(),
-    )[0]
+    output = tmp_path / "evaluation.json"
+    dream("evaluate", of_run.model, data["eval_data"], "--no-bm25", "--output", output)
+    (found,) = read_evaluations(output)
     assert found.query_ndcg_at_10 == of_run.query_ndcg_at_10
     assert {**found.settings, "step": of_run.settings["step"]} == of_run.settings
 
@@ -229,21 +227,14 @@ def test_commands_give_what_the_folder_gives(
     model = load_sentence_transformer(folder, device="cpu")
     assert not given
     if name == "evaluate":
-        arguments: dict[str, Any] = {"tasks": "", "output": None, "bm25": True}
-        run_evaluate(
-            [str(folder), data["eval_data"]],
-            options=EvaluationOptions(),
-            console=quiet(),
-            **arguments,
-        )
+        dream("evaluate", folder, data["eval_data"])
     elif name == "mteb":
         run_mteb(model, data)
     elif name == "mine":
-        run_mine(
-            data=data["train_data"], output=tmp_path / "mined.jsonl", retriever=str(folder),
-            corpus=None, options=MiningOptions(), split="train", target_from=None,
-            query_max_len=None, passage_max_len=None, batch_size=8, device="cpu",
-        )  # fmt: skip
+        dream(
+            *("mine", data["train_data"], "--output", tmp_path / "mined.jsonl"),
+            *("--retriever", folder, "--batch-size", 8, "--device", "cpu"),
+        )
         account = json.loads((tmp_path / "mined.provenance.json").read_text())
         assert account["prompts"] == PROMPTS and account["query_max_len"] == 22
     elif name == "compare":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -21,9 +20,8 @@ from dream_training.config import OBJECTIVES, TrainConfig
 from dream_training.training.driver import train
 from dream_training.training.resuming import CHECKPOINTS
 from dream_training.training.signals import StopSignals
-from helpers import killed_run
-from helpers.killed_run import outcome
-from helpers.own_process import TIMEOUT_S, in_own_process, run_command, run_dream
+from helpers.killed_run import kill_and_compare, outcome
+from helpers.own_process import TIMEOUT_S, in_own_process, run_dream
 from helpers.soak_record import SOAK, record
 from helpers.tiny import quiet
 
@@ -121,18 +119,10 @@ def test_dropout_draws_the_same_masks(run, tmp_path: Path, monkeypatch) -> None:
 
 def test_killed_runs_equal_one_left_alone(run, tmp_path: Path) -> None:
     kills = 20 if SOAK else 4
-    config = asdict(
-        run(max_steps=10, eval_steps=3, save_steps=2, document_store="memory", report_queries=2)
+    config = run(
+        max_steps=10, eval_steps=3, save_steps=2, document_store="memory", report_queries=2
     )
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    tests = Path(killed_run.__file__).parents[1]
-    done = run_command(
-        *(sys.executable, "-m", killed_run.__name__, tmp_path / "config.json", tmp_path / "runs"),
-        *(kills, 1),
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests)},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = in_own_process(kill_and_compare, config, tmp_path / "runs", kills, seed=1)
     assert found["kills"] == kills and found["rounds"] >= 1, found
     assert found["differs"] == [], found
     record("runs killed", kills=kills, rounds=found["rounds"], differing=0)

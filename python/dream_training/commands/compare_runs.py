@@ -1,22 +1,18 @@
-"""``dream compare-runs``: is one retriever better than another, or was it luck with the queries?"""
+"""``dream compare-runs``: is one retriever better than another, or was it chance?"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
-from dream_training.console import make_console, print_paths, show_on, shows_progress, tracked
-from dream_training.evaluation.paired import Comparison, compare_queries, describe_p
-from dream_training.evaluation.results import (
-    BM25,
-    UNTRAINED,
-    Evaluation,
-    compare_settings,
-    is_same_task,
-    read_evaluations,
+from dream_training.console import (
+    loading_libraries,
+    make_console,
+    print_paths,
+    show_on,
+    shows_progress,
 )
 
 # Of the figures of one task, in a line below its name.
@@ -24,40 +20,33 @@ _COLUMNS = "{:>8}  {:>6}  {:>10}  {:>18}  {:>7}  {:>16}"
 
 
 @shows_progress
-def run_compare(
-    first: Path,
-    second: Path,
-    *,
-    first_model: str | None,
-    second_model: str | None,
-    seed: int,
-    allow_different: bool = False,
-    console: Console | None = None,
-) -> dict[str, Comparison]:
-    """Run the command; the arguments are its own.
+def compare_runs(
+    first: Annotated[
+        Path, typer.Argument(help="file of dream evaluate, or folder of a run", exists=True)
+    ],
+    second: Annotated[Path, typer.Argument(help="the other one", exists=True)],
+    first_model: Annotated[
+        str | None, typer.Option(help="which model of the first, if it holds several")
+    ] = None,
+    second_model: Annotated[
+        str | None, typer.Option(help="which model of the second, if it holds several")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the resampling")] = 0,
+    allow_different: Annotated[
+        bool,
+        typer.Option("--allow-different", help="compare figures of other settings or data too"),
+    ] = False,
+) -> None:
+    """Test whether two evaluations differ by more than chance over the queries."""
+    with loading_libraries():
+        from dream_training.evaluation import pairing, read_evaluations
+        from dream_training.evaluation.paired import describe_p
 
-    Args:
-        first: file of evaluations, or folder of a run.
-        second: the other one.
-        first_model: which model of the first.
-        second_model: which model of the second.
-        seed: of the resampling.
-        allow_different: compare figures of other settings or data too, and say how they differ.
-        console: where to print.
-
-    Returns:
-        A comparison by task, of the tasks that both files hold.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file holds several models and none was named, the two share no task, or the
-            queries, settings or documents of a task differ.
-    """
-    console = show_on(console or make_console())
-    a = choose_model(read_evaluations(first), first_model, first, "first-model")
-    b = choose_model(read_evaluations(second), second_model, second, "second-model")
-    warnings = check_settings(a, b, allow_different)
-    comparisons = compare_evaluations(a, b, seed)
+    console = show_on(make_console())
+    a = pairing.choose_model(read_evaluations(first), first_model, first, "first-model")
+    b = pairing.choose_model(read_evaluations(second), second_model, second, "second-model")
+    warnings = pairing.check_settings(a, b, allow_different)
+    comparisons = pairing.compare_evaluations(a, b, seed)
     if not comparisons:
         raise ValueError(
             f"no task is in both: {', '.join(e.task for e in a)} in {first}, "
@@ -79,91 +68,5 @@ def run_compare(
     console.print(
         "\nnDCG@10, second minus first, over the same queries: bootstrap interval of the mean and "
         "paired permutation test, 9,999 resamples each. The p values are not corrected for the "
-        "number of tasks, and say nothing of other training seeds."
+        "number of tasks, and say nothing about other training seeds."
     )
-    return comparisons
-
-
-def choose_model(
-    evaluations: Sequence[Evaluation],
-    model: str | None,
-    source: str | os.PathLike[str],
-    option: str,
-) -> list[Evaluation]:
-    """Return the evaluations of one model; without a name the only trained one.
-
-    Raises:
-        ValueError: there is no such model, or several to choose from.
-    """
-    models = list(dict.fromkeys(e.model for e in evaluations))
-    if model is None:
-        candidates = [name for name in models if name not in (BM25, UNTRAINED)] or models
-        if len(candidates) != 1:
-            raise ValueError(
-                f"{source}: holds {len(candidates)} models, name one with --{option}: "
-                f"{', '.join(candidates)}"
-            )
-        model = candidates[0]
-    chosen = [e for e in evaluations if e.model == model]
-    if not chosen:
-        raise ValueError(f"{source}: has no model {model!r}; its models are {', '.join(models)}")
-    return chosen
-
-
-def pair_tasks(
-    first: Sequence[Evaluation], second: Sequence[Evaluation]
-) -> list[tuple[Evaluation, Evaluation]]:
-    """The evaluations of two models on every task that both have, whatever its path is called."""
-    pairs = []
-    for a in first:
-        same = [b for b in second if is_same_task(a, b)]
-        # Of several folders with the same data, the one with the same name.
-        same.sort(key=lambda b: b.task != a.task)
-        pairs += [(a, b) for b in same[:1]]
-    return pairs
-
-
-def check_settings(
-    first: Sequence[Evaluation], second: Sequence[Evaluation], allow_different: bool = False
-) -> list[str]:
-    """Return what is to be said of how the settings of shared tasks differ.
-
-    Raises:
-        ValueError: they differ, and that is not allowed.
-    """
-    warnings: dict[str, None] = {}
-    for a, b in pair_tasks(first, second):
-        found = compare_settings(a, b)
-        if found.different:
-            problem = f"task {a.task!r}: {found}"
-            if not allow_different:
-                raise ValueError(
-                    f"{problem}; the figures can only be compared with --allow-different"
-                )
-            warnings[problem] = None
-        if found.unknown:
-            warnings[
-                f"task {a.task!r}: {', '.join(found.unknown)} cannot be compared, for only one "
-                "of the files has recorded them"
-            ] = None
-    return list(warnings)
-
-
-def compare_evaluations(
-    first: Sequence[Evaluation], second: Sequence[Evaluation], seed: int = 0
-) -> dict[str, Comparison]:
-    """Compare two models on every task that both have.
-
-    Raises:
-        ValueError: the queries of a task differ.
-    """
-    pairs = pair_tasks(first, second)
-    shown = tracked(pairs, "resampling: tasks", len(pairs))
-    return {a.task: _compare(a, b, seed) for a, b in shown}
-
-
-def _compare(a: Evaluation, b: Evaluation, seed: int) -> Comparison:
-    try:
-        return compare_queries(a.query_ndcg_at_10, b.query_ndcg_at_10, seed)
-    except ValueError as error:
-        raise ValueError(f"task {a.task!r}: {error}") from None

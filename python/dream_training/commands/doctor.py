@@ -1,43 +1,52 @@
-"""``dream doctor``: print the doctor's findings."""
+"""``dream doctor``: say whether a run can learn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+import typer
 
-from dream_training.config import load_config
-from dream_training.console import make_console, print_entry, show_on, shows_progress
-from dream_training.preflight.check import FAULT, OK, WARNING, Check
-from dream_training.preflight.diagnosis import diagnose, has_fault
+from dream_training.commands.options import ConfigFile, Overrides
+from dream_training.console import (
+    loading_libraries,
+    make_console,
+    print_entry,
+    show_on,
+    shows_progress,
+)
 
-_STYLES = {OK: "green", WARNING: "yellow", FAULT: "bold red"}
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dream_training.preflight.check import Check
+
 _WIDTH = 15
 
 
 @shows_progress
-def run_doctor(config: Path, overrides: Sequence[str]) -> bool:
-    """Examine the run that a config describes.
+def doctor(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Say in about a minute whether a run can learn; exit code 1 if something is at fault."""
+    with loading_libraries():
+        from dream_training.config import load_config
+        from dream_training.preflight.check import FAULT, WARNING
+        from dream_training.preflight.diagnosis import diagnose, has_fault
 
-    Returns:
-        Whether nothing is at fault.
-    """
     console = show_on(make_console())
-    settings = load_config(config, overrides)
+    settings = load_config(config, overrides or [])
     checks = diagnose(settings, report=lambda check: _print(console, check))
     counts = {status: sum(c.status == status for c in checks) for status in (FAULT, WARNING)}
     if has_fault(checks):
         console.print(f"\nThis run should not be started: {counts[FAULT]} at fault.")
-    elif counts[WARNING]:
-        console.print(f"\nThis run can learn, with {counts[WARNING]} to look at.")
-    else:
-        console.print("\nThis run can learn.")
-    return not has_fault(checks)
+        raise typer.Exit(1)
+    warned = f", with {counts[WARNING]} to look at" if counts[WARNING] else ""
+    console.print(f"\nThis run can learn{warned}.")
 
 
 def _print(console: Console, check: Check) -> None:
+    from dream_training.preflight.check import FAULT, OK, WARNING
+
+    style = {OK: "green", WARNING: "yellow", FAULT: "bold red"}[check.status]
     head = f"{check.status:<8}{check.name:<{_WIDTH}}  "
-    print_entry(console, head, check.figure, _STYLES[check.status])
+    print_entry(console, head, check.figure, style)
     if check.advice:
         print_entry(console, f"{'':<{len(head)}}-> ", check.advice)

@@ -2,150 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-import torch
-from rich.console import Console
+import typer
 
-from dream_kernels.files import is_stream
-from dream_training.console import (
-    make_console,
-    make_table,
-    print_paths,
-    short_names,
-    show_on,
-    shows_progress,
-)
-from dream_training.environment import describe_environment
-from dream_training.evaluation.options import EvaluationOptions
-from dream_training.evaluation.results import DROPPED, Evaluation, write_evaluations
-from dream_training.evaluation.tasks import (
-    check_tasks,
-    evaluate_bm25,
-    evaluate_task,
-    expand_tasks,
-    is_beir_folder,
-    is_mteb_task,
-)
+from dream_training.commands.options import TrustRemoteCode
+from dream_training.console import loading_libraries, make_console, show_on, shows_progress
 
-# Of names this long, a table may show the beginning alone.
-_LONG = 16
+Arguments = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL|FOLDER",
+        help="sentence-transformers models (folder or hub name), and BEIR folders",
+    ),
+]
+Tasks = Annotated[
+    str,
+    typer.Option(
+        help="separated by commas: names of mteb's retrieval tasks, beir:NAME for a set that "
+        "BEIR publishes, BEIR folders, beir9 (nine public sets of BEIR that papers often "
+        "report; which nine the DREAM paper took is not known to us), rteb14 (RTEB's English "
+        "open tasks)"
+    ),
+]
+Results = Annotated[
+    Path | None,
+    typer.Option(help="JSON file for all figures, those of every query too; - for standard output"),
+]
+QueryMaxLen = Annotated[
+    int | None, typer.Option(min=1, help="tokens of a query; the model's own limit by default")
+]
+PassageMaxLen = Annotated[
+    int | None, typer.Option(min=1, help="tokens of a document; the model's own limit by default")
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(min=1, help="processes that encode documents, one for each GPU if any"),
+]
+Devices = Annotated[str, typer.Option(help="a process for each of these instead: cuda:0,cuda:1")]
+CacheDir = Annotated[Path | None, typer.Option(help="where sets of BEIR are kept")]
+KeepIdenticalIds = Annotated[
+    bool,
+    typer.Option(
+        "--keep-identical-ids",
+        help="rank the document that has a query's id too; by default only where it is "
+        "relevant, as beir and mteb's tasks leave out queries that are documents themselves",
+    ),
+]
 
 
 @shows_progress
-def run_evaluate(
-    arguments: Sequence[str],
-    *,
-    tasks: str,
-    output: Path | None,
-    options: EvaluationOptions,
-    bm25: bool,
-    trust_remote_code: bool = False,
-    console: Console | None = None,
-) -> list[Evaluation]:
-    """Run the command; the arguments are its own.
+def evaluate(
+    arguments: Arguments,
+    tasks: Tasks = "",
+    output: Results = None,
+    split: Annotated[str, typer.Option(help="qrels/<split>.tsv of BEIR folders")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1, help="texts encoded at once")] = 32,
+    query_max_len: QueryMaxLen = None,
+    passage_max_len: PassageMaxLen = None,
+    processes: Processes = None,
+    devices: Devices = "",
+    cache_dir: CacheDir = None,
+    keep_identical_ids: KeepIdenticalIds = False,
+    bm25: Annotated[bool, typer.Option(help="evaluate BM25 on BEIR folders as well")] = True,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Print nDCG@10 and recall@10 of retrievers on BEIR folders and mteb tasks."""
+    with loading_libraries():
+        from dream_kernels.files import is_stream
+        from dream_training.environment import describe_environment
+        from dream_training.evaluation import tasks as known
+        from dream_training.evaluation import write_evaluations
+        from dream_training.evaluation.options import EvaluationOptions, choose_devices
+        from dream_training.evaluation.tables import print_left_out, print_table
+        from dream_training.models.retriever import load_sentence_transformer
 
-    Args:
-        arguments: models, and BEIR folders among them.
-        tasks: more tasks, separated by commas.
-        output: JSON file to write, ``-`` for standard output, where the table is not printed to.
-        options: how to evaluate.
-        bm25: evaluate BM25 on folders and sets of BEIR as well.
-        trust_remote_code: run code that comes with a model.
-        console: where to print.
-
-    Raises:
-        FileNotFoundError: a folder is missing, or data could not be fetched.
-        ValueError: no model or no task is named, or a task is unknown.
-    """
-    from dream_training.models.retriever import load_sentence_transformer
-
-    console = show_on(console or make_console(beside=output))
-    folders = [name for name in arguments if is_beir_folder(name)]
+    options = EvaluationOptions(
+        split=split, batch_size=batch_size, query_max_len=query_max_len,
+        passage_max_len=passage_max_len, devices=choose_devices(processes, devices),
+        cache_dir=cache_dir, keep_identical_ids=keep_identical_ids,
+    )  # fmt: skip
+    console = show_on(make_console(beside=output))
+    folders = [name for name in arguments if known.is_beir_folder(name)]
     models = [name for name in arguments if name not in folders]
-    names = expand_tasks([*folders, *(name for name in tasks.split(",") if name.strip())])
+    names = known.expand_tasks([*folders, *(name for name in tasks.split(",") if name.strip())])
     if not models:
         raise ValueError("name at least one model; only BEIR folders were given")
     if not names:
         given = ", ".join(models)
         raise ValueError(f"name a task: --tasks, or a BEIR folder with a corpus.jsonl; got {given}")
-    check_tasks(names)
-    evaluations: list[Evaluation] = []
+    known.check_tasks(names)
+    evaluations = []
     for name in models:
         model = load_sentence_transformer(name, trust_remote_code=trust_remote_code)
         for task in names:
-            evaluations.append(evaluate_task(model, name, task, options))
+            evaluations.append(known.evaluate_task(model, name, task, options))
             # What took hours is kept when the next task fails.
             if output is not None and not is_stream(output):
                 write_evaluations(output, evaluations, describe_environment(model.device))
     if bm25:
-        evaluations += [evaluate_bm25(task, options) for task in names if not is_mteb_task(task)]
+        evaluations += [
+            known.evaluate_bm25(task, options) for task in names if not known.is_mteb_task(task)
+        ]
     print_table(console, evaluations)
-    for task in names:
-        dropped = max(e.settings.get(DROPPED, 0) for e in evaluations if e.task == task)
-        if dropped:
-            console.print(
-                f"{task}: for {dropped:,} queries the document with the query's own id is not "
-                "ranked; --keep-identical-ids ranks it",
-                highlight=False,
-                soft_wrap=True,
-            )
+    print_left_out(console, evaluations)
     if output is not None:
         write_evaluations(output, evaluations, describe_environment(model.device))
         console.print(f"\nWith every query's score: {output}", soft_wrap=True)
-    return evaluations
-
-
-def print_table(console: Console, evaluations: Sequence[Evaluation]) -> None:
-    """Print one line for each model on each task, and each model's mean over its tasks."""
-    table = make_table("task", "model", "nDCG@10", "recall@10", "queries", "documents", texts=2)
-    tasks = list(dict.fromkeys(e.task for e in evaluations))
-    models = list(dict.fromkeys(e.model for e in evaluations))
-    shown = short_names([*tasks, *models])
-    for task in tasks:
-        for e in evaluations:
-            if e.task == task:
-                table.add_row(
-                    shown[task], shown[e.model], f"{e.ndcg_at_10:.4f}", f"{e.recall_at_10:.4f}",
-                    f"{len(e.query_ndcg_at_10):,}", f"{e.documents:,}",
-                )  # fmt: skip
-        table.add_section()
-    for model in models:
-        own = [e for e in evaluations if e.model == model]
-        if len(tasks) > 1 and len(own) == len(tasks):
-            ndcg = sum(e.ndcg_at_10 for e in own) / len(own)
-            recall = sum(e.recall_at_10 for e in own) / len(own)
-            table.add_row(
-                f"mean of {len(own)}", shown[model], f"{ndcg:.4f}", f"{recall:.4f}", "", ""
-            )
-    console.print(table)
-    whole = console.measure(table).maximum <= console.width
-    legend = {name: path for path, name in shown.items() if name != path}
-    cut = [n for n in shown.values() if not whole and len(n) > _LONG and n not in legend]
-    if legend or cut:
-        console.print()
-        print_paths(console, {**legend, **dict.fromkeys(cut, "")})
-
-
-def choose_devices(processes: int | None, devices: str) -> list[str] | None:
-    """Return one device for each process: those named, or what there is.
-
-    Raises:
-        ValueError: both were given, or fewer GPUs are there than processes.
-    """
-    named = [device.strip() for device in devices.split(",") if device.strip()]
-    if named and processes:
-        raise ValueError("give --processes or --devices, not both")
-    if named:
-        return [str(torch.device(device)) for device in named]
-    if processes is None or processes == 1:
-        return None
-    if not torch.cuda.is_available():
-        return ["cpu"] * processes
-    if processes > torch.cuda.device_count():
-        raise ValueError(
-            f"processes must be at most {torch.cuda.device_count()}, one for each GPU, got "
-            f"{processes}"
-        )
-    return [f"cuda:{i}" for i in range(processes)]

@@ -5,158 +5,116 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from dream_kernels.files import is_stream
-from dream_training.console import make_console, print_paths, show_on, shows_progress, tracked
-from dream_training.data.beir_folder import read_corpus
-from dream_training.data.forms import beir
-from dream_training.data.jsonl import iterate_training_rows, write_training_rows
-from dream_training.data.mining import MiningCounts, MiningOptions, Rank, mine
-from dream_training.data.sources import read_rows
-from dream_training.data.training_row import TrainingRow, document_text
-from dream_training.evaluation import RetrievalTask, search, search_bm25
-from dream_training.json_file import write_json
+import typer
+
+from dream_training.commands.options import Device, Output, Split, TargetFrom, TrustRemoteCode
+from dream_training.console import (
+    loading_libraries,
+    make_console,
+    print_paths,
+    show_on,
+    shows_progress,
+    tracked,
+)
+
+if TYPE_CHECKING:
+    from dream_training.data.mining import MiningCounts, MiningOptions, Rank
 
 BM25 = "bm25"
 
+Retriever = Annotated[
+    str, typer.Option(help="bm25, or a sentence-transformers model: folder or hub name")
+]
+Corpus = Annotated[
+    str | None,
+    typer.Option(help="BEIR folder or file of lines with text; by default the data's own"),
+]
+ExcludeAnswers = Annotated[bool, typer.Option(help="leave out documents in which an answer occurs")]
+KeepCandidates = Annotated[
+    bool, typer.Option(help="keep the candidates that a line has besides its positives")
+]
+QueryMaxLen = Annotated[int | None, typer.Option(min=1, help="tokens of a query that are encoded")]
+PassageMaxLen = Annotated[
+    int | None, typer.Option(min=1, help="tokens of a document that are encoded")
+]
+
 
 @shows_progress
-def run_mine(
-    *,
-    data: str,
-    output: Path,
-    retriever: str,
-    corpus: str | None,
-    options: MiningOptions,
-    split: str,
-    target_from: str | None,
-    query_max_len: int | None,
-    passage_max_len: int | None,
-    batch_size: int,
-    device: str | None,
-    trust_remote_code: bool = False,
+def mine(
+    data: Annotated[str, typer.Argument(help="training data of any form")],
+    output: Output,
+    retriever: Retriever = BM25,
+    corpus: Corpus = None,
+    per_query: Annotated[int, typer.Option(min=1, help="candidates to add to a line")] = 7,
+    first_rank: Annotated[int, typer.Option(min=1, help="best rank to take them from")] = 1,
+    last_rank: Annotated[int, typer.Option(min=1, help="last rank to take them from")] = 100,
+    choose: Annotated[str, typer.Option(help="random ones of these ranks, or the best")] = "random",
+    exclude_answers: ExcludeAnswers = False,
+    keep_candidates: KeepCandidates = False,
+    split: Split = "train",
+    target_from: TargetFrom = None,
+    query_max_len: QueryMaxLen = None,
+    passage_max_len: PassageMaxLen = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="texts encoded at once")] = 32,
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="of the random choice")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Run the command; the arguments are its options."""
+    """Add candidates to training lines: documents that BM25 or a retriever ranks high."""
+    with loading_libraries():
+        from dream_training.data.jsonl import iterate_training_rows, write_training_rows
+        from dream_training.data.mining import MiningOptions, read_documents
+        from dream_training.data.mining import mine as add_candidates
+        from dream_training.evaluation.ranking import dense_rank, rank_bm25
+
+    options = MiningOptions(
+        per_query=per_query, first_rank=first_rank, last_rank=last_rank, choose=choose,
+        exclude_answers=exclude_answers, keep_candidates=keep_candidates, seed=seed,
+    )  # fmt: skip
     console = show_on(make_console(beside=output))
     read = iterate_training_rows(data, split=split, target_from=target_from, need_target=False)
     rows = list(tracked(read, f"reading {Path(data).name}"))
     texts = read_documents(corpus, data, rows)
     rank: Rank
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any]
     if retriever == BM25:
-        rank, package = rank_bm25, "bm25s"
+        rank, settings = rank_bm25, {"bm25s": importlib.metadata.version("bm25s")}
     else:
         rank, settings = dense_rank(
             retriever, query_max_len, passage_max_len, batch_size, device, trust_remote_code
         )
-        package = "sentence-transformers"
-    mined, counts = mine(rows, texts, rank, options)
+    mined, counts = add_candidates(rows, texts, rank, options)
     write_training_rows(output, mined)
     console.print(_summary(counts, options))
-    if is_stream(output):  # nothing can be beside it
-        print_paths(console, {"The lines:": output})
-        return
-    provenance = provenance_path(output)
-    write_json(
-        provenance,
-        {
-            "data": data,
-            "corpus": corpus or data,
-            "documents": len(texts),
-            "corpus_sha256": _digest(texts.values() if isinstance(texts, dict) else texts),
-            "retriever": retriever,
-            package: importlib.metadata.version(package),
-            **asdict(options),
-            **settings,
-            "counts": asdict(counts),
-            "date": datetime.date.today().isoformat(),
-        },
-    )
-    print_paths(console, {"The lines:": output, "How they were made:": provenance})
+    made = {
+        "data": data,
+        "corpus": corpus or data,
+        "documents": len(texts),
+        "corpus_sha256": _digest(texts.values() if isinstance(texts, dict) else texts),
+        "retriever": retriever,
+        **settings,
+    }
+    print_paths(console, {"The lines:": output, **_write_provenance(output, made, options, counts)})
 
 
-def provenance_path(output: Path) -> Path:
-    """Return where the account of a mined file stands, beside it."""
-    return output.with_name(f"{output.name.removesuffix('.jsonl')}.provenance.json")
+def _write_provenance(
+    output: Path, made: dict[str, Any], options: MiningOptions, counts: MiningCounts
+) -> dict[str, Path]:
+    """Write beside a file how it was made; returns the path by what it is, none for a stream."""
+    from dream_kernels.files import is_stream
+    from dream_training.json_file import write_json
 
-
-def read_documents(
-    corpus: str | None, data: str, rows: Iterable[TrainingRow]
-) -> dict[str, str] | list[str]:
-    """Return the documents to mine from, by id if they come from a corpus.
-
-    Args:
-        corpus: a BEIR folder, or a file of lines with ``text`` and perhaps ``title``; None for
-            the corpus of ``data`` if that is a BEIR folder, or else the documents of its lines.
-        data: the training data.
-        rows: its rows.
-
-    Raises:
-        FileNotFoundError: there is no such folder or file.
-        ValueError: a line is not valid.
-    """
-    if corpus is None and not beir.fits(Path(data)):
-        return [document for row in rows for document in row.documents]
-    source = Path(corpus or data)
-    if source.is_dir():
-        return read_corpus(source)
-    documents: dict[str, str] = {}
-    for where, row in read_rows(corpus or data):
-        key = str(row.get("_id", where))
-        # Nothing is lost where lines share an id.
-        documents[where if key in documents else key] = document_text(row, "text", where)
-    return documents
-
-
-def rank_bm25(
-    queries: Mapping[str, str], corpus: Mapping[str, str], k: int
-) -> Mapping[str, Mapping[str, float]]:
-    """Rank by BM25."""
-    return search_bm25(RetrievalTask(queries, corpus, {}, keep_identical_ids=True), k)
-
-
-def dense_rank(
-    model: str,
-    query_max_len: int | None,
-    passage_max_len: int | None,
-    batch_size: int,
-    device: str | None,
-    trust_remote_code: bool = False,
-) -> tuple[Rank, dict[str, Any]]:
-    """Return what ranks by a sentence-transformers model, and the lengths and prompts it takes.
-
-    Args:
-        model: a checkpoint's folder or a hub name.
-        query_max_len: tokens of a query; the model's own limit by default.
-        passage_max_len: tokens of a document; the same.
-        batch_size: texts encoded at once.
-        device: where to; None for sentence-transformers' choice.
-        trust_remote_code: run code that comes with the model.
-    """
-    from dream_training.models.retriever import load_sentence_transformer
-    from dream_training.models.texts import text_settings
-
-    retriever = load_sentence_transformer(
-        model, device=device, trust_remote_code=trust_remote_code, what="retriever"
-    )
-
-    def rank(
-        queries: Mapping[str, str], corpus: Mapping[str, str], k: int
-    ) -> Mapping[str, Mapping[str, float]]:
-        return search(
-            retriever,
-            RetrievalTask(queries, corpus, {}, keep_identical_ids=True),
-            query_max_len=query_max_len,
-            passage_max_len=passage_max_len,
-            batch_size=batch_size,
-            k=k,
-        )
-
-    return rank, text_settings(retriever, query_max_len, passage_max_len)
+    if is_stream(output):
+        return {}
+    path = output.with_name(f"{output.name.removesuffix('.jsonl')}.provenance.json")
+    date = datetime.date.today().isoformat()
+    write_json(path, {**made, **asdict(options), "counts": asdict(counts), "date": date})
+    return {"How they were made:": path}
 
 
 def _summary(counts: MiningCounts, options: MiningOptions) -> str:

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
-from dream_kernels.files import is_stream
-from dream_training.console import make_console, show_on, shows_progress
-from dream_training.report.page import write_report
-from dream_training.report.run_folder import read_runs
+from dream_training.console import loading_libraries, make_console, show_on, shows_progress
 
 
 @shows_progress
-def run_report(
-    folders: Sequence[Path], output: Path | None, console: Console | None = None
-) -> Path:
-    """Run the command; the arguments are its own.
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="folders of runs (output_dir)", exists=True, file_okay=False),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="HTML file, - for standard output; report.html, in the folder of a lone run, "
+            "by default"
+        ),
+    ] = None,
+) -> None:
+    """Write one HTML page of one or several runs: curves, tables, heads, examples."""
+    with loading_libraries():
+        from dream_kernels.files import is_stream
+        from dream_training.report import read_runs, write_report
 
-    Args:
-        folders: ``output_dir`` of each run.
-        output: HTML file; ``report.html`` in the folder of a lone run, or here, by default.
-        console: where to print.
-
-    Raises:
-        FileNotFoundError: a folder is not that of a run that has ended.
-        ValueError: a file of a run holds something else.
-    """
     if output is None:
-        output = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
-    console = show_on(console or make_console(beside=output))
-    path = write_report(read_runs(folders), output)
+        output = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
+    console = show_on(make_console(beside=output))
+    path = write_report(read_runs(runs), output)
     size = "" if is_stream(path) else f" ({path.stat().st_size / 1024:,.0f} KiB)"
     console.print(f"The report: {path}{size}", soft_wrap=True)
-    return path

@@ -6,9 +6,13 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from dream_training.console import tracked
-from dream_training.data.training_row import TrainingRow, make_row, normalised
+from dream_training.data.beir_folder import read_corpus
+from dream_training.data.forms import beir
+from dream_training.data.sources import read_rows
+from dream_training.data.training_row import TrainingRow, document_text, make_row, normalised
 
 # Ranks the documents of a corpus for queries, both by id: (queries, corpus, k) -> scores by id.
 Rank = Callable[[Mapping[str, str], Mapping[str, str], int], Mapping[str, Mapping[str, float]]]
@@ -155,6 +159,34 @@ def mine(
             )
         )
     return mined, counts
+
+
+def read_documents(
+    corpus: str | None, data: str, rows: Iterable[TrainingRow]
+) -> dict[str, str] | list[str]:
+    """Return the documents to mine from, by id if they come from a corpus.
+
+    Args:
+        corpus: a BEIR folder, or a file of lines with ``text`` and perhaps ``title``; None for
+            the corpus of ``data`` if that is a BEIR folder, or else the documents of its lines.
+        data: the training data.
+        rows: its rows.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+        ValueError: a line is not valid.
+    """
+    if corpus is None and not beir.fits(Path(data)):
+        return [document for row in rows for document in row.documents]
+    source = Path(corpus or data)
+    if source.is_dir():
+        return read_corpus(source)
+    documents: dict[str, str] = {}
+    for where, row in read_rows(corpus or data):
+        key = str(row.get("_id", where))
+        # Nothing is lost where lines share an id.
+        documents[where if key in documents else key] = document_text(row, "text", where)
+    return documents
 
 
 def holds_answer(document: str, answers: Iterable[str]) -> bool:

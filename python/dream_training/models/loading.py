@@ -13,9 +13,11 @@ from dream_training.models.minilm import minilm_path
 from dream_training.models.retriever import build_retriever
 from dream_training.models.smollm2 import smollm2_path
 from dream_training.models.texts import prepare_retriever
+from dream_training.trust import load_tokenizer
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedTokenizerBase
 
 
 def resolve_model(name: str, dtype: str = "auto") -> str:
@@ -27,6 +29,17 @@ def resolve_model(name: str, dtype: str = "auto") -> str:
     if name == PACKAGED_RETRIEVER:
         return str(minilm_path())
     return str(smollm2_path(dtype)) if name == PACKAGED_MODEL else name
+
+
+def load_named_tokenizer(name: str, trust_remote_code: bool, what: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model by its name, packaged models too.
+
+    Args:
+        name: folder or hub name.
+        trust_remote_code: run code that comes with it.
+        what: the option that names it, for messages.
+    """
+    return load_tokenizer(resolve_model(name), trust_remote_code, what)
 
 
 def check_models(config: TrainConfig) -> None:

@@ -1,0 +1,80 @@
+"""``dream data stats``: what training data is like, and what looks wrong in it."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from typing import Annotated
+
+import typer
+
+from dream_training.commands.options import Limit, Source, Split, TargetFrom, TrustRemoteCode
+from dream_training.console import (
+    make_console,
+    show_on,
+    shows_progress,
+    tracked,
+)
+
+Model = Annotated[
+    str | None, typer.Option(help="folder or hub name: count its tokens, and what is cut")
+]
+MaxLen = Annotated[int, typer.Option(min=1, help="tokens that are kept")]
+
+
+@shows_progress
+def stats(
+    source: Source,
+    split: Split = "train",
+    target_from: TargetFrom = None,
+    limit: Limit = None,
+    reader: Model = None,
+    retriever: Model = None,
+    query_max_len: MaxLen = 32,
+    passage_max_len: MaxLen = 128,
+    target_max_len: MaxLen = 32,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Describe training data: lengths, what is cut, what repeats, what looks wrong."""
+    from dream_training.data.jsonl import iterate_training_rows
+    from dream_training.data.statistics import Lengths, describe, token_lengths
+    from dream_training.data.statistics_tables import suspicions, tables
+
+    if reader is not None or retriever is not None:
+        from dream_training.models.loading import load_named_tokenizer
+
+    console = make_console()
+    if not as_json:  # standard output is for JSON alone then
+        show_on(console)
+    limits = {"query": query_max_len, "document": passage_max_len}
+    lengths = []
+    if reader is not None:
+        count = token_lengths(load_named_tokenizer(reader, trust_remote_code, "reader"))
+        own = {**limits, "target": target_max_len}
+        lengths.append(Lengths("tokens of the reader", count, own))
+    if retriever is not None:
+        tokenizer = load_named_tokenizer(retriever, trust_remote_code, "retriever")
+        # A language model's tokenizer gets an end-of-sequence token as a retriever's.
+        count = token_lengths(tokenizer, max(tokenizer.num_special_tokens_to_add(), 1))
+        # It never sees a target.
+        fields = ("query", "document")
+        lengths.append(Lengths("tokens of the retriever", count, limits, fields))
+    bad_lines: list[str] = []
+    rows = iterate_training_rows(
+        source,
+        split=split,
+        target_from=target_from,
+        need_target=False,
+        streaming=True,
+        on_bad_line=bad_lines.append,
+    )
+    result = describe(tracked(islice(rows, limit), "counting lines", limit), lengths, bad_lines)
+    if as_json:
+        print(json.dumps({"source": source, **result}, indent=1))
+        return
+    console.print(source, soft_wrap=True)
+    for table in tables(result):
+        console.print("", table)
+    for i, line in enumerate(suspicions(result)):
+        console.print("\n" * (i == 0) + line, soft_wrap=True)

@@ -1,0 +1,67 @@
+"""How heads are selected, with what examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dream_training.config import TrainConfig
+from dream_training.data.jsonl import read_training_data
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """The options of ``dream heads``; its help describes them."""
+
+    reader: str
+    data: str
+    top_k: int
+    examples: int
+    pool_size: int
+    context: str
+    passage_max_len: int
+    null_query: str
+    token_filter: bool
+    point: str
+    seed: int
+    split: str = "train"
+    target_from: str | None = None
+    trust_remote_code: bool = False
+
+    def read(self) -> Dataset:
+        """The training data."""
+        return read_training_data(self.data, split=self.split, target_from=self.target_from)
+
+    def config(self) -> TrainConfig:
+        """A config as far as it concerns the reader."""
+        return TrainConfig(
+            reader=self.reader,
+            train_data=self.data,
+            context=self.context,
+            passage_max_len=self.passage_max_len,
+            seed=self.seed,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def selection(self) -> dict[str, Any]:
+        """The arguments of :func:`select_heads`."""
+        return {
+            "pool_size": self.pool_size,
+            "null_query": self.null_query,
+            "token_filter": self.token_filter,
+            "point": self.point,
+            "data_name": self._data_name(),
+            "reader_name": self.reader,
+        }
+
+    def _data_name(self) -> str:
+        """The data with what is read of it: another split or other targets give other heads."""
+        name = self.data
+        if self.split != "train":
+            name += f", split {self.split}"
+        if self.target_from is not None:
+            name += f", target_from {self.target_from}"
+        return name
