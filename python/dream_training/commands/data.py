@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from dream_kernels.parsing import read_text
-from dream_training.config import DTYPES
+from dream_training.choices import DTYPES, check_choice
 from dream_training.console import (
     make_console,
     make_table,
@@ -133,8 +133,7 @@ def run_targets(
     from dream_training.models.text_tokens import check_vocabulary
     from dream_training.trust import load_language_model, load_tokenizer
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+    check_choice("dtype", dtype, DTYPES)
     console = show_on(make_console(beside=output))
     rows = list(islice(iterate_training_rows(source, split=split, need_target=False), limit))
     path = resolve_model(reader, dtype)

@@ -13,9 +13,10 @@ from rich.table import Table
 from dream_kernels import write_heads
 from dream_kernels.files import is_stream
 from dream_kernels.head_file import head_name
+from dream_training.choices import HEAD_CRITERIA
 from dream_training.comparisons import heads as comparison
 from dream_training.comparisons.heads import RANDOM, ComparedChoice
-from dream_training.config import HEAD_CRITERIA, TrainConfig, load_config
+from dream_training.config import TrainConfig, load_config
 from dream_training.console import make_console, make_table, print_paths, show_on, shows_progress
 from dream_training.data.jsonl import read_training_data
 from dream_training.heads.selection import WITHOUT_LABELS, head_examples, select_heads

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dream_training.choices import check_at_least
 from dream_training.distributed import world
 from dream_training.distributed.pool import SHARE, gather_pool, mean_over_ranks
 from dream_training.objectives.accumulation import Accumulation, StepMetrics
-from dream_training.objectives.embedding import check_mini_batch_size, embed
+from dream_training.objectives.embedding import embed
 from dream_training.objectives.pools import pool_scores
 from dream_training.objectives.temperature import Temperature, as_temperature
 from dream_training.objectives.watch import TrainingWatch
@@ -71,7 +72,7 @@ class PoolObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.gather_across_devices = gather_across_devices
-        check_mini_batch_size(mini_batch_size)
+        check_at_least("mini_batch_size", mini_batch_size, 1)
         self.mini_batch_size = mini_batch_size
         self.model = model
         self.temperature = as_temperature(temperature)
@@ -219,17 +220,3 @@ def features_of(
             "data_collator=DreamCollator(model)"
         )
     return features[0], features[1]
-
-
-def check_positive(name: str, value: float) -> float:
-    """Return ``value``, or raise ``ValueError`` naming the argument."""
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
-    return value
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
-    """Return ``value``, or raise ``ValueError`` naming the argument."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
-    return value

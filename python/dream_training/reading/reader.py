@@ -18,11 +18,18 @@ from dream_kernels import (
     read_jointly,
 )
 from dream_kernels.parsing import shortened, why_not_text
-from dream_training.config import CONTEXTS, INJECTED_ROWS
+from dream_training.choices import (
+    CONTEXTS,
+    INJECTED_ROWS,
+    PLAIN,
+    check_at_least,
+    check_choice,
+    check_document_store,
+)
 from dream_training.distributed.sharding import Pace, shard_model
 from dream_training.models.text_tokens import check_vocabulary, text_tokens
-from dream_training.reading.document_store import check_document_store, open_document_store
-from dream_training.reading.prompts import PLAIN, ReaderPrompt, load_reader_prompt
+from dream_training.reading.document_store import open_document_store
+from dream_training.reading.prompts import ReaderPrompt, load_reader_prompt
 from dream_training.reading.target_loss import at_least_float32, plain_head, target_losses
 
 if TYPE_CHECKING:
@@ -107,10 +114,8 @@ class Reader(nn.Module):
         document_store_gb: float = 2.0,
     ) -> None:
         super().__init__()
-        if context not in CONTEXTS:
-            raise ValueError(f"context must be one of {CONTEXTS}, got {context!r}")
-        if injected_rows not in INJECTED_ROWS:
-            raise ValueError(f"injected_rows must be one of {INJECTED_ROWS}, got {injected_rows!r}")
+        check_choice("context", context, CONTEXTS)
+        check_choice("injected_rows", injected_rows, INJECTED_ROWS)
         check_document_store(document_store, document_store_gb, context)
         for name, value in (
             ("query_max_len", query_max_len),
@@ -118,8 +123,7 @@ class Reader(nn.Module):
             ("target_max_len", target_max_len),
             ("rows_per_pass", rows_per_pass),
         ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_at_least(name, value, 1)
         check_vocabulary(tokenizer, model, "reader")
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
