@@ -247,12 +247,12 @@ def tokens(
     setup: StepSetup,
 ) -> tuple[list[int], list[list[int]], list[list[int]], list[list[int]]]:
     """Header, documents, queries and targets as the reader's tokens."""
-    reader = setup.reader
+    own = setup.reader.tokens
     return (
-        reader._header,
-        [reader._document_ids(text, i) for i, text in enumerate(setup.documents)],
-        [reader._query_ids(query)[0] for query in setup.queries],
-        [reader.target_tokens(target, i) for i, target in enumerate(setup.targets)],
+        own.header,
+        own.documents(setup.documents),
+        own.queries(setup.queries),
+        own.targets(setup.targets),
     )
 
 

@@ -169,7 +169,7 @@ def select_heads(
         raise ValueError(f"examples must hold at least 2, got {len(examples)}")
     provenance |= {"data": data_name, "examples": len(examples), "pool_size": pool_size}
     provenance["examples_digest"] = examples_digest(examples)
-    provenance |= {"context": reader.context, "passage_max_len": reader.passage_max_len}
+    provenance |= {"context": reader.context, "passage_max_len": reader.tokens.passage_max_len}
     pools = make_pools(examples, pool_size)
     if criterion == "loss_gradient":
         scores, found = _gradient_scores(reader, pools, point)
