@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from dream_kernels import Prefix
-from dream_kernels.injection.attention import attention_of, use_attention
-from dream_training.reading.text_tokens import text_tokens
 
 from .adapters.eager import reweight
 from .step_models import StepSetup
@@ -249,23 +247,12 @@ def tokens(
     setup: StepSetup,
 ) -> tuple[list[int], list[list[int]], list[list[int]], list[list[int]]]:
     """Header, documents, queries and targets as the reader's tokens."""
-    reader = setup.reader
-    prompt, tokenizer = reader.prompt, reader.tokenizer
-    header, before, after = (
-        tokenizer(text, add_special_tokens=False)["input_ids"]
-        for text in (prompt.header, *prompt.document.split("{document}"))
-    )
-    begin = getattr(tokenizer, "bos_token_id", None)
-    if prompt.bos and begin is not None and header[:1] != [begin]:
-        header = [begin, *header]
+    own = setup.reader.tokens
     return (
-        header,
-        [
-            [*before, *text_tokens(tokenizer, text, reader.passage_max_len), *after]
-            for text in setup.documents
-        ],
-        [reader.query_tokens(query, i) for i, query in enumerate(setup.queries)],
-        [reader.target_tokens(target, i) for i, target in enumerate(setup.targets)],
+        own.header,
+        own.documents(setup.documents),
+        own.queries(setup.queries),
+        own.targets(setup.targets),
     )
 
 
@@ -328,9 +315,9 @@ def _hooked_attention(model: Any, state: _NaiveState) -> Iterator[None]:
 
     AttentionInterface.register(_NAIVE, attention)
     AttentionMaskInterface.register(_NAIVE, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    before = attention_of(model)
-    use_attention(model, _NAIVE)
+    config = model.config.get_text_config()
+    before, config._attn_implementation = config._attn_implementation, _NAIVE
     try:
         yield
     finally:
-        use_attention(model, before)
+        config._attn_implementation = before

@@ -14,20 +14,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from dream_kernels.parsing import parse_yaml, read_text, shortened, why_not_name
-from dream_training.distributed.launched import READER_SHARDINGS, check_engine
-from dream_training.objectives.pools import check_pool
-from dream_training.objectives.schedules import check_temperature
-from dream_training.reading.prompts import check_reader_prompt
+from dream_training.choices import (
+    CONTEXTS,
+    DIRECTIONS,
+    DTYPES,
+    HEAD_CRITERIA,
+    INJECTED_ROWS,
+    OBJECTIVES,
+    POSITIVES,
+    READER_SHARDINGS,
+    TEACHERS,
+    TEACHINGS,
+    check_at_least,
+    check_choice,
+    check_document_store,
+    check_engine,
+    check_pool,
+    check_positive,
+    check_reader_prompt,
+    check_temperature,
+)
 
-HEAD_CRITERIA = ("qr_mass", "qr_ndcg", "loss_gradient", "random")
-TEACHINGS = ("direct", "distilled")
-OBJECTIVES = ("dream", "infonce", "replug", "emdr", "revela")
-TEACHERS = ("mean_log_probability", "probability")
-CONTEXTS = ("independent", "joint")
-INJECTED_ROWS = ("all", "target")
-DIRECTIONS = ("teacher_student", "student_teacher")
-POSITIVES = ("first", "each")
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 # Of whole numbers: what torch and the trainer can count to.
 _LARGEST = 2**53
 
@@ -227,9 +234,7 @@ class TrainConfig:
             ("dtype", DTYPES),
             ("reader_sharding", READER_SHARDINGS),
         ):
-            if getattr(self, name) not in choices:
-                got = shortened(getattr(self, name))
-                raise ValueError(f"{name} must be one of {choices}, got {got}")
+            check_choice(name, getattr(self, name), choices)
         if self.device is not None and not re.fullmatch(r"[a-z]{1,20}(:\d{1,2})?", self.device):
             raise ValueError(
                 f"device must be written cpu, cuda, cuda:1, ..., got {shortened(self.device)}"
@@ -242,36 +247,28 @@ class TrainConfig:
             self.temperature_schedule,
             self.learnable_temperature,
         )
-        if self.teacher_temperature is not None and not self.teacher_temperature > 0:
-            raise ValueError(
-                f"teacher_temperature must be positive, got {self.teacher_temperature}"
-            )
+        if self.teacher_temperature is not None:
+            check_positive("teacher_temperature", self.teacher_temperature)
         check_reader_prompt(self.reader_prompt)
         check_pool(self.pool, self.documents_per_query)
-        check_engine(self)
-        if self.document_store is not None:
-            from dream_training.reading.document_store import check_document_store
-
-            check_document_store(self.document_store, self.document_store_gb, self.context)
-        for name in ("batch_size", "query_max_len", "passage_max_len", "target_max_len"):
-            _at_least(name, getattr(self, name), 2 if name == "batch_size" else 1)
-        for name in (
-            *("gradient_accumulation_steps", "max_steps", "eval_steps", "log_steps"),
-            "keep_checkpoints",
+        if self.gather_across_devices and self.pool == "mined":
+            raise ValueError(
+                "gather_across_devices must be false with pool 'mined': each query has its own "
+                "candidates, and would get no other"
+            )
+        check_engine(self.fsdp, self.fsdp_config, self.deepspeed)
+        check_positive("distributed_timeout", self.distributed_timeout)
+        check_document_store(self.document_store, self.document_store_gb, self.context)
+        for least, names in (
+            (2, ("batch_size",)),
+            (1, ("query_max_len", "passage_max_len", "target_max_len", "reader_passage_max_len")),
+            (1, ("gradient_accumulation_steps", "max_steps", "eval_steps", "log_steps")),
+            (1, ("keep_checkpoints", "top_k", "mini_batch_size", "eval_queries")),
+            (0, ("save_steps", "lora_r", "warmup_steps", "report_queries")),
+            (0, ("max_skipped_steps", "dataloader_workers")),
         ):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("top_k", "mini_batch_size", "reader_passage_max_len"):
-            if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
-        if self.eval_queries is not None:
-            _at_least("eval_queries", self.eval_queries, 1)
-        if self.save_steps is not None:
-            _at_least("save_steps", self.save_steps, 0)
-        for name in (
-            *("lora_r", "warmup_steps", "report_queries", "max_skipped_steps"),
-            "dataloader_workers",
-        ):
-            _at_least(name, getattr(self, name), 0)
+            for name in names:
+                check_at_least(name, getattr(self, name), least)
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
@@ -336,11 +333,6 @@ def check_key(key: object, source: str) -> None:
     near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{source}: unknown key {shortened(key)}{hint}")
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _coerce(name: str, annotation: Any, value: Any) -> Any:

@@ -155,7 +155,7 @@ def test_the_loss_gradient_is_the_derivative_in_the_weight(point: str) -> None:
             moved[:, layer, head] -= sign * step / 5
             moved[torch.arange(3), layer, head, found.preferred] += sign * step
             reading = reader(prefix, queries, targets, moved.log())
-            counts = torch.tensor([len(reader.target_tokens(t, 0)) for t in targets])
+            counts = torch.tensor(list(map(len, reader.tokens.targets(targets))))
             losses.append(reading.query_losses.double() * counts)
         expected = -(losses[0] - losses[1]) / (2 * step)
         actual = found.drop[:, layer, head].double()

@@ -51,9 +51,9 @@ def word_tokenizer(unk_token: str | None = None) -> PreTrainedTokenizerFast:
 
 def tokens_read(reader: Reader, document: str, query: str, target: str) -> list[int]:
     return [
-        *reader._document_ids(document, 0),
-        *reader.query_tokens(query),
-        *reader.target_tokens(target, 0),
+        *reader.tokens.documents([document])[0],
+        *reader.tokens.queries([query])[0],
+        *reader.tokens.targets([target])[0],
     ]
 
 
@@ -72,13 +72,13 @@ def test_markers_in_texts_stay_text_and_spans_exact(tmp_path, kind: str, marker:
     assert [t for t in found if t in special] == [t for t in innocent if t in special]
     decode = reader.tokenizer.decode
     for text in texts:
-        before, after = reader._around_document
-        ids = reader._document_ids(text, 0)
+        before, after = reader.tokens.around_document
+        (ids,) = reader.tokens.documents([text])
         assert ids[: len(before)] == before
         assert ids[len(ids) - len(after) :] == after
         assert decode(ids[len(before) : len(ids) - len(after)]) == text
     prefix = reader.read(["first", texts[0], "last"])
-    lengths = [len(reader._document_ids(text, 0)) for text in ("first", texts[0], "last")]
+    lengths = list(map(len, reader.tokens.documents(["first", texts[0], "last"])))
     assert (prefix.spans[0, :, 1] - prefix.spans[0, :, 0]).tolist() == lengths
     assert prefix.spans[0, 1:, 0].tolist() == prefix.spans[0, :-1, 1].tolist()
 
@@ -177,7 +177,7 @@ def test_a_million_tokens_are_cut_without_reading_them(unit: str, monkeypatch) -
     text = "a" + unit * 1_000_000
     prefix = reader.read([text])
     assert reader(prefix, [text], [text + "."], torch.zeros(1, 1)).target_tokens == 32
-    assert longest <= 64 * reader.passage_max_len
+    assert longest <= 64 * reader.tokens.passage_max_len
     assert time.process_time() - start < SECONDS
 
 

@@ -36,10 +36,11 @@ def test_each_document_is_read_alone() -> None:
     queries, targets = ["Where?", "Which apple is it?"], ["here", "the red one"]
     found = target_likelihood(reader, documents, queries, targets)
     for b, (query, target) in enumerate(zip(queries, targets)):
-        tokens = reader.target_tokens(target, b)
+        (tokens,) = reader.tokens.targets([target])
         assert found.token_mask[b].tolist() == [t < len(tokens) for t in range(len(" the red one"))]
         for c, text in enumerate(documents):
-            context = reader._header + reader._document_ids(text, c) + reader.query_tokens(query)
+            (document,), (asked,) = reader.tokens.documents([text]), reader.tokens.queries([query])
+            context = reader.tokens.header + document + asked
             expected = plain_log_probabilities(reader, context, tokens)
             torch.testing.assert_close(found.log_probabilities[b, c, : len(tokens)], expected)
             assert not found.log_probabilities[b, c, len(tokens) :].any()

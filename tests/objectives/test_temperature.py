@@ -11,11 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from dream_training.config import OBJECTIVES, TrainConfig
+from dream_training.choices import LEARNABLE_RANGE, OBJECTIVES
+from dream_training.config import TrainConfig
 from dream_training.models.retriever import build_retriever
 from dream_training.objectives.dream import DreamLoss
 from dream_training.objectives.infonce import PoolInfoNCELoss
-from dream_training.objectives.schedules import LEARNABLE_RANGE
 from dream_training.objectives.temperature import Temperature
 from dream_training.reading.reader import Reader
 from dream_training.training.driver import train

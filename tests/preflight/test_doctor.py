@@ -214,8 +214,10 @@ def test_spans_beside_the_documents_are_a_fault(context: str, monkeypatch) -> No
     reader = Reader(make_decoder(), make_tokenizer(), {}, context=context, passage_max_len=9)
     documents = ["Ünïcödé stands here", "The second one", "x"]
     assert reader_checks.spans(reader, documents).status == OK
-    original = reader._document_ids
-    monkeypatch.setattr(reader, "_document_ids", lambda t, i: original(t, i)[1:])
+    original = reader.tokens.documents
+    monkeypatch.setattr(
+        reader.tokens, "documents", lambda texts: [ids[1:] for ids in original(texts)]
+    )
     check = reader_checks.spans(reader, documents)
     assert check.status == FAULT and "do not decode" in check.figure
 

@@ -87,9 +87,9 @@ def test_a_later_run_finds_what_an_earlier_one_read(tmp_path) -> None:
 def test_the_header_alone_is_read_again_when_it_went(tmp_path) -> None:
     reader = make_reader(document_store=tmp_path)
     expected = reader.read(DOCUMENTS)
-    reader.store._path(reader.store._name(reader._header, ())).unlink()
+    reader.store._path(reader.store._name(reader.tokens.header, ())).unlink()
     assert_same(reader.read(DOCUMENTS), expected, rtol=1e-5, atol=1e-5)
-    assert reader.store.misses == 4 and reader.store.get(reader._header, ()) is not None
+    assert reader.store.misses == 4 and reader.store.get(reader.tokens.header, ()) is not None
 
 
 def test_other_readers_and_other_prompts_find_nothing(tmp_path) -> None:
@@ -105,7 +105,7 @@ def test_other_readers_and_other_prompts_find_nothing(tmp_path) -> None:
         reader.read(DOCUMENTS)
         assert (reader.store.hits, reader.store.misses) == (0, 4)
     header = make_reader(document_store=tmp_path)
-    header._header = header._header[:-1]
+    header.tokens.header = header.tokens.header[:-1]
     header.read(DOCUMENTS)
     assert header.store.hits == 0
 
@@ -176,8 +176,8 @@ def write_foreign(path) -> None:
 def test_damaged_and_foreign_files_are_refused(tmp_path, caplog, damage, reason: str) -> None:
     reader = make_reader(document_store=tmp_path)
     expected = reader.read(DOCUMENTS)
-    tokens = reader._document_ids(DOCUMENTS[1], 1)
-    path = reader.store._path(reader.store._name(reader._header, tokens))
+    tokens = reader.tokens.documents([DOCUMENTS[1]])[0]
+    path = reader.store._path(reader.store._name(reader.tokens.header, tokens))
     whole = path.read_bytes()
     damage(path)
     later = make_reader(document_store=tmp_path)
@@ -185,7 +185,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, caplog, damage, reason:
     assert (later.store.hits, later.store.misses) == (3, 1)
     assert reason in caplog.text and path.name in caplog.text
     assert len(path.read_bytes()) == len(whole)
-    assert make_reader(document_store=tmp_path).store.get(reader._header, tokens) is not None
+    assert make_reader(document_store=tmp_path).store.get(reader.tokens.header, tokens) is not None
 
 
 def test_a_killed_writer_leaves_no_file_that_counts(tmp_path, monkeypatch) -> None:

@@ -115,8 +115,10 @@ def test_spans_are_the_documents_whatever_the_tokenizer_merges(
 def test_the_target_is_what_the_reader_predicts(tmp_path) -> None:
     (tmp_path / "plain.jinja").write_text(PLAIN)
     own, plain = reader_with_prompt(tmp_path / "plain.jinja"), reader_with_prompt("plain")
-    assert own.prompt == plain.prompt and own._header == plain._header
-    tokens = reader_with_prompt("chat", merging_tokenizer(CHATML)).target_tokens("an answer", 0)
+    assert own.tokens.prompt == plain.tokens.prompt
+    assert own.tokens.header == plain.tokens.header
+    reader = reader_with_prompt("chat", merging_tokenizer(CHATML))
+    (tokens,) = reader.tokens.targets(["an answer"])
     assert merging_tokenizer().decode(tokens) == "an answer"
 
 

@@ -117,7 +117,7 @@ def test_only_the_rows_that_predict_the_target_are_injected(rows_per_pass: int) 
 
     losses = []
     for b, (query, target) in enumerate(zip(queries, targets)):
-        before, after = reader.query_tokens(query), reader.target_tokens(target, b)
+        (before,), (after,) = reader.tokens.queries([query]), reader.tokens.targets([target])
         logits = reader.model(
             torch.tensor([before + after]),
             document_prefix=prefix,

@@ -16,7 +16,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback
 
-from dream_training.config import OBJECTIVES, TrainConfig
+from dream_training.choices import OBJECTIVES
+from dream_training.config import TrainConfig
 from dream_training.training.driver import train
 from dream_training.training.resuming import CHECKPOINTS
 from dream_training.training.signals import StopSignals

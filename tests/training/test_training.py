@@ -14,7 +14,8 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from dream_kernels import HeadFile, read_heads, write_heads
-from dream_training.config import OBJECTIVES, TrainConfig
+from dream_training.choices import OBJECTIVES
+from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.jsonl import to_training_data
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask

@@ -86,13 +86,12 @@ def _load_writer(
     """
     import torch
 
-    from dream_training.config import DTYPES
+    from dream_training.choices import DTYPES, check_choice
     from dream_training.models.loading import resolve_model
     from dream_training.models.text_tokens import check_vocabulary
     from dream_training.trust import load_language_model, load_tokenizer
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
+    check_choice("dtype", dtype, DTYPES)
     path = resolve_model(name, dtype)
     model = load_language_model(
         path,

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from dream_kernels.files import is_stream
+from dream_training.choices import HEAD_CRITERIA
 from dream_training.comparisons.heads import (
     RANDOM,
     ComparedChoice,
@@ -20,7 +21,7 @@ from dream_training.comparisons.heads import (
     training_config,
     usable,
 )
-from dream_training.config import HEAD_CRITERIA, load_config
+from dream_training.config import load_config
 from dream_training.console import make_console, make_table, print_paths, show_on, shows_progress
 from dream_training.heads.options import HeadOptions
 from dream_training.heads.selection import head_examples

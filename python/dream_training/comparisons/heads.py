@@ -210,7 +210,7 @@ def _kept(
     if criterion != RANDOM:
         wanted |= {"examples": len(examples), "context": reader.context}
         wanted["examples_digest"] = examples_digest(examples)
-        wanted |= {"passage_max_len": reader.passage_max_len}
+        wanted |= {"passage_max_len": reader.tokens.passage_max_len}
     wanted["criterion"] = criterion
     made = found.provenance
     # What a criterion does not depend on is not in its provenance.

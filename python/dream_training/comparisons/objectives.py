@@ -18,8 +18,8 @@ from rich.table import Table
 
 from dream_kernels.head_file import read_chosen_heads
 from dream_training.checkpointing.folder import add_file
+from dream_training.choices import OBJECTIVES
 from dream_training.config import (
-    OBJECTIVES,
     TrainConfig,
     check_key,
     make_config,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dream_kernels.files import open_whole
-from dream_training.config import POSITIVES
+from dream_training.choices import POSITIVES, check_choice
 from dream_training.console import tracked
 from dream_training.data import raw_text
 from dream_training.data.forms import Parse, beir, find_form
@@ -258,8 +258,7 @@ def _columns(
     positives: str,
     streaming: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    if positives not in POSITIVES:
-        raise ValueError(f"positives must be one of {POSITIVES}, got {positives!r}")
+    check_choice("positives", positives, POSITIVES)
     rows = iterate_training_rows(source, split=split, target_from=target_from, streaming=streaming)
     for row in rows:
         irrelevant = [d for i, d in enumerate(row.documents) if i not in row.positives]

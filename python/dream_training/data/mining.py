@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dream_training.choices import MINED_CHOICES, check_at_least, check_choice
 from dream_training.console import tracked
 from dream_training.data.beir_folder import read_corpus
 from dream_training.data.forms import beir
@@ -16,8 +17,6 @@ from dream_training.data.training_row import TrainingRow, document_text, make_ro
 
 # Ranks the documents of a corpus for queries, both by id: (queries, corpus, k) -> scores by id.
 Rank = Callable[[Mapping[str, str], Mapping[str, str], int], Mapping[str, Mapping[str, float]]]
-
-CHOICES = ("random", "best")
 
 _WORD = re.compile(r"\w+")
 
@@ -50,15 +49,13 @@ class MiningOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.per_query < 1:
-            raise ValueError(f"per_query must be at least 1, got {self.per_query}")
+        check_at_least("per_query", self.per_query, 1)
         if not 1 <= self.first_rank <= self.last_rank:
             raise ValueError(
                 "first_rank and last_rank must be ranks from 1 on, the first not behind the last, "
                 f"got {self.first_rank} and {self.last_rank}"
             )
-        if self.choose not in CHOICES:
-            raise ValueError(f"choose must be one of {CHOICES}, got {self.choose!r}")
+        check_choice("choose", self.choose, MINED_CHOICES)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dream_training.choices import check_at_least
 from dream_training.data.training_row import TrainingRow, make_row, normalised
 
 SUFFIXES = (".txt", ".md")
@@ -37,8 +38,7 @@ class TextLengths:
 
     def __post_init__(self) -> None:
         for name in ("passage", "query", "target"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_at_least(name, getattr(self, name), 1)
 
 
 def fits(row: Mapping[str, Any]) -> bool:

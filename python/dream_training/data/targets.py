@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from dream_training.choices import TARGET_CHOICES
 from dream_training.data.sources import read_rows
 from dream_training.data.training_row import (
     TrainingRow,
@@ -21,7 +22,6 @@ from dream_training.data.training_row import (
 
 logger = logging.getLogger(__name__)
 
-TARGET_CHOICES = ("answers", "positive", "positive_sentence")
 _CHOICES_IN_WORDS = f"{', '.join(TARGET_CHOICES)} or the path of a file of targets"
 
 # A target, and the answers if the file has them.

@@ -31,9 +31,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dream_training.choices import GRADIENT_POINTS, check_choice
 from dream_training.reading.reader import Reader
 
-POINTS = ("own", "uniform")
 # Weights below it would make their quotient with a gradient of the same size meaningless.
 _LEAST_WEIGHT = 1e-6
 
@@ -80,8 +80,7 @@ def gradient_scores(
     Raises:
         ValueError: ``point`` is unknown.
     """
-    if point not in POINTS:
-        raise ValueError(f"point must be one of {POINTS}, got {point!r}")
+    check_choice("point", point, GRADIENT_POINTS)
     injection, config = reader.injection, reader.model.config.get_text_config()
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     prefix = reader.read(documents)

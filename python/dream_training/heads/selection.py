@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dream_kernels import HeadFile
-from dream_training.config import HEAD_CRITERIA
+from dream_training.choices import HEAD_CRITERIA, check_at_least, check_choice
 from dream_training.console import progress
 from dream_training.heads.gradient import gradient_scores
 from dream_training.heads.mass import calibrated_mass, qr_mass, qr_ndcg
@@ -155,8 +155,7 @@ def select_heads(
         ValueError: the criterion is unknown, there are fewer than two examples, a pool is smaller
             than two, or an example lacks the positive that the criterion needs.
     """
-    if criterion not in HEAD_CRITERIA:
-        raise ValueError(f"criterion must be one of {HEAD_CRITERIA}, got {criterion!r}")
+    check_choice("criterion", criterion, HEAD_CRITERIA)
     provenance: dict[str, Any] = {
         "criterion": criterion,
         "meaning": MEANINGS[criterion],
@@ -165,13 +164,12 @@ def select_heads(
     if criterion == "random":
         provenance |= {"seed": seed, "date": datetime.date.today().isoformat()}
         return HeadFile(random_order(reader, seed), provenance=provenance)
-    if pool_size < 2:
-        raise ValueError(f"pool_size must be at least 2, got {pool_size}")
+    check_at_least("pool_size", pool_size, 2)
     if len(examples) < 2:
         raise ValueError(f"examples must hold at least 2, got {len(examples)}")
     provenance |= {"data": data_name, "examples": len(examples), "pool_size": pool_size}
     provenance["examples_digest"] = examples_digest(examples)
-    provenance |= {"context": reader.context, "passage_max_len": reader.passage_max_len}
+    provenance |= {"context": reader.context, "passage_max_len": reader.tokens.passage_max_len}
     pools = make_pools(examples, pool_size)
     if criterion == "loss_gradient":
         scores, found = _gradient_scores(reader, pools, point)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dream_training.choices import check_at_least
 from dream_training.distributed import world
 from dream_training.distributed.pool import SHARE, gather_pool, mean_over_ranks
 from dream_training.objectives.accumulation import Accumulation, StepMetrics
-from dream_training.objectives.embedding import check_mini_batch_size, embed
+from dream_training.objectives.embedding import embed
 from dream_training.objectives.pools import pool_scores
 from dream_training.objectives.temperature import Temperature, as_temperature
 from dream_training.objectives.watch import TrainingWatch
@@ -20,6 +21,7 @@ from dream_training.reading.target_loss import at_least_float32
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from dream_training.reading.document_store import DocumentStore
     from dream_training.reading.reader import Reader
 
 # What a batch may have in some process, so that all of them speak of the same.
@@ -29,7 +31,26 @@ _METRICS = (
 )
 
 
-class PoolObjective(nn.Module):
+class TrainingObjective(nn.Module):
+    """What a run needs of its objective, beside the loss that ``forward`` returns.
+
+    Attributes:
+        metrics: of the last step, as floats.
+        reader: the frozen language model; None in an objective that reads nothing.
+        temperature: of the scores; None in an objective whose temperature cannot change.
+    """
+
+    metrics: dict[str, float]
+    reader: Reader | None
+    temperature: Temperature | None
+
+    @property
+    def store(self) -> DocumentStore | None:
+        """Where the reader keeps the documents that it has read; None if nowhere."""
+        return None if self.reader is None else self.reader.store
+
+
+class PoolObjective(TrainingObjective):
     """A sentence-transformers loss over the pool of documents that a batch brings along.
 
     The batch comes from :class:`~dream_training.objectives.collator.DreamCollator`. A subclass says
@@ -61,6 +82,7 @@ class PoolObjective(nn.Module):
     """
 
     name: str
+    temperature: Temperature
 
     def __init__(
         self,
@@ -71,9 +93,10 @@ class PoolObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.gather_across_devices = gather_across_devices
-        check_mini_batch_size(mini_batch_size)
+        check_at_least("mini_batch_size", mini_batch_size, 1)
         self.mini_batch_size = mini_batch_size
         self.model = model
+        self.reader = None
         self.temperature = as_temperature(temperature)
         self.metrics: dict[str, float] = {}
         self._accumulation, self._step = Accumulation(self), StepMetrics()
@@ -85,7 +108,7 @@ class PoolObjective(nn.Module):
         query, pool = features_of(sentence_features, type(self).__name__)
         if self.gather_across_devices:
             query, pool = gather_pool(query, pool)
-        before = store_counts(self)
+        before = self._store_counts()
         # Read before encoding: it needs no graph, so its peak memory comes first.
         evidence = self.read(query, pool)
         scores = self.scores(query, pool)
@@ -94,7 +117,7 @@ class PoolObjective(nn.Module):
         terms = self.terms(evidence, query, pool)
         if self.temperature.changes:
             self.metrics["temperature"] = self.temperature.value
-        self.metrics |= {name: n - before[name] for name, n in store_counts(self).items()}
+        self.metrics |= {name: n - before[name] for name, n in self._store_counts().items()}
         if loss.requires_grad:
             self._watch(self, lambda: self.choices(scores))
         loss, terms = self._weighted(loss, terms, len(scores) if terms else 0, query["positives"])
@@ -151,6 +174,11 @@ class PoolObjective(nn.Module):
         self.metrics |= metrics
         return loss * (terms * world.size() / total), int(total)
 
+    def _store_counts(self) -> dict[str, int]:
+        """Documents that the store had, and had not, so far."""
+        store = self.store
+        return {} if store is None else {"store_hits": store.hits, "store_misses": store.misses}
+
     @torch.no_grad()
     def _record(
         self, loss: Tensor, scores: Tensor, query: dict[str, Any], pool: dict[str, Any]
@@ -172,6 +200,8 @@ class ReaderObjective(PoolObjective):
     Args:
         reader: the frozen language model.
     """
+
+    reader: Reader
 
     def __init__(
         self,
@@ -202,12 +232,6 @@ def weight_metrics(scores: Tensor, positives: Sequence[int]) -> dict[str, float]
     return metrics
 
 
-def store_counts(loss: nn.Module) -> dict[str, int]:
-    """Documents that the store of an objective's reader had, and had not, so far."""
-    store = getattr(getattr(loss, "reader", None), "store", None)
-    return {} if store is None else {"store_hits": store.hits, "store_misses": store.misses}
-
-
 def features_of(
     sentence_features: list[dict[str, Any]], name: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -219,17 +243,3 @@ def features_of(
             "data_collator=DreamCollator(model)"
         )
     return features[0], features[1]
-
-
-def check_positive(name: str, value: float) -> float:
-    """Return ``value``, or raise ``ValueError`` naming the argument."""
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
-    return value
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
-    """Return ``value``, or raise ``ValueError`` naming the argument."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
-    return value

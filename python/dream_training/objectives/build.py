@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dream_training.distributed import world
+from dream_training.objectives.base import TrainingObjective
 from dream_training.objectives.collator import DreamCollator, LabelledCollator
 from dream_training.objectives.distillation import EmdrLoss, ReplugLoss
 from dream_training.objectives.distilled_dream import DistilledDreamLoss
@@ -38,13 +39,13 @@ class Objective:
     """What the trainer is given.
 
     Attributes:
-        loss: a sentence-transformers loss.
+        loss: a sentence-transformers loss, and what a run needs of it.
         data: the training data in the columns that the loss expects.
         collator: makes batches of texts and tokens.
         no_duplicates: whether equal texts in one batch would count as each other's negatives.
     """
 
-    loss: Any
+    loss: TrainingObjective
     data: Dataset | IterableDataset
     collator: DreamCollator | LabelledCollator
     no_duplicates: bool = False
@@ -82,7 +83,7 @@ def build_objective(
         config.temperature_schedule,
         config.learnable_temperature,
     )
-    own: Any
+    own: TrainingObjective
     if name == "infonce":
         all_candidates = config.pool == "both" and config.documents_per_query is None
         if all_candidates and not temperature.changes:
@@ -140,7 +141,7 @@ def _library_infonce(config: TrainConfig, model: SentenceTransformer, data: Data
         "scale": 1.0 / config.temperature,
         "gather_across_devices": config.gather_across_devices,
     }
-    loss: Any
+    loss: TrainingObjective
     if config.mini_batch_size is None:
         loss = InBatchInfoNCELoss(model, **options)
     else:

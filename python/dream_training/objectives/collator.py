@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dream_training.choices import check_pool
 from dream_training.models.texts import DOCUMENT, QUERY, text_features
-from dream_training.objectives.pools import Candidates, build_pools, check_pool, choose_candidates
+from dream_training.objectives.pools import Candidates, build_pools, choose_candidates
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

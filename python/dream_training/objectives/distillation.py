@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dream_training.config import DIRECTIONS, TEACHERS
-from dream_training.objectives.base import ReaderObjective, check_choice, check_positive
+from dream_training.choices import DIRECTIONS, TEACHERS, check_choice, check_positive
+from dream_training.objectives.base import ReaderObjective
 from dream_training.reading.likelihood import TargetLikelihood, target_likelihood
 from dream_training.reading.pool import read_each
 

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dream_training.config import DIRECTIONS
+from dream_training.choices import DIRECTIONS, check_choice, check_positive
 from dream_training.distributed import world
-from dream_training.objectives.base import check_choice, check_positive
 from dream_training.objectives.distillation import divergence
 from dream_training.objectives.dream import PoolReading
 from dream_training.objectives.temperature import Temperature

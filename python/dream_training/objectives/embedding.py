@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dream_training.choices import check_at_least
 from dream_training.distributed import world
 from dream_training.distributed.sharding import is_sharded
 
@@ -50,7 +51,7 @@ def embed(
     inputs = {key: value for key, value in features.items() if key not in _NOT_OF_THE_MODEL}
     if mini_batch_size is None:
         return model(inputs)["sentence_embedding"]
-    check_mini_batch_size(mini_batch_size)
+    check_at_least("mini_batch_size", mini_batch_size, 1)
     mask = inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise ValueError(
@@ -70,12 +71,6 @@ def embed(
             embedded = embedding(part)
         parts.append(embedded if index < len(begins) else embedded[:0])
     return torch.cat(parts)
-
-
-def check_mini_batch_size(mini_batch_size: int | None) -> None:
-    """Raise ``ValueError`` if it is below 1."""
-    if mini_batch_size is not None and mini_batch_size < 1:
-        raise ValueError(f"mini_batch_size must be at least 1, got {mini_batch_size}")
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dream_training.distributed.pool import mean_over_ranks
 from dream_training.objectives.accumulation import StepMetrics
-from dream_training.objectives.base import PoolObjective
+from dream_training.objectives.base import PoolObjective, TrainingObjective
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -70,10 +70,12 @@ class PoolInfoNCELoss(PoolObjective):
         return nn.functional.cross_entropy(scores, evidence.to(scores.device))
 
 
-class _Recorded(nn.Module):
+class _Recorded(TrainingObjective):
     """Keeps ``loss`` and ``tokens`` of the last step, of all processes, in ``metrics``."""
 
-    metrics: dict[str, float] = {}  # noqa: RUF012 - replaced as a whole at every step
+    metrics = {}  # noqa: RUF012 - replaced as a whole at every step
+    reader = None
+    temperature = None
     _step: StepMetrics | None = None
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Any = None) -> Tensor:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-POOLS = ("both", "in_batch", "mined")
+import torch
+from torch import Tensor
 
 Candidates = tuple[list[str], int]
 
@@ -32,7 +29,7 @@ def choose_candidates(
     Args:
         queries: ``B`` texts.
         candidates: for each query its documents and the index of the relevant one, or -1.
-        pool: one of :data:`POOLS`.
+        pool: one of :data:`~dream_training.choices.POOLS`.
         documents_per_query: how many candidates of a row are kept, or None for all.
         seed: of the draw.
 
@@ -110,8 +107,6 @@ def pool_scores(
         ``[B, C]`` with ``C`` the size of the largest pool, ``-inf`` behind the end of a smaller
         one, and ``[B, C]`` bool, true for the documents that are there; None if all are.
     """
-    import torch  # here, so that configs are checked without waiting for it
-
     if pools is None:
         return scores, None
     size = max(map(len, pools))
@@ -119,22 +114,3 @@ def pool_scores(
     present = index >= 0
     picked = scores.gather(1, index.clamp(min=0)).masked_fill(~present, -torch.inf)
     return picked, None if bool(present.all()) else present
-
-
-def check_pool(pool: str, documents_per_query: int | None) -> None:
-    """Check the choice of a pool.
-
-    Raises:
-        ValueError: ``pool`` is unknown, or ``documents_per_query`` is below 1 or has no meaning.
-    """
-    if pool not in POOLS:
-        raise ValueError(f"pool must be one of {POOLS}, got {pool!r}")
-    if documents_per_query is None:
-        return
-    if documents_per_query < 1:
-        raise ValueError(f"documents_per_query must be at least 1, got {documents_per_query}")
-    if pool == "in_batch":
-        raise ValueError(
-            "documents_per_query must be null with pool 'in_batch', which takes one document of "
-            f"each query, got {documents_per_query}"
-        )

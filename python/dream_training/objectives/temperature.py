@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dream_training.choices import CONSTANT, LEARNABLE_RANGE, check_temperature
 from dream_training.distributed.gather import replicated
-from dream_training.objectives.schedules import CONSTANT, LEARNABLE_RANGE, check_temperature
 
 
 class Temperature(nn.Module):
@@ -22,7 +22,7 @@ class Temperature(nn.Module):
     - ``exponential``: :math:`\tau_0 (\tau_1 / \tau_0)^x`
 
     A learned one is :math:`e^\theta`, :math:`\theta` starting at :math:`\log \tau_0` and kept where
-    the temperature lies in :data:`~dream_training.objectives.schedules.LEARNABLE_RANGE`. The
+    the temperature lies in :data:`~dream_training.choices.LEARNABLE_RANGE`. The
     parameter is in the objective's ``state_dict``, and the optimizer of a
     ``SentenceTransformerTrainer`` takes it.
 

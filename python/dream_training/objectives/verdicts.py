@@ -73,7 +73,7 @@ def reader_identity(reader: Reader) -> str:
 
     Reads every weight once: about a second for each gigabyte.
     """
-    injection = reader.injection
+    injection, tokens = reader.injection, reader.tokens
     head = reader.model.get_output_embeddings().weight.detach().cpu().contiguous()
     settings: dict[str, Any] = {
         "model": model_identity(reader.model),
@@ -83,7 +83,7 @@ def reader_identity(reader: Reader) -> str:
         "document_mass": injection.document_mass,
         "context": reader.context,
         "injected_rows": reader.injected_rows,
-        "lengths": [reader.query_max_len, reader.passage_max_len, reader.target_max_len],
-        "prompt": asdict(reader.prompt),
+        "lengths": [tokens.query_max_len, tokens.passage_max_len, tokens.target_max_len],
+        "prompt": asdict(tokens.prompt),
     }
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from dream_kernels import HeadFile
+from dream_training.choices import CHAT, MEMORY, PLAIN
 from dream_training.console import duration, print_entry, progress, show_on, shows_progress
 from dream_training.models.architectures import save_tiny
 from dream_training.preflight.plan import (
@@ -23,8 +24,6 @@ from dream_training.preflight.plan import (
     measured_rate,
     shape_of,
 )
-from dream_training.reading.document_store import MEMORY
-from dream_training.reading.prompts import CHAT, PLAIN
 
 if TYPE_CHECKING:
     from dream_training.config import TrainConfig

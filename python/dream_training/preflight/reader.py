@@ -41,7 +41,7 @@ def spans(reader: Reader, documents: Sequence[str]) -> Check:
         begin = ranges[0][0]
         rows = [row for batch in seen for row in batch]
         tokens = [row[begin : begin + end - start] for row, (start, end) in zip(rows, ranges)]
-    before, after = reader.prompt.document.split("{document}")
+    before, after = reader.tokens.prompt.document.split("{document}")
     wrong = []
     for place, (own, document) in enumerate(zip(tokens, documents)):
         text = _squeeze(str(reader.tokenizer.decode(own, clean_up_tokenization_spaces=False)))

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from dream_kernels.files import open_whole
+from dream_training.choices import MEMORY, check_positive
 from dream_training.console import tracked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MEMORY = "memory"
 _FORMAT = "dream-kernels document 1"
 _SUFFIX = ".safetensors"
 # What a writer that died leaves behind is cleared away after an hour.
@@ -63,8 +63,7 @@ class DocumentStore(ABC):
     """
 
     def __init__(self, identity: str, max_bytes: int) -> None:
-        if max_bytes <= 0:
-            raise ValueError(f"max_bytes must be positive, got {max_bytes}")
+        check_positive("max_bytes", max_bytes)
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
         self._identity = identity
@@ -281,23 +280,6 @@ class DiskStore(DocumentStore):
 
     def _delete(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)
-
-
-def check_document_store(
-    choice: str | os.PathLike[str] | None, max_gb: float, context: str
-) -> None:
-    """Check what a config says of the store.
-
-    Raises:
-        ValueError: ``max_gb`` is not positive, or documents are not read alone.
-    """
-    if not max_gb > 0:
-        raise ValueError(f"document_store_gb must be positive, got {max_gb}")
-    if choice is not None and context != "independent":
-        raise ValueError(
-            "document_store must be null unless context is 'independent': documents read jointly "
-            f"depend on those before them; got {os.fspath(choice)!r} with context {context!r}"
-        )
 
 
 def open_document_store(

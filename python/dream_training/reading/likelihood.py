@@ -61,8 +61,8 @@ def target_likelihood(
         prefix = reader.read(documents, [[i] for i in range(len(documents))])
     if pools is None:
         pools = [range(prefix.batch)] * len(queries)
-    query_ids = [reader.query_tokens(query, i) for i, query in enumerate(queries)]
-    target_ids = [reader.target_tokens(target, i) for i, target in enumerate(targets)]
+    query_ids = reader.tokens.queries(queries)
+    target_ids = reader.tokens.targets(targets)
     reader.check_context(prefix, query_ids, target_ids)
     counts = torch.tensor([len(target) for target in target_ids], device=reader.device)
     token_mask = torch.arange(int(counts.max()), device=reader.device) < counts[:, None]

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dream_kernels.parsing import read_text, shortened
+from dream_training.choices import CHAT, PLAIN, check_reader_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PLAIN, CHAT = "plain", "chat"
 
 # Templates that print today's date would make another prompt of every day.
 _DATE = "26 Jul 2024"
@@ -85,21 +84,6 @@ def load_reader_prompt(
     check_reader_prompt(choice)
     path = Path(choice)
     return template_prompt(read_text(path, _MOST_CHARACTERS), tokenizer, str(path))
-
-
-def check_reader_prompt(choice: str | os.PathLike[str]) -> None:
-    """Raise ``FileNotFoundError`` if it names neither a prompt nor a file."""
-    if choice in (PLAIN, CHAT):
-        return
-    try:
-        found = Path(choice).is_file()
-    except (OSError, ValueError):  # a name too long, or none at all
-        found = False
-    if not found:
-        raise FileNotFoundError(
-            f"reader_prompt must be {PLAIN!r}, {CHAT!r} or a Jinja file, and there is no file "
-            f"{shortened(os.fspath(choice))}"
-        )
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase) -> ReaderPrompt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,25 @@ from dream_kernels import (
     read_independently,
     read_jointly,
 )
-from dream_kernels.parsing import shortened, why_not_text
-from dream_training.config import CONTEXTS, INJECTED_ROWS
+from dream_training.choices import (
+    CONTEXTS,
+    INJECTED_ROWS,
+    PLAIN,
+    check_at_least,
+    check_choice,
+    check_document_store,
+)
 from dream_training.distributed.sharding import Pace, shard_model
-from dream_training.models.text_tokens import check_vocabulary, text_tokens
-from dream_training.reading.document_store import check_document_store, open_document_store
-from dream_training.reading.prompts import PLAIN, ReaderPrompt, load_reader_prompt
-from dream_training.reading.target_loss import at_least_float32, plain_head, target_losses
+from dream_training.models.text_tokens import check_vocabulary
+from dream_training.reading.document_store import open_document_store
+from dream_training.reading.prompts import ReaderPrompt, load_reader_prompt
+from dream_training.reading.target_loss import (
+    at_least_float32,
+    loss_of_scores,
+    plain_head,
+    target_losses,
+)
+from dream_training.reading.tokens import PromptTokens, pad
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,9 +61,6 @@ class Reading:
 
 class Reader(nn.Module):
     """A frozen decoder in which document scores act on some attention heads.
-
-    The prompt's special tokens are its own: their names in a document, query or target are read as
-    the characters that they are written with.
 
     Args:
         model: a transformers decoder; it is frozen and set to eval mode.
@@ -79,6 +88,7 @@ class Reader(nn.Module):
             recently go first.
 
     Attributes:
+        tokens: the :class:`~dream_training.reading.tokens.PromptTokens` of its prompt and lengths.
         store: the :class:`~dream_training.reading.document_store.DocumentStore`, or None.
 
     Raises:
@@ -107,41 +117,27 @@ class Reader(nn.Module):
         document_store_gb: float = 2.0,
     ) -> None:
         super().__init__()
-        if context not in CONTEXTS:
-            raise ValueError(f"context must be one of {CONTEXTS}, got {context!r}")
-        if injected_rows not in INJECTED_ROWS:
-            raise ValueError(f"injected_rows must be one of {INJECTED_ROWS}, got {injected_rows!r}")
+        check_choice("context", context, CONTEXTS)
+        check_choice("injected_rows", injected_rows, INJECTED_ROWS)
         check_document_store(document_store, document_store_gb, context)
-        for name, value in (
-            ("query_max_len", query_max_len),
-            ("passage_max_len", passage_max_len),
-            ("target_max_len", target_max_len),
-            ("rows_per_pass", rows_per_pass),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least("rows_per_pass", rows_per_pass, 1)
         check_vocabulary(tokenizer, model, "reader")
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.context = context
         self.injected_rows = injected_rows
-        self.query_max_len = query_max_len
-        self.passage_max_len = passage_max_len
-        self.target_max_len = target_max_len
         self.rows_per_pass = rows_per_pass
         if not isinstance(prompt, ReaderPrompt):
             prompt = load_reader_prompt(prompt, tokenizer)
-        self.prompt = prompt
+        self.tokens = PromptTokens(
+            tokenizer, prompt, query_max_len, passage_max_len, target_max_len
+        )
         self.injection = inject_attention(
             self.model, heads, top_k=top_k, mode=mode, document_mass=document_mass, impl=impl
         )
         self.store = open_document_store(document_store, self.model, document_store_gb)
         self._head = plain_head(self.model)
         self._pace: Pace | None = None
-        self._header = self._header_ids()
-        self._around_document = self._around(self.prompt.document, "{document}")
-        self._around_query = self._around(self.prompt.query, "{query}")
-        self._around_target = self._target_pieces()
 
     @classmethod
     def from_pretrained(
@@ -214,25 +210,25 @@ class Reader(nn.Module):
         Raises:
             ValueError: there is no document, or a blank one.
         """
-        tokens = [self._document_ids(text, i) for i, text in enumerate(documents)]
+        tokens = self.tokens.documents(documents)
         if not tokens:
             raise ValueError("documents must hold at least one text, got none")
         if self.context == "independent":
             prefix = read_independently(
-                self.model, tokens, pools, header=self._header, store=self.store
+                self.model, tokens, pools, header=self.tokens.header, store=self.store
             )
             self.catch_up()
             return prefix
         rows = [range(len(tokens))] if pools is None else pools
         sequences, spans = [], torch.zeros(len(rows), max(map(len, rows)), 2, dtype=torch.long)
         for b, pool in enumerate(rows):
-            sequence = list(self._header)
+            sequence = list(self.tokens.header)
             for c, i in enumerate(pool):
                 spans[b, c, 0] = len(sequence)
                 sequence += tokens[i]
                 spans[b, c, 1] = len(sequence)
             sequences.append(sequence)
-        ids, mask = _pad(sequences, "right", self.device)
+        ids, mask = pad(sequences, "right", self.device)
         prefix = read_jointly(self.model, ids, spans.to(self.device), mask)
         self.catch_up()
         return prefix
@@ -253,14 +249,13 @@ class Reader(nn.Module):
             ValueError: a target is blank, or does not fit into the reader's context.
         """
         if queries is None:
-            before, after = self._around_query
-            query_ids = [before + after] * len(targets)
+            query_ids = [self.tokens.no_query] * len(targets)
         else:
-            query_ids = [self.query_tokens(query, i) for i, query in enumerate(queries)]
-        target_ids = [self.target_tokens(target, i) for i, target in enumerate(targets)]
+            query_ids = self.tokens.queries(queries)
+        target_ids = self.tokens.targets(targets)
         self.check_context(prefix, query_ids, target_ids)
         passes = self.passes(query_ids, target_ids)
-        losses, query_losses = _ReaderLoss.apply(
+        losses, query_losses = loss_of_scores(
             scores, lambda own: self._run_passes(prefix, query_ids, target_ids, own, passes)
         )
         return Reading(losses, query_losses, sum(map(len, target_ids)))
@@ -327,14 +322,12 @@ class Reader(nn.Module):
         first_row = None
         if self.injected_rows == "all":
             # Targets end at the right edge.
-            ids, mask = _pad([q + t for q, t in zip(query_ids, target_ids)], "left", self.device)
+            ids, mask = pad([q + t for q, t in zip(query_ids, target_ids)], "left", self.device)
             begins = [ids.shape[1] - len(target) for target in target_ids]
         else:
             # Targets begin in one column, so that the rows before it are those of the queries.
-            left, right = (
-                _pad(query_ids, "left", self.device),
-                _pad(target_ids, "right", self.device),
-            )
+            left = pad(query_ids, "left", self.device)
+            right = pad(target_ids, "right", self.device)
             ids, mask = (torch.cat(parts, dim=1) for parts in zip(left, right))
             begins = [left[0].shape[1]] * len(ids)
             first_row = begins[0] - 1
@@ -368,8 +361,8 @@ class Reader(nn.Module):
             ``input_ids`` and ``attention_mask`` ``[B, M]``, padded on the left, and
             ``row_weights`` ``[B, M]`` that average over the tokens of the query text.
         """
-        pieces = [self._query_ids(query, i) for i, query in enumerate(queries)]
-        ids, mask = _pad([tokens for tokens, _ in pieces], "left", self.device)
+        pieces = self.tokens.queries_and_spans(queries)
+        ids, mask = pad([tokens for tokens, _ in pieces], "left", self.device)
         weights = torch.zeros(ids.shape, device=self.device)
         for b, (tokens, (start, end)) in enumerate(pieces):
             offset = ids.shape[1] - len(tokens)
@@ -385,74 +378,9 @@ class Reader(nn.Module):
             ``input_ids`` and ``attention_mask`` ``[B, M]``, padded on the left, and
             ``row_weights`` ``[B, M]`` that average over all tokens of a row.
         """
-        ids, mask = _pad(
-            [
-                self.query_tokens(query, i) + self.target_tokens(target, i)
-                for i, (query, target) in enumerate(zip(queries, targets))
-            ],
-            "left",
-            self.device,
-        )
+        pairs = zip(self.tokens.queries(queries), self.tokens.targets(targets))
+        ids, mask = pad([query + target for query, target in pairs], "left", self.device)
         return ids, mask, mask / mask.sum(1, keepdim=True)
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _header_ids(self) -> list[int]:
-        """Tokens of the header, which begins with one beginning-of-sequence token at most."""
-        header = self._ids(self.prompt.header)
-        begin = getattr(self.tokenizer, "bos_token_id", None)
-        if begin is None or not self.prompt.bos or header[:1] == [begin]:
-            return header
-        return [begin, *header]
-
-    def _target_pieces(self) -> tuple[list[int], list[int], str]:
-        """Tokens around a target, and the space before it, which belongs to its first word."""
-        before, after = self.prompt.target.split("{target}")
-        text = before.rstrip(" ")
-        return self._ids(text), self._ids(after), before[len(text) :]
-
-    def _around(self, template: str, placeholder: str) -> tuple[list[int], list[int]]:
-        before, after = template.split(placeholder)
-        return self._ids(before), self._ids(after)
-
-    def _document_ids(self, text: str, index: int) -> list[int]:
-        before, after = self._around_document
-        own = self._text_ids(text, self.passage_max_len, "documents", index)
-        return before + own + after
-
-    def query_tokens(self, query: str, index: int = 0) -> list[int]:
-        """Token ids of query ``index`` in its prompt, cut to ``query_max_len``."""
-        return self._query_ids(query, index)[0]
-
-    def _query_ids(self, query: str, index: int = 0) -> tuple[list[int], tuple[int, int]]:
-        """Tokens of the query in its prompt, and where the query's own tokens stand."""
-        before, after = self._around_query
-        own = self._text_ids(query, self.query_max_len, "queries", index)
-        return before + own + after, (len(before), len(before) + len(own))
-
-    def target_tokens(self, target: str, index: int) -> list[int]:
-        """Token ids of target ``index`` in its prompt, cut to ``target_max_len``."""
-        before, after, space = self._around_target
-        own = self._text_ids(target, self.target_max_len, "targets", index, space)
-        return (before + own + after)[: self.target_max_len]
-
-    def _text_ids(
-        self, text: str, limit: int, name: str, index: int, space: str | None = None
-    ) -> list[int]:
-        """Tokens of a text, none of them special; with ``space`` it is stripped and put behind it.
-
-        Raises:
-            ValueError: it is blank, no text, or has no token.
-        """
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{name} must not be blank, got {shortened(text)} at {index}")
-        if (reason := why_not_text(text)) is not None:
-            raise ValueError(f"{name} must be texts, but in {name}[{index}] {reason}")
-        own = text_tokens(self.tokenizer, text if space is None else space + text.strip(), limit)
-        if not own:
-            raise ValueError(f"{name} must have a token each, got {shortened(text)} at {index}")
-        return own
 
     def check_context(
         self, prefix: Prefix, query_ids: list[list[int]], target_ids: list[list[int]]
@@ -469,41 +397,3 @@ class Reader(nn.Module):
                     f"target {i} does not fit into the reader's context of {limit} tokens: "
                     f"documents {start}, query {len(query)}, target {len(target)}"
                 )
-
-
-class _ReaderLoss(torch.autograd.Function):
-    """Runs forward and backward of the reader at once, so that no two passes are in memory.
-
-    The reader is frozen and the prefix has no gradient: the scores are all that the loss depends
-    on, and its gradient in them is a small matrix.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, scores: Tensor, run: Callable[[Tensor], tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        differentiable = ctx.needs_input_grad[0]
-        with torch.set_grad_enabled(differentiable):
-            own = scores.detach().requires_grad_(differentiable)
-            loss, query_losses = run(own)
-        if differentiable:
-            ctx.save_for_backward(own.grad)
-        ctx.mark_non_differentiable(query_losses)
-        return loss, query_losses
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient), None
-
-
-def _pad(sequences: Sequence[list[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return ids and mask ``[B, L]`` of sequences of different lengths."""
-    length = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask = torch.zeros(len(sequences), length, dtype=torch.long)
-    for b, sequence in enumerate(sequences):
-        place = slice(0, len(sequence)) if side == "right" else slice(length - len(sequence), None)
-        ids[b, place] = torch.tensor(sequence)
-        mask[b, place] = 1
-    return ids.to(device), mask.to(device)

@@ -7,6 +7,7 @@ one chunk of positions; what is kept for the backward is the gradient in the hid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,11 +65,52 @@ def target_losses(head: nn.Module, states: Tensor, targets: Tensor) -> Tensor:
     return _TargetLosses.apply(states, head, targets, rows)
 
 
+class _LossOfScores(torch.autograd.Function):
+    """Runs the reader's backward in its forward, and keeps the gradient in the scores."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, run: Callable[[Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        differentiable = ctx.needs_input_grad[0]
+        with torch.set_grad_enabled(differentiable):
+            own = scores.detach().requires_grad_(differentiable)
+            loss, query_losses = run(own)
+        if differentiable:
+            ctx.save_for_backward(own.grad)
+        ctx.mark_non_differentiable(query_losses)
+        return loss, query_losses
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0].to(gradient), None
+
+
+def loss_of_scores(
+    scores: Tensor, run: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Run the reader forward and backward at once, so that one pass at a time is in memory.
+
+    The reader is frozen and the prefix has no gradient: the loss depends on the scores alone, and
+    its gradient in them is a small matrix, kept for the backward of what is returned.
+
+    Args:
+        scores: of the documents.
+        run: takes a leaf with the values of ``scores``, returns the loss and the losses by query,
+            and leaves the gradient of the loss in the leaf where it needs one.
+
+    Returns:
+        The loss, scalar, and the losses by query, which have no gradient.
+    """
+    return _LossOfScores.apply(scores, run)
+
+
 @torch.no_grad()
 def plain_head(model: PreTrainedModel) -> nn.Module | None:
     """Return the head if the model's logits are exactly what it makes of the last hidden states.
 
-    Some models scale or cap their logits behind the head; for them, and for a head without a
+    Some models scale or cap their logits after the head; for them, and for a head without a
     weight, the answer is None. Two tokens are run to find out.
     """
     head: Any = model.get_output_embeddings()

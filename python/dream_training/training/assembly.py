@@ -15,7 +15,6 @@ from dream_training.models.loading import make_retriever
 from dream_training.models.precision import train_in_float32
 from dream_training.models.texts import prepare_retriever
 from dream_training.objectives.build import build_objective
-from dream_training.objectives.temperature import Temperature
 from dream_training.plots import plot_heads
 from dream_training.training.callbacks import (
     KeepBestCallback,
@@ -136,9 +135,8 @@ def assemble(prepared: Prepared, given: Given) -> Run:
     own = (run.memory, run.gradients, run.progress, keeper, record, run.signals)
     for callback in (*own, *given.callbacks):
         trainer.add_callback(callback)
-    temperature = getattr(objective.loss, "temperature", None)
-    if isinstance(temperature, Temperature):
-        trainer.add_callback(TemperatureCallback(temperature))
+    if objective.loss.temperature is not None:
+        trainer.add_callback(TemperatureCallback(objective.loss.temperature))
     return run
 
 
@@ -147,8 +145,7 @@ def _stateful(
 ) -> dict[str, Stateful]:
     """What a checkpoint keeps beside weights and optimiser, by name, in the order of restoring."""
     parts: dict[str, Stateful] = {"history": history, **others}
-    store = getattr(getattr(objective.loss, "reader", None), "store", None)
-    if store is not None:
+    if (store := objective.loss.store) is not None:
         folder, keep = prepared.output_dir / CHECKPOINTS, prepared.config.keep_checkpoints
         parts["documents"] = StoredDocuments(store, folder, keep)
     return parts

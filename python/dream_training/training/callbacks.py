@@ -19,13 +19,16 @@ from dream_training.models.retriever import save_retriever
 from dream_training.training.output_folder import BEST, LAST
 
 if TYPE_CHECKING:
+    from dream_training.objectives.base import TrainingObjective
     from dream_training.objectives.temperature import Temperature
 
 
 class ProgressCallback(TrainerCallback):
     """Records every step, and shows it: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, loss: Any, history: History, console: Console, log_steps: int) -> None:
+    def __init__(
+        self, loss: TrainingObjective, history: History, console: Console, log_steps: int
+    ) -> None:
         self.loss, self.history, self.console, self.log_steps = loss, history, console, log_steps
         self._shown, self._work = ExitStack(), Work("")
         self._begin = self._printed = 0.0
@@ -46,7 +49,7 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        metrics = dict(getattr(self.loss, "metrics", {}))
+        metrics = dict(self.loss.metrics)
         metrics |= {"step": state.global_step, "seconds": time.perf_counter() - self._begin}
         self.history.steps.append(metrics)
         self._work.update(state.global_step, describe(metrics, brief=True))

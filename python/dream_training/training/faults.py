@@ -21,6 +21,7 @@ from dream_training.training.workers import dead_worker, error_in_worker
 
 if TYPE_CHECKING:
     from dream_training.config import TrainConfig
+    from dream_training.objectives.base import TrainingObjective
 
 _GIB = 2**30
 _STEPS_WITHOUT_GRADIENT = 5
@@ -42,7 +43,7 @@ class StepGuard:
         skipped: how many steps were, so far.
     """
 
-    def __init__(self, loss: Any, folder: Path, limit: int, console: Console) -> None:
+    def __init__(self, loss: TrainingObjective, folder: Path, limit: int, console: Console) -> None:
         self.loss, self.folder, self.limit, self.console = loss, folder / FAULTS, limit, console
         self.skipped = 0
 

@@ -25,12 +25,13 @@ from dream_training.evaluation.results import (
 from dream_training.evaluation.tasks import evaluate_task
 from dream_training.history import History
 from dream_training.json_file import write_json
-from dream_training.reading.reader import Reader
 from dream_training.training.examples import TrainingExamples
 from dream_training.training.output_folder import ENVIRONMENT, EXAMPLES
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+    from dream_training.objectives.base import TrainingObjective
 
 
 class RunRecord(TrainerCallback):
@@ -57,7 +58,7 @@ class RunRecord(TrainerCallback):
         config: TrainConfig,
         model: SentenceTransformer,
         data: Iterable[Any],
-        loss: Any,
+        loss: TrainingObjective,
         evaluator: RetrievalEvaluator | None,
         history: History,
         resumed: bool = False,
@@ -177,14 +178,9 @@ class RunRecord(TrainerCallback):
 
     def _measure(self, name: str) -> None:
         assert self.examples is not None
-        reader = getattr(self.loss, "reader", None)
-        if isinstance(reader, Reader) and not reader.injection.heads:
+        reader = self.loss.reader
+        if reader is not None and not reader.injection.heads:
             reader = None  # the objective's scores act nowhere in it
-        temperature = getattr(self.loss, "temperature", self.config.temperature)
-        temperature = getattr(temperature, "value", temperature)
-        self.examples.measure(
-            name,
-            whole(self.model),
-            reader if isinstance(reader, Reader) else None,
-            float(temperature),
-        )
+        temperature = self.loss.temperature
+        value = self.config.temperature if temperature is None else temperature.value
+        self.examples.measure(name, whole(self.model), reader, value)
