@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
+
 import typer
+
+# A package above this one, so it is found by name, as `python -m` would.
+_SUITE = "dream_benchmarks"
 
 
 def bench(context: typer.Context) -> None:
     """Measure speed and memory against peers; see dream bench --help."""
-    try:
-        from dream_benchmarks.cli import app
-    except ModuleNotFoundError as error:
-        if error.name != "dream_benchmarks":
-            raise
+    if find_spec(_SUITE) is None:
         raise ModuleNotFoundError(
             "the benchmark suite is not installed; in a checkout run: python -m benchmarks"
-        ) from None
-    app(context.args, prog_name="dream bench")
+        )
+    import_module(f"{_SUITE}.cli").app(context.args, prog_name="dream bench")
