@@ -1,7 +1,7 @@
-"""The GPU acceptance: the tests on the device, then the times of issue-sized shapes.
+"""The GPU acceptance: the tests on the device, then the times of realistic shapes.
 
-``--rehearse`` walks the same way with tiny shapes on the CPU, so that the command is known to work
-before a GPU is at hand; its figures mean nothing and are marked as a quick look.
+``--rehearse`` does the same with tiny shapes on the CPU, to try the command without a GPU; its
+figures mean nothing and are marked as quick.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ PEERS = (
 PEERS_GRADIENTS = ("query", "scores")
 _TEST_SECONDS = 1800
 _SANITIZERS = ("memcheck", "racecheck")
-# Where the CUDA toolkit puts them, often without telling the shell.
+# Where the CUDA toolkit installs them, often without adding it to PATH.
 _CUDA_TOOLS = "/usr/local/cuda/bin"
 # A sanitizer makes a kernel a hundred times slower: one small forward and backward of each kind.
 _SANITIZED = f"{__package__}.sanitized"
 _COLD = f"{__package__}.cold"
-# Each process compiles kernels of its own most of the time.
+# Each process spends most of its time compiling its own kernels.
 _TEST_PROCESSES = 8
 
 
@@ -72,10 +72,10 @@ def run_acceptance(
     Args:
         settings: of the timing.
         rehearse: tiny shapes, no GPU.
-        checks: whether tests and sanitizers run, too.
+        checks: whether to run tests and sanitizers, too.
         wanted: only cases whose name contains this.
-        say: is told what is going on.
-        show: is given the records of each case.
+        say: called with progress messages.
+        show: called with the records of each case.
     """
     cases = [c for c in (rehearsal_cases() if rehearse else gpu_cases()) if wanted in c.name]
     if not cases:
@@ -152,7 +152,7 @@ def _checks(rehearse: bool, cache: str) -> list[tuple[str, list[str], Mapping[st
         pytest += ["--collect-only"]
     elif importlib.util.find_spec("xdist") is not None:
         pytest += ["-n", str(min(_TEST_PROCESSES, os.cpu_count() or 1))]
-    # The interpreter takes its time, so a rehearsal runs two cases.
+    # The interpreter is slow, so a rehearsal runs two cases.
     device = "cpu" if rehearse else "cuda"
     arguments = [device, "2"] if rehearse else [device]
     interpreter = {"TRITON_INTERPRET": "1"} if rehearse else {}
@@ -174,7 +174,7 @@ def _checks(rehearse: bool, cache: str) -> list[tuple[str, list[str], Mapping[st
 
 
 def _run(command: list[str], extra: Mapping[str, str]) -> tuple[str, str, float]:
-    """Status, last word or reason, and seconds of one check."""
+    """Status, last line or reason, and seconds of one check."""
     path = os.pathsep.join((os.environ.get("PATH", ""), _CUDA_TOOLS))
     program = shutil.which(command[0], path=path)
     if program is None:

@@ -21,7 +21,7 @@ class Case:
     """One problem. Documents are equally long, adjacent, and start at position 0.
 
     Attributes:
-        name: what the case is there for; cases of one name differ in dtype or in ``gradients``.
+        name: the purpose of the case; cases of one name differ in dtype or in ``gradients``.
         batch: ``B``.
         query_heads: ``Hq``.
         key_heads: ``Hkv``.
@@ -102,13 +102,13 @@ def full_sequence(name: str, length: int, **changes: Any) -> Case:
 
 
 def from_record(record: dict[str, Any]) -> Case:
-    """The case of which :meth:`Case.record` made ``record``."""
+    """The case that :meth:`Case.record` made ``record`` of."""
     return Case(**{**record, "gradients": tuple(record["gradients"])})
 
 
 @dataclass
 class Inputs:
-    """The tensors of a case. Leaves do not require gradients yet; adapters decide.
+    """The tensors of a case. No leaf requires a gradient yet; adapters decide.
 
     Attributes:
         case: what they are made for.
@@ -151,13 +151,13 @@ class Inputs:
         return keys, values
 
     def document_of_key(self) -> Tensor:
-        """``[T]``: the document each key stands in, ``C`` outside all of them."""
+        """``[T]``: the document of each key, ``C`` outside all of them."""
         position = torch.arange(self.case.length, device=self.device)
         ends = self.spans[0, :, 1].contiguous()
         return torch.searchsorted(ends, position, right=True)
 
     def scored_row(self) -> Tensor:
-        """``[M]`` bool: the rows behind every document."""
+        """``[M]`` bool: the rows after every document."""
         case = self.case
         position = torch.arange(case.length - case.rows, case.length, device=self.device)
         return position >= case.covered
@@ -178,7 +178,7 @@ class Inputs:
         return ones.tril(length - rows)
 
     def exact(self) -> Inputs:
-        """The same numbers in float64, for the reference to judge the others by."""
+        """The same numbers in float64, for the reference."""
         tensors = {
             name: None if tensor is None else tensor.detach().double()
             for name, tensor in (
@@ -225,7 +225,7 @@ def _in_both_dtypes(case: Case) -> list[Case]:
 
 
 def _three_backwards(case: Case) -> list[Case]:
-    """The full backward, and those of the first and of the later injected layers' fast paths."""
+    """The full backward, and the fast paths of the first and of the later injected layers."""
     return [
         case,
         replace(case, gradients=("query", "scores")),
@@ -234,7 +234,7 @@ def _three_backwards(case: Case) -> list[Case]:
 
 
 def cpu_cases() -> list[Case]:
-    """The shapes of the CPU kernel's acceptance, and their neighbours."""
+    """The shapes of the CPU kernel's acceptance, and similar ones."""
     main = Case("shared pool")
     cases = [c for both in _in_both_dtypes(main) for c in _three_backwards(both)]
     neighbours = [
@@ -282,7 +282,7 @@ def full_sequences() -> tuple[Case, Case]:
 
 
 def quick_cases() -> list[Case]:
-    """A few small shapes that show whether everything works."""
+    """A few small shapes to check that everything works."""
     small = Case("shared pool", batch=4, rows=32, local=32, prefix=512, covered=512)
     return [
         small,

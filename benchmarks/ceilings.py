@@ -1,4 +1,4 @@
-"""What this machine can do: a large matrix product and a large copy, measured on the spot."""
+"""Peak rates of this machine: a large matrix product and a large copy, measured."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def measure_ceilings(
     Args:
         device: where.
         dtypes: of the matrix products.
-        scale: makes products and copy smaller, for a quick look.
+        scale: makes products and copy smaller, for a quick run.
         runs: how many.
     """
     clock = Clock(device)

@@ -1,4 +1,4 @@
-"""No time is shown for a peer that is wrong: outputs and gradients against the reference."""
+"""Correctness check before timing: outputs and gradients against the reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .adapters import Adapter, Prepared, Refusal
 from .adapters.eager import Eager
 from .cases import DTYPES, Case, Inputs
 
-# The float64 oracle of a case may keep this much; larger cases are checked on fewer batch elements.
+# Bytes of the float64 oracle of a case; larger cases are checked on fewer batch elements.
 _ORACLE_BYTES = 4 * 2**30
 _ORACLE_MATRICES = 10
 # What all elements have in common may be off by one and a half roundings (half an eps each) of a
@@ -34,7 +34,7 @@ def check_case(case: Case) -> Case:
 
 @dataclass
 class Oracle:
-    """What is right for one case, and how much plain PyTorch in the same dtype deviates from it.
+    """The correct result of one case, and how much plain PyTorch in the same dtype deviates.
 
     A peer's error may be twice plain PyTorch's plus a few roundings of the dtype, in the norm of
     the output and of every gradient. Roundings have either sign: of the part of the error that is
@@ -145,7 +145,7 @@ def _reference(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def prepare(adapter: Adapter, inputs: Inputs, available: int) -> Prepared | Refusal:
-    """Set a peer up, unless it would need more than ``available`` bytes."""
+    """Set up a peer, unless it would need more than ``available`` bytes."""
     needed = adapter.working_bytes(inputs.case)
     if needed > available:
         return Refusal(

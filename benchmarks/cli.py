@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 app = typer.Typer(
-    help="Race every peer, keep the record, draw it.",
+    help="Time every peer, record and plot it.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -24,7 +24,7 @@ _IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto for a GPU where there is one")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 for PyTorch's own number")]
-Quick = Annotated[bool, typer.Option("--quick", help="small shapes, a first look in minutes")]
+Quick = Annotated[bool, typer.Option("--quick", help="small shapes, done in minutes")]
 Output = Annotated[
     Optional[Path],  # noqa: UP045 - typer reads the annotation at run time
     typer.Option(help="folder of the records; by default that of the checkout"),
@@ -41,7 +41,7 @@ Memory = Annotated[bool, typer.Option(help="measure peak memory")]
 
 
 def results_folder(output: Path | None, quick: bool) -> Path:
-    """Where records go: a quick look never overwrites a result."""
+    """The folder of the records: a quick run never overwrites a result."""
     from dream_kernels.files import is_stream
 
     if output is not None:
@@ -66,7 +66,7 @@ def _device(name: str, threads: int) -> torch.device:
 
 @app.callback()
 def _benchmarks() -> None:
-    """Keeps the commands named while there is only one."""
+    """Keeps the commands named even if there is only one."""
 
 
 @app.command()
@@ -135,7 +135,7 @@ def scaling(
     total_seconds: TotalSeconds = 1200.0,
     memory: Memory = True,
 ) -> None:
-    """Time the operator along prefix length, documents, batch and heads scored."""
+    """Time the operator against prefix length, documents, batch and heads scored."""
     from . import records
     from .kernel import Settings, choose_peers
     from .scaling import PEERS, default_axes, run_scaling
@@ -235,7 +235,7 @@ def gpu_acceptance(
     seconds: Seconds = 5.0,
     total_seconds: TotalSeconds = 1500.0,
 ) -> None:
-    """Run the tests on the GPU, then time the shapes that decide about the GPU kernels."""
+    """Run the tests on the GPU, then time the acceptance shapes of the GPU kernels."""
     import torch
 
     from . import records
@@ -326,7 +326,7 @@ def compare(
     output: Output = None,
     rounds: Annotated[int, typer.Option(min=1, help="processes for each revision")] = 3,
 ) -> None:
-    """Time two commits on this machine, in turn."""
+    """Time two commits on this machine, alternating."""
     from . import records
     from .compare import compare_revisions, default_cases
     from .tables import print_compare
@@ -344,7 +344,7 @@ def compare(
 
 
 def main() -> None:
-    """Run a command; mistakes of the user end in one line."""
+    """Run a command; user errors end in one line."""
     import sys
 
     try:

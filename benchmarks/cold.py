@@ -1,7 +1,7 @@
-"""What a user waits for once: the first call of a process.
+"""The first call of a process, which a user waits for once.
 
-``python -m benchmarks.cold cuda`` says it. Run with an empty ``TRITON_CACHE_DIR`` it compiles and
-tunes every kernel of the call; run again with the same folder it tunes only.
+Run ``python -m benchmarks.cold cuda``. With an empty ``TRITON_CACHE_DIR`` the call compiles and
+tunes every kernel; a second run with the same folder only tunes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Two commits on one machine: the base in a worktree of its own, built there, runs alternating.
+"""Two commits on one machine: the base is built in its own worktree, and the runs alternate.
 
-Each round starts one process for each commit, which times a few cases; so both see the same
-machine, whatever it does in between. The suite is this one for both, only the packages differ.
+Each round starts one process per commit, which times a few cases, so a drift of the machine
+affects both. Both use the suite of this checkout; only the packages differ.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _RUNS_A_ROUND = 3
 
 
 def checkout() -> Path:
-    """The root of the checkout that this package stands in.
+    """The root of the checkout that contains this package.
 
     Raises:
-        ValueError: it stands in none.
+        ValueError: it is not in a checkout.
     """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists() or shutil.which("git") is None:
@@ -79,7 +79,7 @@ def built_worktree(revision: str, say: Callable[[str], None]) -> Iterator[tuple[
 def compare_revisions(
     base: str, cases: Sequence[Case], device: torch.device, rounds: int, say: Callable[[str], None]
 ) -> list[Record]:
-    """Time ``cases`` with the base and with this checkout in turn.
+    """Time ``cases`` with the base and with this checkout, alternating.
 
     Returns:
         Two records for each case, the base's first; ``ratio`` is a time over the base's.
@@ -182,7 +182,7 @@ def _first_of_ours(checked: Inputs, inputs: Inputs) -> tuple[str, Prepared, Prep
 
 
 def default_cases(device: torch.device, quick: bool) -> list[Case]:
-    """What two commits are compared on."""
+    """The cases that two commits are compared on."""
     from .cases import cpu_cases, gpu_cases, quick_cases
 
     if quick:

@@ -1,4 +1,4 @@
-"""Where and with what a figure was measured."""
+"""Provenance of a figure: machine, versions and commit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def device_slug(device: str) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package stands in, ``+`` if files differ from it."""
+    """The commit of the checkout that contains this package, ``+`` if files differ from it."""
     folder = Path(__file__).resolve().parent
     if not shutil.which("git") or not (folder.parent / "setup.py").is_file():
         return None

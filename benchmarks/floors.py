@@ -1,10 +1,10 @@
-"""The least time a GPU needs for each acceptance shape, counted before anything is measured.
+"""The least time that a GPU needs for each acceptance shape, computed before any measurement.
 
 Three resources bound a call: matrix products (tensor cores), memory, and exponentials (the special
 function units, one a pair of row and key). Products and memory traffic overlap. Exponentials
 overlap with products only in kernels that interleave two tiles, so the predicted time adds them.
-For dense attention on an H100 this gives 428 TFLOP/s at head size 64 and 545 at 128, between what
-is published of Triton's kernels (400 and 389) and of FlashAttention 3 (476 and 638).
+For dense attention on an H100 this gives 428 TFLOP/s at head size 64 and 545 at 128, between the
+published figures of Triton's kernels (400 and 389) and of FlashAttention 3 (476 and 638).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .work import Work, backward_work, forward_work
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a device can do.
+    """Peak rates of a device.
 
     Attributes:
         name: of the device.
@@ -35,7 +35,7 @@ class Peaks:
 
 # The usual yield of a large cuBLAS product and copy on an H100 SXM (data sheet: 989 TFLOP/s and
 # 3.35 TB/s), and 16 exponentials a cycle on each of 132 multiprocessors at 1.83 GHz.
-# `gpu-acceptance` measures the first two on the spot and counts with those.
+# `gpu-acceptance` measures the first two and uses those.
 H100 = Peaks("H100 SXM, assumed", gemm=750e12, copy=3.0e12, exponentials=3.9e12)
 
 
@@ -59,7 +59,7 @@ class Floor:
 
     @property
     def share(self) -> float:
-        """Predicted share of the ceiling: of the binding one of products and memory."""
+        """Predicted share of the ceiling, that of products or memory, whichever binds."""
         return max(self.products, self.memory) / self.predicted
 
 

@@ -1,4 +1,4 @@
-"""The kernel suite: every peer on every case, checked, timed in turn, recorded."""
+"""The kernel suite: every peer on every case, checked, timed and recorded."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Settings:
         device: where.
         peers: names of adapters.
         runs: timed rounds.
-        seconds: what one peer may take of a case before it stops at the least number of runs.
-        total_seconds: what the suite may take; cases that do not fit are recorded as left out.
+        seconds: budget of one peer in a case, after the minimum number of runs.
+        total_seconds: budget of the suite; cases that do not fit are recorded as left out.
         memory: whether peak memory is measured.
-        quick: whether the figures are a first look, not a result.
+        quick: whether the figures are from a quick run and no result.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -60,7 +60,7 @@ def run_kernel(
     Args:
         cases: in this order.
         settings: how.
-        show: is given the records of every case when it is done.
+        show: called with the records of every case when it is done.
         suite: the name in the records.
         peers: names of a case's adapters, instead of those in ``settings``.
 
@@ -106,7 +106,7 @@ def _grouped(cases: Sequence[Case]) -> list[list[Case]]:
 
 
 class Outcomes:
-    """Collects what became of the peers of one case."""
+    """Collects the results of the peers of one case."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class Outcomes:
         self.failures[name] = (status, reason)
 
     def prepare(self, prepared_before: set[tuple[str, str]]) -> dict[str, Prepared]:
-        """Set up and check the peers; those that cannot run or are wrong are noted as such.
+        """Set up and check the peers; those that cannot run or are wrong are recorded as such.
 
         Args:
             prepared_before: (peer, dtype) of earlier cases; this case's are added.
@@ -176,7 +176,7 @@ class Outcomes:
         return prepared
 
     def take(self, times: dict[str, Times]) -> None:
-        """Keep the times of a race; a peer that failed in it is noted as such."""
+        """Keep the times of a race; a peer that failed in it is recorded as such."""
         self.times = times
         for name, own in times.items():
             if own.failure is not None:
@@ -193,7 +193,7 @@ class Outcomes:
         self.peaks = cpu_peak_bytes(self.case, names, torch.get_num_threads())
 
     def base(self) -> Times | None:
-        """The times of our fastest implementation, with which the others are compared."""
+        """The times of our fastest implementation, the baseline of the others."""
         for name in ADAPTERS:
             if name in self.times and name.startswith("ours") and name not in self.failures:
                 return self.times[name]
@@ -233,7 +233,7 @@ _FIGURES = (
 
 
 def figures(case: Case, times: Times, base: Times | None, ceilings: Ceilings) -> Record:
-    """Everything that follows from a peer's times.
+    """The figures derived from a peer's times.
 
     Rates and shares count the work of the case itself: what a peer computes beyond it, such as the
     gradients of a frozen prefix, does not count.
@@ -261,7 +261,7 @@ def figures(case: Case, times: Times, base: Times | None, ceilings: Ceilings) ->
 
 
 def race_together(outcomes: Sequence[Outcomes], prepared_before: set[tuple[str, str]]) -> None:
-    """Run the peers of several cases in one race, so that the cases can be compared as well."""
+    """Run the peers of several cases in one race, so that the cases are comparable, too."""
     settings = outcomes[0].settings
     ready = [own.prepare(prepared_before) for own in outcomes]
     racers = {
@@ -277,7 +277,7 @@ def race_together(outcomes: Sequence[Outcomes], prepared_before: set[tuple[str, 
 
 
 def leave_out(outcomes: Sequence[Outcomes]) -> None:
-    """Note for all peers that there was no time for them."""
+    """Record for all peers that there was no time for them."""
     for own in outcomes:
         for name in own.settings.peers:
             own.refuse(name, f"left out: the suite's {own.settings.total_seconds:.0f} s are up")
@@ -302,7 +302,7 @@ def choose_peers(names: Iterable[str] | None) -> list[str]:
     """Adapters by name or by the beginning of their names.
 
     Raises:
-        ValueError: a name fits no adapter.
+        ValueError: a name matches no adapter.
     """
     if not names:
         return list(ADAPTERS)

@@ -25,7 +25,7 @@ class Times:
     Attributes:
         forward: one a run.
         backward: one a run; empty where the peer has no backward.
-        rounds: the round each run belongs to: runs of one round are a pair.
+        rounds: the round of each run; runs of one round are paired.
         failure: why the peer stopped, or None.
     """
 
@@ -70,13 +70,13 @@ class Clock:
 def race(
     peers: dict[str, Prepared], device: torch.device, runs: int, seconds: float, calls: int = 1
 ) -> dict[str, Times]:
-    """Run all peers in turn, in a new order every round.
+    """Run all peers once per round, in a new order every round.
 
     Args:
         peers: by name.
         device: where they run.
         runs: rounds after the warm-up.
-        seconds: what one peer may take; after it a peer has ``MIN_RUNS`` runs and no more.
+        seconds: budget of one peer; beyond it a peer stops at ``MIN_RUNS`` runs.
         calls: repetitions inside one timing, for calls of microseconds; forward only if not 1.
     """
     clock = Clock(device)
@@ -121,7 +121,7 @@ def _run(peer: Prepared, clock: Clock, calls: int) -> tuple[float, float | None]
 
 
 def describe_failure(error: BaseException) -> str:
-    """One line that says what went wrong; out of memory is called so."""
+    """One line that says what went wrong; running out of memory is named as such."""
     text = str(error).strip().splitlines()
     line = text[0][:200] if text else type(error).__name__
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in line:

@@ -1,7 +1,7 @@
 """Peak memory of a call beyond its inputs and outputs.
 
-On a GPU PyTorch's allocator counts. On a CPU kernels allocate behind PyTorch's back, so a fresh
-process runs the call once and reads the peak of its resident memory from Linux, with an allocator
+On a GPU PyTorch's allocator counts. On a CPU kernels allocate outside PyTorch, so a fresh process
+runs the call once and reads the peak of its resident memory from Linux, with an allocator
 that returns memory at once; other systems have no figure.
 """
 
@@ -59,7 +59,7 @@ def cpu_peak_bytes(case: Case, names: Sequence[str], threads: int) -> dict[str, 
         return peaks
     left = list(names)
     while left:
-        # A peer that the system kills takes the process along; the rest gets a new one.
+        # If the system kills a peer, its process is lost; the other peers get a new one.
         done = _spawn(case, left, threads)
         peaks.update(done)
         left = left[len(done) + 1 :]
@@ -67,17 +67,17 @@ def cpu_peak_bytes(case: Case, names: Sequence[str], threads: int) -> dict[str, 
 
 
 def measurable() -> bool:
-    """Whether this system tells a process its peak memory and lets it start anew."""
+    """Whether this system reports a process's peak memory and can reset it."""
     return _STATUS.is_file() and os.access(_CLEAR, os.W_OK)
 
 
 def spawn_environment() -> dict[str, str]:
-    """Environment of a process whose freed memory goes back to the system at once."""
+    """Environment of a process that returns freed memory to the system at once."""
     return {
         **os.environ,
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
-        # The packages that this process sees, wherever they came from.
+        # The packages that this process sees, wherever they are.
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
     }
 
@@ -90,11 +90,11 @@ class PeakMemory:
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
-        _CLEAR.write_text("5")  # the peak starts anew
+        _CLEAR.write_text("5")  # resets the peak
         self.before = _resident("VmRSS")
 
     def bytes(self) -> int:
-        """The peak since then."""
+        """The peak since construction."""
         return max(0, _resident("VmHWM") - self.before)
 
 
@@ -123,7 +123,7 @@ def _bytes(tensors: Any) -> int:
 
 def _worker(case: Case, threads: int, names: Sequence[str]) -> None:
     torch.set_num_threads(threads)
-    # Loading code and making threads is not the call's own memory.
+    # Code and threads loaded by the first call are not the call's own memory.
     warm_case = replace(case, batch=1)
     for name in names:
         warm = ADAPTERS[name].setup(make_inputs(warm_case))

@@ -28,7 +28,7 @@ Record = dict[str, Any]
 
 CASE = "laptop"
 _OURS = "ours (cpu)"
-# What a peer is called in the picture, fastest kind first; a peer that is not here is not drawn.
+# Names of the peers in the picture, fastest first; others are not drawn.
 _PEERS = {
     _OURS: "dream-kernels",
     "sdpa, no scores, grouped": "PyTorch SDPA (GQA), no scores",

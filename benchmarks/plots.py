@@ -1,4 +1,4 @@
-"""Plots of the records, to be read in grey as well as in colour."""
+"""Plots of the records, legible in grey."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _HATCHES = ("...", "", "//", "", "\\\\", "xxx")
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draw everything that the records of all devices allow; returns the PNG files."""
+    """Draw all plots that the records allow; returns the PNG files."""
     paths = []
     for device in dict.fromkeys(r["environment"]["device"] for r in records):
         own = [r for r in records if r["environment"]["device"] == device and r["status"] == "ok"]
@@ -138,7 +138,7 @@ def draw_scaling(records: Sequence[Record], device: str) -> Any:
 
 
 def draw_steps(records: Sequence[Record], device: str) -> Any:
-    """Where the time of a step goes: all ways, and the fastest ones enlarged."""
+    """Time of a step by phase: all ways, and the fastest ones enlarged."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 3.9), layout="constrained")
     fast = sorted(records, key=lambda r: r["total"]["median"])[: max(1, len(records) - 2)]
     _draw_phases(left, records)

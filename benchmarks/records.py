@@ -1,4 +1,4 @@
-"""Results as JSON lines: what a line holds, how it is written, read and checked."""
+"""Results as JSON lines: their schema, and writing, reading and checking them."""
 
 from __future__ import annotations
 
@@ -180,13 +180,13 @@ def write(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:
 
 
 class Keeper:
-    """Writes the records of a suite as they come: whatever stops it, its file holds the rest.
+    """Writes the records of a suite as they arrive, so that an interrupted suite keeps its results.
 
     Args:
         folder: of the files.
         suite: in the file's name.
-        part: whether only a part of the suite runs; what else the file holds then stays, and the
-            same case of the same peer is replaced.
+        part: whether only a part of the suite runs; other records in the file then stay, and those
+            of the same case and peer are replaced.
     """
 
     def __init__(self, folder: Path, suite: str, part: bool = False) -> None:
@@ -203,7 +203,7 @@ class Keeper:
         return self.replace_last(records)
 
     def replace_last(self, records: list[dict[str, Any]]) -> Path | None:
-        """Put records into the place of those that came last."""
+        """Replace the records that were added last."""
         self._last = list(records)
         everything = [*self._done, *self._last]
         if everything:
@@ -243,7 +243,7 @@ def read_file(path: Path) -> list[dict[str, Any]]:
 
 
 def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a record is of: another one with the same key is a newer figure of the same thing."""
+    """Identity of a record: another one with the same key is a newer figure of the same thing."""
     case = record.get("case")
     if case is None:
         return record["suite"], record["peer"], record.get("model")

@@ -1,4 +1,4 @@
-"""Records become plots and one page of tables."""
+"""Report of the records: plots and a page of tables."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_page(results: Path) -> list[Path]:
         The files written.
 
     Raises:
-        ValueError: there are no records, a line is not one, or the page is somebody else's.
+        ValueError: there are no records, a line is not one, or this command did not write the page.
     """
     records = read(results)
     if not records:
@@ -65,7 +65,7 @@ def write_page(results: Path) -> list[Path]:
 
 
 def render(records: Sequence[Record], plots: Iterable[Path], root: Path) -> str:
-    """The records as Markdown, device by device; links are relative to ``root``."""
+    """The records as Markdown, by device; links are relative to ``root``."""
     parts = []
     plots = list(plots)
     for device in dict.fromkeys(r["environment"]["device"] for r in records):

@@ -14,7 +14,7 @@ from .adapters import ADAPTERS, Refusal
 from .cases import GRADIENTS, Case, make_inputs
 from .check import Oracle
 
-# Sizes that fill no block: what stands behind the last row or key must not be touched.
+# Sizes that fill no block: memory after the last row or key must not be accessed.
 _SMALL = Case(
     "sanitized", batch=2, query_heads=4, key_heads=2, rows=19, local=19, prefix=83, covered=77,
     documents=3, dtype="bfloat16",

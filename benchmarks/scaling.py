@@ -1,6 +1,6 @@
 """The scaling suite: how cost and memory grow along one dimension at a time.
 
-All sizes of one axis run in turn in one race, so that a drift of the machine is in none of them.
+All sizes of one axis run in one race, so that a drift of the machine affects all alike.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .ceilings import Ceilings
 from .environment import provenance
 from .kernel import Outcomes, Record, Settings, leave_out, race_together
 
-# The operator, the way it would be written, and the floor: attention without scores.
+# The operator, its plain implementation, and the floor: attention without scores.
 PEERS = ("ours (cuda)", "ours (triton)", "ours (cpu)", "eager", "sdpa, no scores, expanded")
 
 
@@ -63,7 +63,7 @@ def axes(base: Case, *, prefixes: Sequence[int], quick: bool = False) -> list[Ax
 
 
 def default_axes(settings: Settings) -> list[Axis]:
-    """The axes for a device, or few small ones for a quick look."""
+    """The axes for a device, or few small ones for a quick run."""
     if settings.quick:
         base = Case("scaling", batch=2, rows=16, local=16, prefix=512, covered=512)
         return axes(base, prefixes=[512, 2048], quick=True)
@@ -79,7 +79,7 @@ def default_axes(settings: Settings) -> list[Axis]:
 def run_scaling(
     wanted: Sequence[Axis], settings: Settings, show: Callable[[str, list[Record]], None]
 ) -> list[Record]:
-    """Run every axis; ``show`` is given its records when it is done."""
+    """Run every axis; ``show`` is called with its records when it is done."""
     deadline = time.monotonic() + settings.total_seconds
     environment = provenance(settings.device)
     records = []

@@ -49,11 +49,11 @@ class StepSettings:
         batch: queries; each brings one document into the pool.
         document_tokens: of each document.
         runs: timed rounds.
-        seconds: what one way may take before it stops.
-        total_seconds: what the suite may take; peak memory that does not fit is left out.
+        seconds: budget of one way.
+        total_seconds: budget of the suite; peak memory that does not fit is left out.
         ways: only ways whose name contains one of these; all by default.
         memory: whether peak memory is measured, on a CPU in a process for each way.
-        quick: whether the figures are a first look.
+        quick: whether the figures are from a quick run.
     """
 
     model: str = "smollm2-135m"
@@ -75,7 +75,7 @@ class StepSettings:
 
 @dataclass
 class _Outcome:
-    """What became of one way."""
+    """Results of one way."""
 
     way: Way
     runs: list[dict[str, float]] = field(default_factory=list)
@@ -98,8 +98,8 @@ def run_steps(
 
     Args:
         settings: how.
-        say: is told what is going on.
-        keep: is given the records when the times are there, and again with each peak of memory.
+        say: called with progress messages.
+        keep: called with the records after the timing, and again with each peak of memory.
 
     Returns:
         One record for each way.
@@ -133,7 +133,7 @@ def disagreements(setup: StepSetup, ways: Sequence[Way]) -> dict[str, str]:
     """
     rows, dtype = setup.rows, setup.reader.model.dtype
     base_dtypes = [p.dtype for p in setup.retriever.parameters()]
-    # Far from each other: neighbours in the alphabet may begin alike, and then nothing is learnt.
+    # Far apart: alphabetical neighbours may begin with the same text, and then nothing is learnt.
     setup.rows = rows[:: max(1, len(rows) // _CHECK_BATCH)][:_CHECK_BATCH]
     setup.reader.model.float()
     setup.retriever.float()
@@ -179,7 +179,7 @@ def _time(
     outcomes: list[_Outcome],
     say: Callable[[str], None],
 ) -> None:
-    """Run the ways in turn.
+    """Run the ways alternating.
 
     The first round keeps loss and gradient and warms up; it counts only for a way that is so slow
     that warming up makes no difference.
@@ -243,7 +243,7 @@ def _worker(order: dict[str, Any]) -> None:
     setup = make_setup(model, order["batch"], order["document_tokens"], device)
     (way,) = (w for w in make_ways() if w.name == order["way"])
     rows, setup.rows = setup.rows, setup.rows[:1]
-    # Loading code, making threads and the optimiser's state are not the step's own memory.
+    # Code, threads and the optimiser's state are not the step's own memory.
     _whole_step(setup, next(w for w in make_ways() if w.name == way.name))
     setup.rows = rows
     if isinstance(way, FullSequence):

@@ -19,7 +19,7 @@ from dream_training.models.smollm2 import smollm2_path
 
 QUERY_TOKENS, TARGET_TOKENS = 32, 32
 _LORA_RANK = 32
-# The optimiser does all its work and changes nothing, so that every run computes the same step.
+# The optimiser does its full work and changes nothing, so every run computes the same step.
 _LEARNING_RATE = 0.0
 
 
@@ -114,7 +114,7 @@ class StepSetup:
 def make_setup(
     model: StepModel, batch: int, document_tokens: int, device: torch.device
 ) -> StepSetup:
-    """Build models and batch; the packaged model in the dtype that this machine computes faster."""
+    """Build models and batch; the packaged model in the faster dtype of this machine."""
     folder = None
     if model.shape is None:
         path = smollm2_path("auto")
@@ -135,7 +135,7 @@ def make_setup(
     _checkpoint(retriever.transformers_model)
     for name, parameter in retriever.named_parameters():
         if "lora_B" in name:
-            # Adapters begin as zeros, and half of their gradient with them.
+            # Adapters start as zeros, and so does half of their gradient.
             nn.init.normal_(parameter, std=0.02)
     setup = StepSetup(
         reader=reader,
@@ -151,14 +151,14 @@ def make_setup(
 
 
 def _checkpoint(backbone: Any) -> None:
-    """Have the retriever compute its activations again: they would be most of a step's memory."""
+    """Checkpoint the retriever's activations, which would be most of a step's memory."""
     # renamed in transformers 5.24
     new = getattr(backbone, "activation_checkpointing_enable", None)
     (new or backbone.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def make_rows(count: int) -> list[dict[str, Any]]:
-    """A batch that every installation has: what the classes of ``torch.nn`` say of themselves."""
+    """A batch that every installation has: the docstrings of ``torch.nn``'s classes."""
     rows = []
     for name in sorted(vars(nn)):
         text = " ".join((inspect.getdoc(getattr(nn, name)) or "").split())

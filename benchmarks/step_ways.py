@@ -1,7 +1,7 @@
 """The ways to compute one DREAM training step.
 
 A way reads the documents (or does not) and then predicts the targets, leaving the gradient of the
-loss in the scores. What comes before and after, the retriever and the optimiser, is the same.
+loss in the scores. The rest, retriever and optimiser, is the same for all.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Way(Protocol):
     def note(self) -> str: ...
 
     def read(self, setup: StepSetup, watch: Stopwatch) -> Any:
-        """Read the documents; what comes back is given to :meth:`predict`."""
+        """Read the documents; the result is passed to :meth:`predict`."""
 
     def predict(self, setup: StepSetup, read: Any, scores: Tensor, watch: Stopwatch) -> float:
         """Return the loss and leave its gradient in ``scores.grad``."""
@@ -68,7 +68,7 @@ class Way(Protocol):
 
 @dataclass
 class _NaiveState:
-    """What the hooked attention needs to know of the sequence that is running."""
+    """What the hooked attention needs to know about the current sequence."""
 
     heads: dict[int, list[int]]
     scores: Tensor
@@ -85,7 +85,7 @@ class FullSequence:
             the attention matrix, and autograd.
         context: ``"independent"`` hides the documents from each other with a dense mask, which
             makes it the oracle of independent reading.
-        limit: predict only so many queries, where the loop over them frees what each has taken.
+        limit: predict at most so many queries; the loop frees the memory of each.
     """
 
     fused: bool
@@ -191,7 +191,7 @@ class WithPrefix:
 
 
 def make_ways() -> list[Way]:
-    """All ways, the naive one first. A cached way keeps its documents, so make new ones."""
+    """New instances of all ways, the naive one first; a cached way keeps its documents."""
     return [
         FullSequence(fused=False),
         FullSequence(fused=True),
@@ -265,7 +265,7 @@ def _features(batch: dict[str, Any], name: str, device: torch.device) -> dict[st
 
 
 def _spans(header: list[int], documents: list[list[int]], device: torch.device) -> Tensor:
-    """``[1, C, 2]``: where the documents stand behind the header."""
+    """``[1, C, 2]``: the ranges of the documents after the header."""
     lengths = torch.tensor([len(d) for d in documents], device=device)
     ends = len(header) + lengths.cumsum(0)
     return torch.stack([ends - lengths, ends], -1)[None]
@@ -274,7 +274,7 @@ def _spans(header: list[int], documents: list[list[int]], device: torch.device) 
 def _hide_from_each_other(
     positions: Tensor, of_key: Tensor, spans: Tensor, setup: StepSetup
 ) -> dict[str, Any]:
-    """Mask and positions with which a sequence reads its documents independently."""
+    """Mask and positions that make a sequence read its documents independently."""
     causal = positions <= positions[:, None]
     inside = of_key < len(spans)
     other = inside & inside[:, None] & (of_key != of_key[:, None])

@@ -26,7 +26,7 @@ def describe_case(case: dict[str, Any]) -> str:
 
 
 def kernel_columns() -> list[str]:
-    """Heads of the columns of :func:`kernel_row`."""
+    """Column headers of :func:`kernel_row`."""
     return [
         "peer", "computes", "forward ms", "backward ms", "sum ms", "± %", "ratio", "GFLOP/s",
         "GB/s", "of ceiling", "peak MiB",
@@ -54,7 +54,7 @@ def kernel_row(record: Record) -> list[str]:
 
 
 def print_kernel(console: Console, records: Sequence[Record], said: set[str]) -> None:
-    """Print the records of one case; a reason that was ``said`` for another one is not repeated."""
+    """Print the records of one case; reasons in ``said`` are not repeated."""
     console.print(f"\n{describe_case(records[0]['case'])}", style="bold")
     print_rows(console, kernel_columns(), [kernel_row(r) for r in records if r["status"] == "ok"])
     for record in records:
@@ -67,7 +67,7 @@ def print_kernel(console: Console, records: Sequence[Record], said: set[str]) ->
 def print_rows(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a plain table; all columns but the first two hold figures.
 
-    What does not fit beside the first column follows below, with the first column again.
+    Columns that do not fit follow below, with the first column repeated.
     """
     if not rows:
         return
@@ -90,7 +90,7 @@ def print_rows(console: Console, columns: Sequence[str], rows: Sequence[Sequence
 
 
 def print_overhead(console: Console, records: Sequence[Record]) -> None:
-    """Print what a call costs that computes next to nothing."""
+    """Print the time of a call that computes next to nothing."""
     console.print("\none eager call, forward, a problem of 9 keys", style="bold")
     for record in records:
         if record["status"] == "ok":
@@ -128,7 +128,7 @@ STEP_PHASES = (
 
 
 def step_columns() -> list[str]:
-    """Heads of the columns of :func:`step_row`."""
+    """Column headers of :func:`step_row`."""
     return [
         "way", "status", "step s", "± %", "tokens/s", "faster", "peak MiB", "loss", "cosine",
     ]  # fmt: skip
@@ -152,7 +152,7 @@ def step_row(record: Record) -> list[str]:
 
 
 def phase_row(record: Record) -> list[str]:
-    """Where a way's seconds go."""
+    """Seconds of a way by phase."""
     phases = record["phases"]
     cells = [three_digits(phases[p]["median"]) if p in phases else "-" for p in STEP_PHASES]
     return [record["peer"], *cells]
@@ -177,14 +177,14 @@ def print_steps(console: Console, records: Sequence[Record]) -> None:
 
 
 def milliseconds(quantiles: dict[str, float] | None) -> str:
-    """A median in ms with three digits that count."""
+    """A median in ms with three significant digits."""
     if quantiles is None:
         return "-"
     return three_digits(1e3 * quantiles["median"])
 
 
 def spread(quantiles: dict[str, float]) -> str:
-    """Half the distance of the quartiles, in percent of the median."""
+    """Half the interquartile range, in percent of the median."""
     half = (quantiles["upper"] - quantiles["lower"]) / 2
     return f"{100 * half / quantiles['median']:.0f}"
 

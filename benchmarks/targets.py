@@ -1,4 +1,4 @@
-"""What was to be reached, beside what the records say."""
+"""Targets, compared with the records."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Finding:
     """One target.
 
     Attributes:
-        claim: what is measured, and of what.
-        bound: the number to reach.
+        claim: what is measured.
+        bound: the target.
         at_most: whether it is an upper bound.
         measured: the number in the records.
-        unit: behind both numbers.
+        unit: of both numbers.
     """
 
     claim: str
@@ -50,7 +50,7 @@ class Finding:
 
 
 class _Kernel:
-    """Finds the figures of one case, whatever gradients it is run with."""
+    """Finds the figures of one case with any gradients."""
 
     def __init__(self, records: Iterable[Record], case: Case, gradients: tuple[str, ...]) -> None:
         wanted = {**case.record(), "gradients": list(gradients)}
@@ -74,7 +74,7 @@ def _quotient(above: float | None, below: float | None) -> float | None:
 
 
 def findings(records: Sequence[Record]) -> list[Finding]:
-    """All targets about which the records of one device say something."""
+    """All targets that the records of one device cover."""
     kernel = _of_kernels(records)
     scaling = [r for r in records if r["suite"] == "scaling" and r["status"] == "ok"]
     steps = [r for r in records if r["suite"] == "step" and r["status"] == "ok"]
@@ -87,7 +87,7 @@ def findings(records: Sequence[Record]) -> list[Finding]:
 
 
 def unmeasured(records: Sequence[Record]) -> list[str]:
-    """Targets of the GPU shapes in the records that these say nothing about."""
+    """Targets of the GPU shapes in the records that lack a measurement."""
     return [claim for claim, *_, measured, _ in _gpu(_of_kernels(records)) if measured is None]
 
 

@@ -1,7 +1,7 @@
-"""How much one case has to compute and to move, counted by hand.
+"""Operations and bytes of one case, counted by hand.
 
 Per visible (row, key) pair and head a product over the head size costs ``2 D`` operations. The
-forward makes two (logits, values). The backward makes the logits and ``dO . v`` again, one for
+forward has two (logits, values). The backward recomputes the logits and ``dO . v``, and has one for
 the queries' gradient, and one each for the gradients of keys and values, over local pairs only when
 a prefix is frozen. Every tensor is moved once: a shared prefix once for the whole batch.
 """
@@ -78,7 +78,7 @@ def _rows(case: Case) -> int:
 
 
 def _keys(case: Case) -> int:
-    """Elements of all keys, as often as they differ."""
+    """Elements of all distinct keys."""
     prefixes = 1 if case.shared else case.batch
     return case.key_heads * case.head_dim * (prefixes * case.prefix + case.batch * case.local)
 

@@ -1,6 +1,6 @@
 // The Python module dream_kernels._native. Tensors come as (address, shape, strides in elements,
 // address of the memory that holds them, its size in bytes); everything is checked here, so that a
-// wrong call raises ValueError, and no element outside the memory that was named is touched.
+// wrong call raises ValueError and never accesses an element outside the given memory.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -19,7 +19,7 @@ struct Operand {
   int64_t strides[4];
 };
 
-// Keys stand in two segments of memory that are never joined: the prefix (P keys, possibly shared
+// Keys are in two segments of memory that are never joined: the prefix (P keys, possibly shared
 // by the whole batch through a batch stride of 0) and the local keys (N). Positions count over
 // both, T = P + N.
 struct Problem {

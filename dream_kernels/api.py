@@ -65,8 +65,8 @@ def document_attention(
         causal: row ``m`` sees keys ``0 .. (P + N - M) + m``.
         attention_mask: ``[B, P + N]`` bool or integer, 1 for a token and 0 for padding, on either
             side.
-        prefix: ``(key, value)`` of ``[1 or B, Hkv, P, D]`` that stand before ``key`` and
-            ``value``. Batch 1 is shared by all ``B`` rows; it is read in place.
+        prefix: ``(key, value)`` of ``[1 or B, Hkv, P, D]``, which precede ``key`` and ``value``.
+            Batch 1 is shared by all ``B`` rows; it is read in place.
         impl: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``. A named implementation runs
             or raises; see :func:`explain`.
 
@@ -133,7 +133,7 @@ def document_mass(
     """
     pair = (prefix, prefix) if isinstance(prefix, Tensor) else prefix
     query, key, _, pair = autocast_inputs(query, key, key, pair)
-    # The mass is that of plain attention: no head receives the scores, which stand in as zeros.
+    # The mass is that of plain attention: no head receives the scores, so zeros will do.
     documents = spans.shape[1] if isinstance(spans, Tensor) and spans.dim() == 3 else 1
     problem = build_problem(
         query,

@@ -44,7 +44,7 @@ class DocumentAttention(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             output, saved = implementation.forward(problem, needs)
         # The problem itself is not kept: its tensors must go through the saved list, which frees
-        # them after the backward and notices in-place changes.
+        # them after the backward and detects in-place changes.
         ctx.save_for_backward(*problem.tensors, problem.spans, problem.mask, output, *saved)
         ctx.options = problem.options
         ctx.implementation = implementation
@@ -53,7 +53,7 @@ class DocumentAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         (grad_output,) = grad_outputs
-        # Read once: under gradient checkpointing a second look would compute everything again.
+        # Read once: under gradient checkpointing a second read would recompute everything.
         tensors = ctx.saved_tensors
         (*inputs, output), saved = tensors[:9], tensors[9:]
         problem = Problem(*inputs, **ctx.options)
@@ -63,7 +63,7 @@ class DocumentAttention(torch.autograd.Function):
                 problem, output, saved, grad_output, needs
             )
         if torch.is_grad_enabled():
-            # grad_output stands in for a query that is frozen: the gradients depend on both.
+            # grad_output replaces a frozen query: the gradients depend on both.
             query = problem.query if problem.query.requires_grad else grad_output
             gradients = Gradients(
                 *_FirstDerivativeOnly.apply(*gradients, query, *problem.tensors[1:])

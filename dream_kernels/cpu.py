@@ -23,9 +23,9 @@ _DTYPES = {
     torch.float16: "float16",
 }
 
-# Where only the scores need a gradient, as in the first injected layer of a frozen reader, forward
-# keeps the output of every document, unless they are more than this: the backward then needs no
-# key. Sums are then rounded in other places, so the output differs in its last bits.
+# If only the scores need a gradient, as in the first injected layer of a frozen reader, forward
+# keeps the output of every document, up to this size: the backward then reads no key. Sums are
+# rounded in other places, so the output differs in its last bits.
 SEGMENT_OUTPUT_BYTES = 32 << 20
 
 _ONLY_SCORES = Needs(False, False, False, True, False, False)

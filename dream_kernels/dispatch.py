@@ -29,7 +29,7 @@ class Explanation:
 
     Attributes:
         chosen: name of the implementation that would run, or None when the named one cannot.
-        reasons: for every implementation, in the order of preference, why it was or was not taken.
+        reasons: for every implementation, in order of preference, why it was or was not chosen.
     """
 
     chosen: str | None
@@ -51,7 +51,7 @@ def check_impl(impl: str) -> None:
 
 
 def explain_problem(problem: Problem, impl: str = "auto") -> Explanation:
-    """Say of every implementation whether it would run ``problem``, and why."""
+    """Say for every implementation whether it would run ``problem``, and why."""
     check_impl(impl)
     chosen: str | None = None
     reasons: dict[str, str] = {}
@@ -97,7 +97,7 @@ def select(problem: Problem, impl: str) -> Implementation:
 
 
 def _only_by_name(implementation: Implementation) -> bool:
-    """The interpreter is for tests: a thousand times slower than anything else."""
+    """The interpreter is for tests: it is a thousand times slower than anything else."""
     return implementation.name == "triton" and interpreted()
 
 

@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all, with the permissions of the umask.
+"""Atomic writes of files and folders, with the permissions of the umask.
 
-What is written goes to a temporary name beside its place, to the disk, and is renamed. Symbolic
-links are followed: the link stays, and what it points to is replaced. ``-`` is standard output;
-devices and pipes are written directly, for a rename would take their place.
+Content is written under a temporary name in the same folder, flushed to disk and renamed. Symbolic
+links are followed: the link stays, and its target is replaced. ``-`` is standard output; devices
+and pipes are written directly, because a rename would replace them.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _UNFINISHED = ".dream.tmp"
 
 @contextmanager
 def open_whole(path: AnyPath, *, binary: bool = False, sync: bool = True) -> Iterator[IO[Any]]:
-    """Open a file for writing; it takes its place when the block ends without an exception.
+    """Open a file for writing; it appears when the block ends without an exception.
 
     Args:
-        path: the file; folders on the way are made. Of a symbolic link the target is replaced, or
-            made. ``-`` is standard output; a device or pipe is written directly.
-        binary: bytes are written; otherwise text, as UTF-8 with line ends as they are.
-        sync: wait for the disk, so that a crash of the machine leaves the old or the new file.
+        path: the file; missing parent folders are created. The target of a symbolic link is
+            replaced or created. ``-`` is standard output; a device or pipe is written directly.
+        binary: write bytes; otherwise text, as UTF-8 without newline translation.
+        sync: wait for the disk, so that a machine crash leaves the old or the new file.
 
     Raises:
         OSError: the file cannot be written; the message names it. The old one stays.
@@ -51,12 +51,11 @@ def write_text(path: AnyPath, text: str) -> None:
 
 @contextmanager
 def whole_folder(path: AnyPath, *, replace: bool = True) -> Iterator[Path]:
-    """Give an empty folder; it takes its place when the block ends without an exception.
+    """Yield an empty folder; it appears as ``path`` when the block ends without an exception.
 
     Args:
-        path: the folder; of a symbolic link the target is replaced, or made.
-        replace: one that is there already is replaced; otherwise it stays, and what was written is
-            dropped.
+        path: the folder; the target of a symbolic link is replaced or created.
+        replace: replace an existing folder; otherwise it stays, and what was written is dropped.
 
     Raises:
         FileExistsError: ``path`` is a file.
@@ -80,7 +79,7 @@ def whole_folder(path: AnyPath, *, replace: bool = True) -> Iterator[Path]:
         except OSError:
             if old.exists() and not target.exists():
                 old.rename(target)
-            if replace or not target.is_dir():  # otherwise another process was first
+            if replace or not target.is_dir():  # otherwise another process was faster
                 raise
         to_disk(target.parent)
     finally:
@@ -89,9 +88,9 @@ def whole_folder(path: AnyPath, *, replace: bool = True) -> Iterator[Path]:
 
 
 def recover(folder: AnyPath) -> None:
-    """Finish or clear away what killed writers left in a folder; nobody may be writing there now.
+    """Finish or remove what killed writers left in a folder, while nothing else writes there.
 
-    A folder that was moved away is replaced by the new one, which is complete by then.
+    A folder that was moved away is replaced by the new one, which is complete at that point.
     """
     for temporary in Path(folder).glob(f".*{_UNFINISHED}"):
         target = temporary.with_name(temporary.name[1 : -len(_UNFINISHED) - 9])
@@ -107,7 +106,7 @@ def recover(folder: AnyPath) -> None:
 def is_stream(path: AnyPath) -> bool:
     """Whether a path is standard output (``-``), a device or a pipe.
 
-    Such a thing is written once, and no file is written beside it.
+    It is written once, and no other file is written next to it.
     """
     if _standard_stream(path) is not None:
         return True
@@ -119,12 +118,12 @@ def is_stream(path: AnyPath) -> bool:
 
 
 def is_standard_output(path: AnyPath) -> bool:
-    """Whether a path is ``-``, or another name of standard output such as ``/dev/stdout``."""
+    """Whether a path is ``-`` or another name of standard output, such as ``/dev/stdout``."""
     return _standard_stream(path) == _STDOUT
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file or folder is on the disk, where the system can tell."""
+    """Flush a file or folder to disk, where the system supports it."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except PermissionError:  # a folder, on Windows
@@ -136,7 +135,7 @@ def to_disk(path: Path) -> None:
 
 
 def _standard_stream(path: AnyPath) -> int | None:
-    """1 or 2 if a path is standard output or standard error, whatever that is."""
+    """1 or 2 if a path is standard output or standard error, else None."""
     if os.fspath(path) == STANDARD_OUTPUT:
         return _STDOUT
     try:
@@ -157,8 +156,8 @@ def _direct(path: AnyPath) -> Iterator[IO[bytes]]:
         with open(path, "wb") as stream:
             yield stream
         return
-    # Not opened by its name: a file that it is redirected to would be cut, and a second place
-    # to write at would go over what the first has written.
+    # Not opened by name: that would truncate a file it is redirected to, and a second write
+    # position would overwrite what the first has written.
     standard = sys.stdout if number == _STDOUT else sys.stderr
     standard.flush()
     yield standard.buffer
@@ -192,7 +191,7 @@ def _replacing(path: AnyPath, sync: bool) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _named_after(path: AnyPath, temporary: Path) -> Iterator[None]:
-    """Let an error name the file that the caller knows."""
+    """Let an error name the file that the caller passed."""
     try:
         yield
     except OSError as error:
@@ -206,9 +205,9 @@ def _unfinished(target: Path) -> Path:
 
 
 def _settle(folder: Path, mode: int) -> None:
-    """Give what is in a folder the permissions of the umask, and bring it to the disk.
+    """Give the content of a folder the permissions of the umask, and flush it to disk.
 
-    Some writers, safetensors among them, let nobody else read their files.
+    Some writers, such as safetensors, create files that only their owner can read.
     """
     for parent, _, files in os.walk(folder):
         os.chmod(parent, mode)

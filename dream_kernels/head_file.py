@@ -1,10 +1,10 @@
-"""Files that name the attention heads which receive the scores.
+"""Files that name the attention heads that receive the scores.
 
-Two forms are read and written, both of the QRHead project (Zhang et al., EMNLP 2025): YAML with the
-chosen heads, best first, as ``attn_head_set: "17-3,12-0"`` (a list of ``"layer-head"`` works too),
-and JSON with the score of every head, ``{"17-3": 0.53, ...}`` sorted from the best. Files written
-here also say how many heads were chosen, under ``top_k``, and how they came about, under
-``provenance``; they hold the scores of all heads beside the chosen ones.
+Two forms are read and written, both from the QRHead project (Zhang et al., EMNLP 2025): YAML with
+the chosen heads, best first, as ``attn_head_set: "17-3,12-0"`` (a list of ``"layer-head"`` works
+too), and JSON with the score of every head, ``{"17-3": 0.53, ...}`` sorted from the best. Files
+written here also record how many heads were chosen, under ``top_k``, and how, under ``provenance``;
+they hold the scores of all heads beside the chosen ones.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class HeadFile:
 
     Attributes:
         heads: ``(layer, head)`` pairs, best first.
-        scores: the score of each pair, empty when the file carries none.
+        scores: the score of each pair, empty when the file has none.
         provenance: how the heads were chosen: reader, criterion, data, null query, ...
-        chosen: how many of ``heads`` are to receive the scores. None where nothing says so: then
-            a plain list means all of its heads, and a ranking by a criterion none in particular.
+        chosen: how many of ``heads`` receive the scores. None when the file does not say: a plain
+            list then means all of its heads, and a ranking by a criterion none of them.
 
     Raises:
         ValueError: ``chosen`` is more than there are heads, or not positive.
@@ -55,7 +55,7 @@ class HeadFile:
         """Return the same heads with the first ``top_k`` chosen; None keeps the choice made.
 
         Raises:
-            ValueError: fewer than ``top_k`` heads are there, or they are a ranking in which none
+            ValueError: there are fewer than ``top_k`` heads, or they are a ranking in which none
                 were chosen and ``top_k`` is not given.
         """
         chosen = self.chosen if top_k is None else top_k
@@ -150,7 +150,7 @@ def _parse_provenance(content: Mapping[str, Any], source: str) -> dict[str, Any]
 
 
 def read_heads(path: str | os.PathLike[str]) -> HeadFile:
-    """Read a head file, YAML or JSON by its ending.
+    """Read a head file, YAML or JSON by its extension.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -208,15 +208,15 @@ def read_chosen_heads(path: str | os.PathLike[str], top_k: int | None = None) ->
 
 
 def write_heads(path: str | os.PathLike[str], head_file: HeadFile) -> Path:
-    """Write a head file, YAML or JSON by its ending; an existing file is replaced as a whole.
+    """Write a head file, YAML or JSON by its extension; an existing file is replaced atomically.
 
     It names the chosen heads of :attr:`HeadFile.heads`, and holds the score of every head where
-    there are scores. Where none are chosen, YAML names all, and JSON holds the scores alone.
+    there are scores. If none are chosen, YAML names all, and JSON holds the scores alone.
     ``-`` is standard output; there, and on devices and pipes, it is YAML unless the name ends in
     ``.json``.
 
     Raises:
-        ValueError: the ending is unknown, or JSON was asked for and there are no scores.
+        ValueError: the extension is unknown, or JSON was requested and there are no scores.
     """
     path = Path(path)
     chosen, scores = head_file.chosen, head_file.scores

@@ -1,8 +1,8 @@
-"""The operator in ``torch.library``: what ``torch.compile`` and ``torch.export`` see of it.
+"""The operator in ``torch.library``, for ``torch.compile`` and ``torch.export``.
 
 A traced graph holds the operator as one opaque node, ``torch.ops.dream_kernels.attend``. Its fake
-implementation says what shapes come out; the real one is the code that runs eagerly, after the
-checks of values that could not run while the graph was traced.
+implementation returns the shapes of the outputs; the real one is the code that runs eagerly, after
+the checks of values that could not run while the graph was traced.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""JSON and YAML from anybody: a value, or a ``ValueError`` that says where it came from.
+"""Parsing of untrusted JSON and YAML: a value, or a ``ValueError`` that names the source.
 
-Parsers raise many things for what is not well formed: nesting ends in a ``RecursionError``, and a
-YAML date of month 13 in an error that names no file. And YAML's aliases let ten lines stand for
-more values than memory holds. All of that ends here.
+Parsers raise many exceptions for malformed input: deep nesting a ``RecursionError``, a YAML date of
+month 13 an error that names no file. YAML's aliases let ten lines expand to more values than memory
+holds. All of these become a ``ValueError`` here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 16 << 20
-# The scores of every head of the largest models take half of it; reading it takes seconds.
+# The scores of all heads of the largest models take half of this; parsing it takes seconds.
 MAX_YAML_CHARACTERS = 1 << 20
-# Values that a YAML text may stand for once every alias is written out.
+# Values of a YAML text with every alias expanded.
 MAX_YAML_VALUES = 200_000
-# Of a number in YAML, whose `1:30:00` takes quadratic time.
+# Digits of a number in YAML, whose `1:30:00` form takes quadratic time.
 MAX_DIGITS = 300
 
 
@@ -33,14 +33,14 @@ class _Short(reprlib.Repr):
 
 
 def shortened(value: object) -> str:
-    """Return ``repr(value)`` of a bounded length, for messages, without going through all of it."""
+    """Return ``repr(value)`` of a bounded length, for messages, without traversing all of it."""
     return _Short().repr(value)
 
 
 def why_not_text(text: str) -> str | None:
-    """Return why a string is none that can be written in UTF-8, or None when it can.
+    """Return why a string cannot be encoded as UTF-8, or None when it can.
 
-    JSON and YAML can write half of a surrogate pair, which is no character, and which Arrow,
+    JSON and YAML can contain half of a surrogate pair, which is not a character and which Arrow,
     tokenizers and files refuse.
     """
     if text.isascii():
@@ -53,7 +53,7 @@ def why_not_text(text: str) -> str | None:
 
 
 def why_not_name(text: str) -> str | None:
-    """Return why a string can be no id or path, or None: libraries in C end it at a NUL."""
+    """Return why a string cannot be an id or path, or None: C libraries end it at a NUL."""
     return "it contains a NUL" if "\0" in text else why_not_text(text)
 
 
@@ -62,7 +62,7 @@ def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> str:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is larger than ``max_bytes``, or not UTF-8; the message names the file.
+        ValueError: it is larger than ``max_bytes`` or not UTF-8; the message names the file.
     """
     with Path(path).open("rb") as file:
         content = file.read(max_bytes + 1)
@@ -78,8 +78,8 @@ def parse_json(text: str | bytes, source: str) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: it is not JSON, is nested too deeply, or has a whole number of too many digits;
-            the message begins with ``source``.
+        ValueError: it is not JSON, is nested too deeply, or has an integer of too many digits; the
+            message begins with ``source``.
     """
     try:
         return json.loads(text)
@@ -88,11 +88,12 @@ def parse_json(text: str | bytes, source: str) -> Any:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML of plain values: maps, lists, texts, numbers, dates.
+    """Parse YAML of plain values: maps, lists, strings, numbers, dates.
 
     Raises:
         ValueError: it is not such YAML, is too long or nested too deeply, contains itself, or
-            stands for more than :data:`MAX_YAML_VALUES` values; the message begins with ``source``.
+            expands to more than :data:`MAX_YAML_VALUES` values; the message begins with
+            ``source``.
     """
     import yaml
 
@@ -109,14 +110,14 @@ def parse_yaml(text: str, source: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{source}: not valid YAML: {_reason(error)}") from error
     except (TypeError, LookupError, AttributeError, OverflowError) as error:
-        # From `!!int ""` and the like, whatever the constructor stumbles over first.
+        # From `!!int ""` and the like, whatever the constructor fails on first.
         raise ValueError(
             f"{source}: not valid YAML: a value does not fit its tag: {_reason(error)}"
         ) from error
 
 
 def _count_values(node: Any, known: dict[int, int | None]) -> int:
-    """Return for how many values a YAML node stands with its aliases written out."""
+    """Return the number of values of a YAML node with its aliases expanded."""
     place = id(node)
     if place in known:
         count = known[place]
@@ -132,7 +133,7 @@ def _count_values(node: Any, known: dict[int, int | None]) -> int:
             for child in part if isinstance(part, tuple) else (part,):
                 count += _count_values(child, known)
     if count > MAX_YAML_VALUES:
-        raise ValueError(f"it stands for more than {MAX_YAML_VALUES:,} values")
+        raise ValueError(f"it expands to more than {MAX_YAML_VALUES:,} values")
     known[place] = count
     return count
 

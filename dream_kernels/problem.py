@@ -15,7 +15,7 @@ MODES = ("reweight", "bias")
 class Problem:
     """One call of the operator after validation.
 
-    Keys stand in two segments that are never joined: the prefix (``P`` keys, possibly shared by
+    Keys are in two segments that are never joined: the prefix (``P`` keys, possibly shared by
     the whole batch) and the local keys (``N``). Positions count over both, ``T = P + N``.
 
     Attributes:
@@ -27,7 +27,7 @@ class Problem:
         prefix_value: as ``prefix_key``.
         spans: ``[B, C, 2]`` int64; absent documents, padding-only ones included, are ``(0, 0)``.
         mask: ``[B, T]`` bool, True for a token, or None when nothing is padding.
-        heads: for each query head whether it receives the scores.
+        heads: for each query head, whether it receives the scores.
         mode: ``"reweight"`` or ``"bias"``.
         document_mass: the fixed mass of all documents together, or None for the reader's own.
         scale: factor of ``q . k``.
@@ -57,7 +57,7 @@ class Problem:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The fields that are no tensors, by name and in their order."""
+        """The fields that are not tensors, by name and in order."""
         return {
             "heads": self.heads,
             "mode": self.mode,
@@ -134,9 +134,9 @@ class Implementation(Protocol):
         """Return why this implementation cannot run ``problem``, or None when it can."""
 
     def forward(self, problem: Problem, needs: Needs) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the output ``[B, Hq, M, D]`` and what a backward with ``needs`` will want.
+        """Return the output ``[B, Hq, M, D]`` and what a backward with ``needs`` will use.
 
-        What is saved besides the inputs and the output aliases neither.
+        The saved tensors alias neither the inputs nor the output.
         """
 
     def empty_saved(self, problem: Problem, needs: Needs) -> tuple[Tensor, ...]:

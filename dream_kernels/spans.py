@@ -1,4 +1,4 @@
-"""Geometry of documents in a row of keys: which key belongs to which document, who is scored."""
+"""Geometry of documents in a sequence of keys: the document of each key, the scored rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def present_documents(spans: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def document_of_key(spans: Tensor, length: int) -> Tensor:
-    """Return ``[B, T]`` int64: the document each key stands in, ``C`` where it stands in none.
+    """Return ``[B, T]`` int64: the document of each key, ``C`` outside all documents.
 
     Args:
         spans: ``[B, C, 2]`` disjoint half-open ranges of key positions.
@@ -35,7 +35,7 @@ def document_of_key(spans: Tensor, length: int) -> Tensor:
 
 
 def row_positions(rows: int, length: int, device: torch.device) -> Tensor:
-    """Return ``[M]``: the key position of each row, the last row standing at the last key."""
+    """Return ``[M]``: the key position of each row; the last row is at the last key."""
     return torch.arange(length - rows, length, device=device)
 
 
@@ -54,7 +54,7 @@ def visible_keys(
 
 
 def scored_rows(rows: int, length: int, spans: Tensor, causal: bool) -> Tensor:
-    """Return ``[B, M]`` bool: the rows that stand after every present document.
+    """Return ``[B, M]`` bool: the rows after every present document.
 
     A row is scored in the heads that receive the scores when at least one document is present
     and all present ones end at or before the row's own position; without ``causal`` every row

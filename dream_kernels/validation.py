@@ -1,4 +1,4 @@
-"""Checks of a call's arguments, and their reduction to a :class:`Problem`."""
+"""Validation of a call's arguments, and their reduction to a :class:`Problem`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _value_checks: bool | None = None
 def set_value_checks(enabled: bool | None) -> None:
     """Turn the checks that read the *contents* of tensors on or off.
 
-    They find overlapping or out-of-range spans and NaN scores. By default they run where reading
-    is free, that is for tensors on the CPU, and not on an accelerator, where they would wait for
+    They detect overlapping or out-of-range spans and NaN scores. By default they run where reading
+    is free, for tensors on the CPU, and not on an accelerator, where they would synchronise with
     the device. The environment variable ``DREAM_KERNELS_CHECK`` (``0`` or ``1``) sets the default.
 
     Args:
-        enabled: True for always, False for never, None for the default.
+        enabled: True to check always, False never, None for the default.
     """
     global _value_checks
     _value_checks = enabled
@@ -130,7 +130,7 @@ def _check_spans(spans: Tensor, query: Tensor, length: int) -> Tensor:
 
 
 def check_values(spans: Tensor, scores: Tensor, length: int) -> None:
-    """Raise ``ValueError`` for impossible spans and scores, where contents are to be checked."""
+    """Raise ``ValueError`` for impossible spans and scores, where contents are checked."""
     if checks_values_of(spans):
         check_span_values(spans, length)
     if checks_values_of(scores):
@@ -147,7 +147,7 @@ def check_span_values(spans: Tensor, length: int) -> None:
             f"spans must satisfy 0 <= start <= end <= {length} (prefix and local keys), "
             f"got spans[{b}, {c}] = {spans[b, c].tolist()}"
         )
-    # Absent documents may stand anywhere, so they are moved behind all others before the sort.
+    # Absent documents may be anywhere, so they sort after all others.
     order = torch.where(end > start, start, length).argsort(dim=1, stable=True)
     start, end = start.gather(1, order), end.gather(1, order)
     both_present = (end > start)[:, 1:] & (end > start)[:, :-1]
@@ -276,7 +276,7 @@ def build_problem(
     spans = _check_spans(_require_tensor("spans", spans), query, length)
     scores = _require_tensor("scores", scores)
     checked_scores = _check_scores(scores, query, spans.shape[1])
-    # While a graph is traced there are no values yet; it checks them when it runs.
+    # While a graph is traced there are no values yet; the graph checks them when it runs.
     tracing = torch.compiler.is_compiling()
     if not tracing:
         check_values(spans, scores, length)

@@ -1,4 +1,4 @@
-"""One file per peer: how it computes a case, or the reason why it cannot."""
+"""One file per peer: how it computes a case, or why it cannot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .ours import Ours
 from .sdpa import SdpaMask, SdpaUnbiased
 from .xformers import Xformers
 
-# The first one that can run a case is what the others are compared with.
+# The first one that can run a case is the baseline of the others.
 ADAPTERS: dict[str, Adapter] = {
     adapter.name: adapter
     for adapter in (

@@ -1,4 +1,4 @@
-"""What an adapter is."""
+"""The interface of an adapter."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Prepared:
     Attributes:
         forward: computes the output ``[B, Hq, M, D]``.
         backward: computes the gradients of that output, by name; None where the peer has none.
-        note: what a reader of the figures has to know.
+        note: what a reader of the figures should know.
     """
 
     forward: Callable[[], Tensor]
@@ -47,7 +47,7 @@ class Adapter(Protocol):
         """What it makes of the case: ``"reweight"``, ``"bias"`` or ``"plain"`` (no scores)."""
 
     def working_bytes(self, case: Case) -> int:
-        """A rough count of what it allocates, to refuse what would exhaust the machine."""
+        """A rough estimate of what it allocates, to refuse what would exhaust the machine."""
 
     def setup(self, inputs: Inputs) -> Prepared | Refusal:
         """Prepare everything that is not part of the call itself."""

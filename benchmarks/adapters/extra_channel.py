@@ -11,7 +11,7 @@ from ..cases import Case, Inputs
 from .base import Prepared, Refusal, expanded_keys, gradients_of, operator_leaves, wanted
 from .sdpa import causal_arguments
 
-_CHANNELS = 8  # two are used; kernels want head sizes that are multiples of 8
+_CHANNELS = 8  # two are used; kernels need head sizes that are multiples of 8
 
 
 class ExtraChannel:

@@ -49,7 +49,7 @@ class FlexAttention:
         )
         # A captured tensor is fixed at compilation: one compilation for each case.
         compiled: Any = torch.compile(flex_attention, dynamic=False)
-        # Below 128 rows a split-KV kernel without gradient would be taken.
+        # Below 128 rows it would choose a split-KV kernel that has no gradient.
         options = {"FORCE_USE_FLEX_ATTENTION": True} if cuda and case.gradients else None
 
         def forward() -> Tensor:

@@ -12,7 +12,7 @@ from .base import Prepared, Refusal, gradients_of, matrices, operator_leaves, wa
 
 
 class Ours:
-    """The operator as it is called, the prefix left in its place."""
+    """The operator as users call it, with the prefix read in place."""
 
     def __init__(self, impl: str) -> None:
         self.impl = impl

@@ -29,7 +29,7 @@ _FORMS = {
 
 
 def causal_arguments(inputs: Inputs) -> tuple[dict[str, Any], list[SDPBackend]]:
-    """How SDPA is told the causal mask so that its fastest kernel runs, and the kernels allowed."""
+    """The causal mask in the form that lets SDPA's fastest kernel run, and the allowed kernels."""
     case = inputs.case
     cuda = inputs.device.type == "cuda"
     backends = (

@@ -37,7 +37,7 @@ class Xformers:
         if inputs.device.type != "cuda":
             return Refusal("its kernels run on GPUs only")
         attend = importlib.import_module("xformers.ops").memory_efficient_attention
-        # With queries, keys and values all frozen it loses the bias' gradient without a word.
+        # With queries, keys and values all frozen it silently drops the bias' gradient.
         names = inputs.case.gradients
         leaves = operator_leaves(inputs, (*names, "query") if names else ())
         dense_mask = DenseMask(inputs)

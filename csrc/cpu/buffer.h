@@ -9,7 +9,7 @@ namespace dream::cpu {
 // Uninitialised float32 numbers; none when the size is 0, and the address is null then.
 class Buffer {
  public:
-  // Holds `count` times `size` numbers. Throws std::bad_alloc when memory has no room for them.
+  // Holds `count` times `size` numbers. Throws std::bad_alloc when memory does not suffice.
   explicit Buffer(int64_t size, int64_t count = 1);
   ~Buffer();
 

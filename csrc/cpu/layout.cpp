@@ -190,7 +190,7 @@ void Layout::add_group(int64_t first_batch, int64_t batches) {
   group.all = {runs.data() + bounds[rest + 1], bounds[rest + 2] - bounds[rest + 1],
                problem_.documents};
 
-  // Row m stands at position T - M + m and is scored when that is at or past the last end.
+  // Row m is at position T - M + m and is scored when that is at or past the last end.
   const int64_t first = documents_end - (length - problem_.rows);
   group.first_scored = documents_end == 0 ? problem_.rows
                        : problem_.causal  ? std::min(std::max<int64_t>(first, 0), problem_.rows)

@@ -1,4 +1,4 @@
-// Which keys stand where, and which rows are computed together.
+// Where keys are, and which rows are computed together.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ struct Segment {
   int64_t slot;
 };
 
-// The batch elements [first_batch, first_batch + batches) whose rows may stand in one row block,
+// The batch elements [first_batch, first_batch + batches) whose rows may share a row block,
 // and their keys. More than one only where they share a prefix and everything about it.
 struct RowGroup {
   int64_t first_batch;

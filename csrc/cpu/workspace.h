@@ -65,7 +65,7 @@ struct Workspace {
   KeyRange value_range;
 };
 
-// Owns the memory behind a Workspace; members that the pass does not use stay null.
+// Owns the memory of a Workspace; members that the pass does not use stay null.
 class WorkspaceMemory {
  public:
   static WorkspaceMemory for_forward(const Problem& problem);

@@ -1,4 +1,4 @@
-"""Putting the operator into a transformers model, and reading with a prefix."""
+"""Injection of the operator into transformers models, and reading with a prefix."""
 
 from dream_kernels.injection.context import Prefix
 from dream_kernels.injection.inject import Injection, inject_attention

@@ -1,4 +1,4 @@
-"""Laying out documents that were read alone as the prefix of one or many pools."""
+"""Assembly of documents that were read alone into the prefix of one or many pools."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Layers = list[tuple[Tensor, Tensor]]
 
 
 class PoolAssembly:
-    """A prefix under construction: every document is copied once, to where it stands.
+    """A prefix under construction: every document is copied once, to its final place.
 
-    Each pool is the header and then its documents, without gaps. What belongs to a document may
-    come in any order; no more than one batch of it need be in memory beside the prefix.
+    Each pool is the header and then its documents, without gaps. Documents may arrive in any
+    order, and only one batch of them needs to be in memory beside the prefix.
 
     Args:
         header: number of tokens before every document.
         lengths: number of tokens of each document.
         pools: for each row of the prefix the indices of its documents.
-        device: where the prefix stands.
+        device: of the prefix.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class PoolAssembly:
         self._whole: Tensor | None = None
 
     def add_batch(self, layers: Layers, documents: Sequence[int]) -> None:
-        """Take documents that were read in one batch, and the header if it is still missing.
+        """Add documents that were read in one batch, and the header if it is still missing.
 
         Args:
             layers: keys and values ``[n, Hkv, L, D]`` of each layer, every row the header and one
                 document.
-            documents: which document each row is.
+            documents: the document of each row.
         """
         self._allocate(layers)
         # (row, first token, row of the prefix, first place, tokens)
@@ -92,18 +92,18 @@ class PoolAssembly:
                 ]
 
     def add_document(self, states: Tensor, document: int) -> None:
-        """Take one document's keys and values ``[layers, 2, Hkv, length, D]``."""
+        """Add one document's keys and values ``[layers, 2, Hkv, length, D]``."""
         for row, begin in self._places[document]:
             self._copy(states, row, begin)
 
     def add_header(self, states: Tensor) -> None:
-        """Take the header's keys and values ``[layers, 2, Hkv, header, D]``."""
+        """Add the header's keys and values ``[layers, 2, Hkv, header, D]``."""
         for row in range(len(self._ends)):
             self._copy(states, row, 0)
         self.has_header = True
 
     def prefix(self) -> Prefix:
-        """Return the prefix; every document and the header have been added."""
+        """Return the prefix, once the header and every document were added."""
         mask = None
         if (self._ends < self._ends.max()).any():
             mask = (torch.arange(int(self._ends.max())) < self._ends[:, None]).to(self.device)

@@ -1,8 +1,8 @@
 """The attention function that transformers calls, and its registration.
 
-For every implementation ``base`` that a model may have come with there is one registered name,
-``dream_<base>``: without a document context it calls ``base`` with exactly the arguments that it
-was given, so an injected model that gets no scores computes what it did before, bit for bit.
+Each implementation ``base`` that a model may use gets one registered name, ``dream_<base>``.
+Without a document context it calls ``base`` with exactly the arguments that it received, so an
+injected model without scores computes what it did before, bit for bit.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def register(base: str) -> str:
 
     name = _NAME + base
     AttentionInterface.register(name, _make_attention(base))
-    # Without a mask function of its own a registered attention gets no mask at all, and the
-    # padding would be dropped silently.
+    # A registered attention without a mask function gets no mask at all, which would silently
+    # ignore the padding.
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
 
@@ -135,7 +135,7 @@ def _document_attention(
 
     if first in (0, rows):
         return attend(0, rows).transpose(1, 2)
-    # The rows before the first scored one see no key behind them: two calls cost what one does.
+    # Rows before the first scored one see no later key, so two calls cost as much as one.
     return torch.cat([attend(0, first), attend(first, rows)], dim=2).transpose(1, 2)
 
 
@@ -165,7 +165,7 @@ def _record_mass(
 def _refuse_what_the_operator_cannot(
     layer: int, key: Tensor, prefix: tuple[Tensor, Tensor] | None, kwargs: dict[str, Any]
 ) -> None:
-    """Raise where the model asks its attention for something that the operator does not do."""
+    """Raise if the model asks its attention for something that the operator does not support."""
     length = key.shape[2] + (0 if prefix is None else prefix[0].shape[2])
     window = kwargs.get("sliding_window")
     if window is not None and length > window:

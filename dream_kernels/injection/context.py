@@ -1,4 +1,4 @@
-"""What one forward pass of an injected model carries down to its attention layers."""
+"""What a forward pass of an injected model hands to its attention layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Prefix:
     Attributes:
         layers: for every layer ``(key, value)`` of ``[1 or B, Hkv, P, D]``; batch 1 is one pool
             shared by every row of a suffix batch.
-        spans: ``[1 or B, C, 2]`` int64, where each document stands in the prefix.
+        spans: ``[1 or B, C, 2]`` int64, the range of each document in the prefix.
         next_position: ``[1 or B]`` int64, the position id at which a suffix starts.
         mask: ``[1 or B, P]`` bool, False for padding, or None when there is none; ``[B, P]`` over
             a shared pool hides documents from some rows.
@@ -38,7 +38,7 @@ class Prefix:
 
     @property
     def tokens(self) -> int:
-        """Tokens that are there, padding left out."""
+        """Number of tokens, padding not counted."""
         if self.mask is None or len(self.mask) != self.batch:
             return self.batch * self.length
         return int(self.mask.sum())
@@ -48,10 +48,10 @@ class Prefix:
         return self.spans.shape[1]
 
     def of_rows(self, rows: Tensor) -> Prefix:
-        """The prefix of some suffixes of a batch; a shared one is that of any.
+        """The prefix of some suffixes of a batch; a shared prefix serves all of them.
 
         Args:
-            rows: their indices; pools of rows in order are not copied.
+            rows: their indices; the pools of consecutive rows are not copied.
         """
         place: slice | Tensor = rows
         if (rows.diff() == 1).all():
@@ -83,7 +83,7 @@ class MassRecorder:
 
 @dataclass
 class DocumentContext:
-    """Travels as one keyword argument from the model's forward to every attention layer.
+    """Passed as one keyword argument from the model's forward to every attention layer.
 
     Attributes:
         heads: ``{layer: [head, ...]}`` that receive the scores.
@@ -91,13 +91,13 @@ class DocumentContext:
             in this pass.
         spans: ``[B, C, 2]``, or None when there are no documents in this pass.
         attention_mask: ``[B, T]`` bool over prefix and local keys, or None.
-        prefix: what stands before the local keys, or None.
+        prefix: keys and values before the local ones, or None.
         mode: as in :func:`dream_kernels.document_attention`.
         document_mass: as in :func:`dream_kernels.document_attention`.
         impl: as in :func:`dream_kernels.document_attention`.
         first_row: the first row of the local tokens that the scores act on.
         recorder: collects document masses, or None.
-        reached: the layers whose attention has seen this context, to notice models that drop it.
+        reached: the layers whose attention has received this context; detects models that drop it.
     """
 
     heads: dict[int, list[int]]

@@ -26,13 +26,13 @@ _KEYWORDS = ("document_scores", "document_spans", "document_prefix", "document_f
 
 
 class Injection:
-    """The operator's presence in one model; made by :func:`inject_attention`.
+    """The operator injected into one model; made by :func:`inject_attention`.
 
     Attributes:
         model: the injected model.
         heads: ``{layer: [head, ...]}`` that receive the scores.
-        mode: how they act there, ``"reweight"`` or ``"bias"``.
-        document_mass: the attention that all documents get there, None for the head's own.
+        mode: how the scores act, ``"reweight"`` or ``"bias"``.
+        document_mass: the attention that all documents together get, None for the head's own.
     """
 
     def __init__(
@@ -223,11 +223,11 @@ def inject_attention(
     - ``document_scores``: ``[B, C]``, ``[B, Hq, C]`` or ``[B, layers, Hq, C]``, one logit per
       document, or one for each head, or for each head of every layer; the gradient flows back
       into it, as 0 where a head is not among ``heads``;
-    - ``document_spans``: ``[B, C, 2]``, where each document stands, counted in tokens from the
+    - ``document_spans``: ``[B, C, 2]``, the range of each document, counted in tokens from the
       start of the prefix, or of ``input_ids`` without one;
     - ``document_prefix``: a :class:`Prefix` of documents that were read before. ``input_ids`` is
       then only what follows them, ``attention_mask`` its padding, and ``document_spans`` may be
-      left out;
+      omitted;
     - ``document_first_row``: rows of ``input_ids`` before this one attend plainly, 0 by default.
       Without effect where there are no scores.
 
@@ -338,7 +338,7 @@ def _full_mask(
 def _suffix_positions(
     prefix: Prefix, mask: Tensor | None, batch: int, past: int, rows: int, device: torch.device
 ) -> Tensor:
-    """Position ids ``[B, M]`` of a suffix, going on where the prefix ends; padding has none."""
+    """Position ids ``[B, M]`` of a suffix, continuing after the prefix; padding has none."""
     start = prefix.next_position.to(device)[:, None]
     if mask is None:
         return (start + past + torch.arange(rows, device=device)).expand(batch, -1)

@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 
 class DocumentStates(Protocol):
-    """Where keys and values of documents are kept that one model read alone."""
+    """A store of the keys and values of documents that one model read alone."""
 
     def get(self, header: Sequence[int], document: Sequence[int]) -> Tensor | None:
-        """Return ``[layers, 2, Hkv, L, D]``, keys and values of a document behind ``header``.
+        """Return ``[layers, 2, Hkv, L, D]``, keys and values of a document after ``header``.
 
-        ``L`` is the document's own length. An empty document stands for the header itself. None
-        when it is not there.
+        ``L`` is the document's own length. An empty document means the header itself. None when
+        it is not in the store.
         """
 
     def put(self, header: Sequence[int], document: Sequence[int], states: Tensor) -> None:
-        """Keep what :meth:`get` shall return; it is a tensor of its own."""
+        """Store what :meth:`get` is to return; ``states`` shares no memory with other tensors."""
 
 
 @torch.no_grad()
@@ -42,19 +42,19 @@ def read_jointly(
     spans: Tensor,
     attention_mask: Tensor | None = None,
 ) -> Prefix:
-    """Read documents that stand in one sequence, each seeing those before it.
+    """Read documents in one sequence, each seeing those before it.
 
     Args:
         model: the reader, injected or not.
         input_ids: ``[1, P]`` for a pool that all suffixes share, ``[B, P]`` for one pool each.
-        spans: ``[1 or B, C, 2]``, where the documents stand in ``input_ids``.
+        spans: ``[1 or B, C, 2]``, the ranges of the documents in ``input_ids``.
         attention_mask: ``[1 or B, P]``, 0 for padding at the end of a row, or None.
 
     Returns:
-        The prefix; a suffix goes on at the position after the last token.
+        The prefix; a suffix continues at the position after the last token.
 
     Raises:
-        ValueError: padding stands before a token, the spans do not fit, or a sliding window of
+        ValueError: padding precedes a token, the spans do not fit, or a sliding window of
             the model is shorter than the sequence.
     """
     check_span_values(spans, input_ids.shape[1])
@@ -88,18 +88,18 @@ def read_independently(
         documents: token ids of each document, at least one each.
         pools: for each suffix the indices of its documents; None for one pool of all documents
             that every suffix shares.
-        header: token ids that stand before every document, such as the beginning-of-sequence
+        header: token ids before every document, such as the beginning-of-sequence
             token that readers use as an attention sink.
-        batch_size: how many documents are read in one forward pass.
-        store: asked for every document before it is read, and given what was read. A document
+        batch_size: number of documents in one forward pass.
+        store: queried for every document before it is read, and given what was read. A document
             from the store equals one that is read again, up to the rounding of matrix products,
-            which depends on the shape of the batch it is read in.
+            which depends on the shape of the batch.
 
     Returns:
-        The prefix; a suffix goes on at the position after the longest document of its pool.
+        The prefix; a suffix continues at the position after the longest document of its pool.
 
     Raises:
-        ValueError: there are no documents, one is empty, a pool names one that is not there, or
+        ValueError: there are no documents, one is empty, a pool names one that does not exist, or
             there is a store and keys and values are not all of one shape.
     """
     lengths = [len(document) for document in documents]
@@ -123,7 +123,7 @@ def read_independently(
         assembly.add_batch(layers, batch)
         if store is not None:
             _into_store(store, header, [documents[i] for i in batch], layers)
-        del layers  # before the next batch comes
+        del layers  # before the next batch is read
     if header and not assembly.has_header:
         layers = _read_alone(model, header, [[]], device)
         assembly.add_batch(layers, [])
@@ -151,7 +151,7 @@ def _into_store(
     documents: Sequence[Sequence[int]],
     layers: Layers,
 ) -> None:
-    """Keep the documents of a batch, and its header from the first of them."""
+    """Store the documents of a batch, and the header from the first of them."""
     if len({states.shape for layer in layers for states in layer}) > 1:
         raise ValueError("store needs a model whose layers all have keys and values of one shape")
     begin = len(header)
@@ -173,7 +173,7 @@ def _read_alone(
     documents: Sequence[Sequence[int]],
     device: torch.device,
 ) -> Layers:
-    """Keys and values ``[n, Hkv, L, D]`` of documents behind the header, padded at the end."""
+    """Keys and values ``[n, Hkv, L, D]`` of documents after the header, padded at the end."""
     width = len(header) + max(map(len, documents))
     ids = torch.zeros(len(documents), width, dtype=torch.long)
     mask = torch.zeros(len(documents), width, dtype=torch.bool)

@@ -36,8 +36,8 @@ MERGES = "a: &a {x: 1}\n" + "".join(
     for last, name in zip("abcdefgh", "bcdefghi")
 )
 YAML = {
-    "aliases": (LAUGHS, "stands for more than 200,000 values"),
-    "merges": (MERGES, "stands for more than 200,000 values"),
+    "aliases": (LAUGHS, "expands to more than 200,000 values"),
+    "merges": (MERGES, "expands to more than 200,000 values"),
     "itself": ("a: &a [*a]", "must not contain itself"),
     "lists": ("[" * 100_000, "nested too deeply"),
     "maps": ("{a: " * 100_000, "nested too deeply"),

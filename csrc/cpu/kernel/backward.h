@@ -132,8 +132,8 @@ class Backward {
     }
   }
 
-  // Where the probabilities and products of a block are: kept for the second sweep while there is
-  // room, in scratch otherwise.
+  // Where the probabilities and products of a block are: kept for the second sweep while they
+  // fit, in scratch otherwise.
   struct Matrices {
     float* probabilities;
     float* products;

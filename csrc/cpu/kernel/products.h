@@ -24,7 +24,7 @@ DREAM_INLINE char* row_of(const RowBlock& rows, int r, const Operand& tensor, DT
   return row_address(tensor, dtype, rows.batch[r], rows.head[r], rows.row[r]);
 }
 
-// Where a key stands, in one of two segments of memory.
+// Where a key is, in one of two segments of memory.
 struct KeySource {
   const Problem& problem;
   const Operand& prefix;

@@ -66,7 +66,7 @@ DREAM_INLINE float sum_of(Vec x) {
 // e^x for x up to 88, to 1 ulp; 0 below -88, and NaN for NaN.
 DREAM_INLINE Vec exp(Vec x) {
   x = x < splat(-88.0f) ? splat(-88.0f) : x;
-  // Adding 1.5 * 2^23 rounds to an integer n, which then stands in the low bits.
+  // Adding 1.5 * 2^23 rounds to an integer n, which is then in the low bits.
   const Vec rounded = x * 1.44269504f + 12582912.0f;
   const Vec n = rounded - 12582912.0f;
   // x - n log 2 in two steps, of which the first is exact.
