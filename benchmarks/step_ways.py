@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dream_kernels import Prefix
+from dream_kernels.injection.attention import attention_of, use_attention
 
 from .adapters.eager import reweight
 from .step_models import StepSetup
@@ -315,9 +316,9 @@ def _hooked_attention(model: Any, state: _NaiveState) -> Iterator[None]:
 
     AttentionInterface.register(_NAIVE, attention)
     AttentionMaskInterface.register(_NAIVE, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    config = model.config.get_text_config()
-    before, config._attn_implementation = config._attn_implementation, _NAIVE
+    before = attention_of(model)
+    use_attention(model, _NAIVE)
     try:
         yield
     finally:
-        config._attn_implementation = before
+        use_attention(model, before)
