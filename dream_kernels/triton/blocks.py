@@ -366,7 +366,7 @@ def log_add(b_m, b_l, b_lse):
 
 @triton.jit
 def online_step(b_s, b_v, b_m, b_l, b_acc, b_bias, scale, IP: tl.constexpr):
-    """One tile of the online softmax, in powers of two.
+    """One tile of the online softmax, in base 2.
 
     Args:
         b_s: ``[BM, BN]`` raw dot products, ``-inf`` for keys that the row does not see.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -32,12 +33,17 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **opti
 
     A parameter's name means the same in every kernel, so that kernels share groups of arguments.
     """
-    kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, **options)
+    kernel[grid](*itemgetter(*kernel.arg_names)(arguments), **options)
 
 
 def strides(of: str, dimensions: str, tensor: Tensor) -> dict[str, int]:
     """Strides as the kernels name them: ``s_qb`` for dimension ``b`` of ``q``."""
-    return {f"s_{of}{name}": step for name, step in zip(dimensions, tensor.stride())}
+    return dict(zip(_stride_names(of, dimensions), tensor.stride()))
+
+
+@cache
+def _stride_names(of: str, dimensions: str) -> tuple[str, ...]:
+    return tuple(f"s_{of}{dimension}" for dimension in dimensions)
 
 
 def tile_arguments(config: Config) -> dict[str, int]:

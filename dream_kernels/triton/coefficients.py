@@ -13,12 +13,12 @@ from dream_kernels.triton.blocks import (
     MU,
     NORM,
     OFFSET,
+    document_share,
     finite,
     inverse,
     load_rows,
     row_pointers,
 )
-from dream_kernels.triton.forward import document_share
 from dream_kernels.triton.work_list import load_span
 
 
@@ -33,11 +33,10 @@ def coefficients_kernel(
     """Write ``columns`` ``[B, Hq, 4, M]``; grid ``(row blocks of one head, Hq, B)``.
 
     The gradient in the logit of key ``j`` is ``exp(a_j - norm) (factor g_j + offset)``. The
-    columns hold norm, factor and offset of the keys outside the documents, or of all keys where
-    one softmax covers them, and the mass of all documents. With ``DOCUMENTS`` (reweight), where
-    ``documents`` holds ``dO . o_d``, it is turned into the documents' offsets for ``LOGITS``, and
-    for ``SCORES`` the rows' share in the gradient of the scores goes to ``partial``
-    ``[B, Hq, row blocks, C]``.
+    columns hold norm, factor and offset of the keys outside the documents, or of all keys if they
+    have one softmax, and the mass of all documents. With ``DOCUMENTS`` (reweight) ``documents``
+    holds ``dO . o_d``: ``LOGITS`` replaces it by the documents' offsets, and ``SCORES`` writes the
+    rows' part of the scores' gradient to ``partial`` ``[B, Hq, row blocks, C]``.
     """
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_m = i_m * BM + tl.arange(0, BM)

@@ -44,7 +44,7 @@ def split_documents(p_counts, p_tiles, i_s, S, BN: tl.constexpr, SLOT: tl.conste
 
 @triton.jit
 def _merge(part_o, part_lse, p_part, m_rows, b_m, b_l, b_acc, D: tl.constexpr, BD: tl.constexpr):
-    """Add a part to an online softmax."""
+    """Add a split's part to an online softmax."""
     b_lse = tl.load(part_lse + p_part, mask=m_rows, other=float("-inf"))
     b_o = load_rows(part_o + p_part * D, m_rows, 1, D, BD)
     b_new = tl.maximum(b_m, b_lse)

@@ -30,10 +30,10 @@ def keys_kernel(
     NEGATE: tl.constexpr, SHARED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     IP: tl.constexpr,
 ):  # fmt: skip
-    """``dk`` and ``dv`` of one segment of memory, prefix or local, from ``first_key`` on.
+    """``dk`` and ``dv`` of one segment of memory, prefix or local, which begins at ``first_key``.
 
     Grid ``(tiles, Hkv, B)``; with ``SHARED``, a prefix of the whole batch, ``(tiles, Hkv, 1)``
-    and each program runs over the batch.
+    and each program loops over the batch.
     """
     i_n, i_h, i_z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_n = i_n * BN + tl.arange(0, BN)
@@ -58,7 +58,7 @@ def keys_kernel(
         m_seen = m_n
         if HAS_MASK:
             m_seen = tl.load(mask + i_b.to(tl.int64) * T + b_pos, mask=m_n, other=0) != 0
-        # A tile inside one segment takes one set of coefficients per row, others one per key.
+        # A tile inside one segment needs one set of coefficients per row, others one per key.
         if tl.min(b_segment, 0) == one:
             b_dk, b_dv = _add_rows(
                 q, do, scored, counts, weights, state, columns, documents,
@@ -92,7 +92,7 @@ def _add_rows(
     BIAS: tl.constexpr, CAUSAL: tl.constexpr, NEGATE: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """Add what all rows of one batch element give to the tile; ``b_segment`` is [BN] or [1]."""
+    """Add the contributions of all rows of one batch element; ``b_segment`` is [BN] or [1]."""
     first_row = tl.load(counts + i_b * COUNTS + FIRST_ROW)
     start = 0 * M
     if CAUSAL:

@@ -28,7 +28,7 @@ from dream_kernels.triton.blocks import (
 
 @triton.jit
 def _tile_lse(b_s, m_s, scale):
-    """``[BM]`` log-sum-exp of a tile in powers of two, ``-inf`` where a row sees none of it."""
+    """``[BM]`` log-sum-exp of a tile in base 2, ``-inf`` for a row that sees none of it."""
     b_s = tl.where(m_s, b_s, float("-inf"))
     b_m = tl.max(b_s, 1) * scale
     return b_m + tl.log2(tl.sum(tl.exp2(b_s * scale - finite(b_m)[:, None]), 1))

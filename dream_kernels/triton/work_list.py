@@ -47,7 +47,7 @@ def work_list_kernel(
     Outputs, int32 but for the weights:
         tiles: ``[B, NT, 4]``: first key, keys, document, flags. A document longer than ``SLOT``
             keys, or across the prefix's end, is cut into tiles of ``BN`` from its own start and
-            anew at the prefix's end.
+            again at the prefix's end.
         shorts: ``[B, C, 4]``: document, first key and keys of those of up to ``SLOT`` keys, from
             the front those in the prefix, from the back those after it.
         rest: ``[B, T]``: the positions outside all documents, ascending.
@@ -56,7 +56,7 @@ def work_list_kernel(
             the prefix and all, first scored row, whether spans and padding of the prefix are those
             of element 0 and no document reaches beyond the prefix.
         weights: ``[B, HS, C]`` float32: softmax of the scores over the present documents; for
-            ``BIAS`` the scores in powers of two.
+            ``BIAS`` the scores in base 2.
     """
     i_x, i_b = tl.program_id(0), tl.program_id(1)
     p_spans = spans + i_b.to(tl.int64) * C * 2
@@ -254,7 +254,7 @@ def _weigh_documents(
 
 @triton.jit
 def _load_scores(p_scores, p_spans, o_c, s_sc, C):
-    """Scores of the documents ``o_c`` in powers of two, ``-inf`` for the absent ones."""
+    """Scores of the documents ``o_c`` in base 2, ``-inf`` for the absent ones."""
     m_c = o_c < C
     b_start = tl.load(p_spans + o_c * 2, mask=m_c, other=0)
     b_end = tl.load(p_spans + o_c * 2 + 1, mask=m_c, other=0)

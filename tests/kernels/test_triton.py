@@ -95,9 +95,9 @@ def check(inputs: Inputs, names: tuple[str, ...] = GRADIENTS) -> None:
 
 @pytest.fixture(autouse=True)
 def language_patched_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter replaces the language's functions anew at every call of a device function.
+    """The interpreter patches the language's functions at every call of a device function.
 
-    That is 40 % of its time, and changes nothing after the first.
+    That takes 40 % of its time, and changes nothing after the first call.
     """
     interpreter = sys.modules.get("triton.runtime.interpreter")
     if ON_GPU or not hasattr(interpreter, "_LangPatchScope"):
@@ -120,7 +120,7 @@ def language_patched_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def larger_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's time goes by the number of tiles."""
+    """The interpreter's time depends on the number of tiles."""
     monkeypatch.setattr(tiles, "INTERPRETER", Config(64, 64, 4, 1, slot=4))
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for devices that are not there, held to the recorded resources.
+"""The Triton kernels compiled without their devices, compared with the recorded resources.
 
 The record is renewed by
 ``python -m dream_kernels.triton.aot --write tests/kernels/triton_resources.json``.
@@ -24,7 +24,7 @@ KERNELS: dict[str, dict] = RECORD["kernels"]
 SHARED_KB = {
     "sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64,
 }  # fmt: skip
-# Devices that tile shapes were chosen for, and others that have to do with those.
+# Devices that tile shapes were chosen for, and others that use the same shapes.
 MAIN, OTHERS = ("sm_80", "sm_90", "sm_100"), ("sm_86", "sm_89", "gfx942")
 INSTRUCTIONS = {
     "sm_80": {"mma.sync"},
@@ -107,7 +107,9 @@ def test_resources_are_those_recorded(
     found = compile_anew(tmp_path, target, head_dim, kernels)
     assert len(found) == len(kernels)
     for name, row in found.items():
-        assert row == KERNELS[name], f"{name} has changed: renew the record, see this file's head"
+        assert row == KERNELS[name], (
+            f"{name} has changed: renew the record, see the file's docstring"
+        )
 
 
 @pytest.mark.parametrize("target", OTHERS)
