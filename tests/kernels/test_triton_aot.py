@@ -10,6 +10,8 @@ import ast
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,17 +78,32 @@ def test_recorded_resources_fit_the_device(name: str) -> None:
         assert INSTRUCTIONS[target] & row["tensor_cores"].keys()
 
 
-def compile_anew(
-    tmp_path: Path, target: str, head_dim: int, kernels: tuple[str, ...], *more: str
+@pytest.fixture(scope="module")
+def kept_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Triton's cache, kept between test runs.
+
+    Its keys are digests of the kernels' sources with all that they call, of signature, options and
+    target, and of Triton with its ptxas; the resources are read off the machine code in it.
+    """
+    try:
+        return request.config.cache.mkdir("triton")
+    except (AttributeError, OSError):  # without pytest's cache, or where it cannot be written
+        return tmp_path_factory.mktemp("triton")
+
+
+@pytest.fixture
+def resources(kept_cache: Path, tmp_path: Path) -> Callable[..., dict]:
+    return partial(compile_for, kept_cache, tmp_path / "report.json")
+
+
+def compile_for(
+    cache: Path, report: Path, target: str, head_dim: int, kernels: tuple[str, ...], *more: str
 ) -> dict:
     # In a process of its own: here the kernels may belong to the interpreter.
     command = [sys.executable, "-m", "dream_kernels.triton.aot", f"--head-dim={head_dim}"]
     command += [f"--target={target}", *more]
     command += [f"--kernel={kernel}" for kernel in kernels]
-    report = tmp_path / "report.json"
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache"),
-    }  # fmt: skip
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     run_command(*command, f"--write={report}", check=True, env=environment)
     return json.loads(report.read_text())["kernels"]
 
@@ -102,9 +119,9 @@ def compile_anew(
     ],
 )
 def test_resources_are_those_recorded(
-    tmp_path: Path, target: str, head_dim: int, kernels: tuple[str, ...]
+    resources: Callable[..., dict], target: str, head_dim: int, kernels: tuple[str, ...]
 ) -> None:
-    found = compile_anew(tmp_path, target, head_dim, kernels)
+    found = resources(target, head_dim, kernels)
     assert len(found) == len(kernels)
     for name, row in found.items():
         assert row == KERNELS[name], (
@@ -113,8 +130,8 @@ def test_resources_are_those_recorded(
 
 
 @pytest.mark.parametrize("target", OTHERS)
-def test_compiles_for_other_devices(tmp_path: Path, target: str) -> None:
-    (row,) = compile_anew(tmp_path, target, 128, ("documents-reweight",)).values()
+def test_compiles_for_other_devices(resources: Callable[..., dict], target: str) -> None:
+    (row,) = resources(target, 128, ("documents-reweight",)).values()
     assert row["shared"] <= SHARED_KB[target] * 1024
     assert INSTRUCTIONS[target] & row["tensor_cores"].keys()
 
@@ -131,10 +148,10 @@ RARE = (
     ids=("bfloat16", "float32"),
 )
 def test_compiles_with_the_rare_options(
-    tmp_path: Path, dtype: str, kernels: tuple[str, ...]
+    resources: Callable[..., dict], dtype: str, kernels: tuple[str, ...]
 ) -> None:
     """Padding, no causal mask, scores per head, fixed mass, and whatever else the record lacks."""
-    found = compile_anew(tmp_path, "sm_80", 64, kernels, "--rare", f"--dtype={dtype}")
+    found = resources("sm_80", 64, kernels, "--rare", f"--dtype={dtype}")
     assert len(found) == len(kernels)
     assert all(row["shared"] <= SHARED_KB["sm_80"] * 1024 for row in found.values())
 

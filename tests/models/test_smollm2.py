@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dream_training.models import smollm2
@@ -22,9 +23,12 @@ needs_model = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float32 conversion of this module's own, made with the real file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DREAM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    """A float32 conversion made with the real file, once for all processes of a test run."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with FileLock(shared / "smollm2.lock"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DREAM_CACHE", str(shared / "smollm2"))
         return smollm2.smollm2_path("float32")
 
 
