@@ -69,7 +69,7 @@ def test_what_an_older_file_lacks_is_said_and_not_refused(tmp_path: Path) -> Non
     a = write(tmp_path / "a.json", evaluation())
     b = write(tmp_path / "b.json", evaluation(prompts=None, documents_digest=None))
     output = " ".join(dream("compare-runs", a, b).split())
-    assert "prompts, documents_digest cannot be compared, for only one of the files" in output
+    assert "prompts, documents_digest cannot be compared, because only one of the files" in output
 
 
 def test_bm25_has_no_lengths_to_miss(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ FILES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-# Loads weights from anywhere; only models/trust.py may, which refuses pickles and code.
+# Loads weights from anywhere; only trust.py may, which refuses pickles and code.
 LOADERS = {"AutoTokenizer", "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor"}
 
 
@@ -84,7 +84,7 @@ def loads_of(path: Path) -> set[str]:
 def test_models_are_loaded_in_one_place() -> None:
     """Or from the project's own packaged file, or from modules that were loaded there."""
     elsewhere = {
-        "models/trust.py": {"SentenceTransformer"} | {f"{n}.from_pretrained" for n in LOADERS},
+        "trust.py": {"SentenceTransformer"} | {f"{n}.from_pretrained" for n in LOADERS},
         "models/smollm2.py": {"AutoModelForCausalLM.from_pretrained"},
         "models/retriever.py": {"SentenceTransformer", "AutoConfig.from_pretrained"},
         "distributed/sharding.py": {"SentenceTransformer"},
