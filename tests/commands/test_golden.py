@@ -1,7 +1,7 @@
 """What every command prints at 80 columns without a terminal, against ``golden/*.txt``.
 
-After a change that is meant, ``DREAM_WRITE_GOLDEN=1`` in the environment makes this test write the
-files anew; look at the difference before it is committed.
+After an intended change, ``DREAM_WRITE_GOLDEN=1`` in the environment makes this test rewrite the
+files; review the difference before committing it.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ def test_two_processes_resume_where_they_stopped(folder, tmp_path: Path, engine:
     shutil.rmtree(out / "last")
     done = train_with_two(config, "--resume", engine=engine, launcher=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("going on after step 2") == 1, done.stdout
+    assert done.stdout.count("resuming after step 2") == 1, done.stdout
     assert history(out) == expected and len(expected[0]) == 4
     assert (out / "last" / "model.safetensors").read_bytes() == weights
     if engine == "ddp":

@@ -1,4 +1,4 @@
-"""Where HOME cannot be written: a run goes on if it can, or names what to set."""
+"""Where HOME cannot be written: a run continues if it can, or names what to set."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def home(tmp_path: Path) -> Iterator[Path]:
 def test_the_cache_of_the_packaged_model_is_named(home: Path, monkeypatch) -> None:
     monkeypatch.setattr(smollm2, "_find_gguf", lambda: (home / "model.gguf", "1"))
     monkeypatch.setattr(smollm2, "faster_cpu_dtype", lambda: "float32")
-    assert smollm2._fastest_dtype(smollm2.cache_root()) in ("float32", "bfloat16"), "goes on"
+    assert smollm2._fastest_dtype(smollm2.cache_root()) in ("float32", "bfloat16"), "continues"
     message = f"the cache {home}/.cache/dream-kernels cannot be written: .*; set DREAM_CACHE to a"
     with pytest.raises(OSError, match=message):
         smollm2.smollm2_path("auto")

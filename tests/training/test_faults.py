@@ -110,7 +110,7 @@ def test_too_many_bad_steps_end_the_run(run, tmp_path: Path, broken_steps) -> No
     with pytest.raises(FloatingPointError, match=r"3 steps .* max_skipped_steps is 2.*faults"):
         train(config, console=quiet())
     assert len(list((tmp_path / "out" / "faults").iterdir())) == 3
-    # The count goes on with the run, and so does the run: the fourth step is taken again.
+    # The count is resumed with the run: the fourth step is taken again.
     result = train(config, console=quiet(), resume=True)
     assert [s["step"] for s in result.history.steps] == [1, 2, 3, 4, 5, 6]
     assert [s.get("skipped") for s in result.history.steps] == [None, 1, 1, None, None, None]
@@ -181,7 +181,8 @@ def test_too_little_memory_says_what_to_lower(run, monkeypatch) -> None:
     # 7 + 2 GiB were needed, 3 of them before: a step may take 0.9 * 5 of its 6, which did not fit
     # however, so half.
     assert (
-        "in step 1: 9.00 GiB were needed, 3.00 of them before the step, and there are 8.00" in text
+        "in step 1: 9.00 GiB were needed, 3.00 of them before the step, and the device has 8.00"
+        in text
     )
     assert "mini_batch_size=40 (now all, at least 80 texts): changes no result" in text
     assert "documents_per_query=4 (now 9)" in text and "batch_size=4 (now 8)" in text

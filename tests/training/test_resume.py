@@ -1,4 +1,4 @@
-"""Runs that are stopped and gone on with equal runs that were left alone."""
+"""Runs that are stopped and resumed equal runs that were not interrupted."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Stop(TrainerCallback):
 
 
 def both(run, tmp_path: Path, stop: int, number: int = signal.SIGTERM, **changes):
-    """Outcomes of a run left alone, and of one stopped after a step and gone on with."""
+    """Outcomes of an uninterrupted run, and of one stopped after a step and resumed."""
     changes = {"max_steps": 8, "eval_steps": 3, "learning_rate": 3e-3, **changes}
     alone = run(output_dir=str(tmp_path / "alone"), **{**changes, "dataloader_workers": 0})
     stopped = run(output_dir=str(tmp_path / "stopped"), **changes)
@@ -61,7 +61,7 @@ def stop_and_resume(config: TrainConfig, stop: int, number: int) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_goes_on(run, tmp_path: Path, objective: str) -> None:
+def test_every_objective_resumes(run, tmp_path: Path, objective: str) -> None:
     # Six batches to a round: the eighth step is in the second one.
     first, second = both(run, tmp_path, 5, objective=objective)
     assert first == second
@@ -80,7 +80,7 @@ def test_every_objective_goes_on(run, tmp_path: Path, objective: str) -> None:
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_what_changes_over_a_run_goes_on(run, tmp_path: Path, changes: dict) -> None:
+def test_what_changes_over_a_run_resumes(run, tmp_path: Path, changes: dict) -> None:
     """Stopped in the second round of the data."""
     first, second = both(run, tmp_path, 7, signal.SIGINT, **changes)
     assert first == second
@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_taken(run, tmp_path:
     printed = console.file.getvalue()
     assert "step-00000004/optimizer.safetensors: it must have" in printed
     assert "step-00000003/run.json: it must have" in printed
-    assert "going on after step 2" in printed
+    assert "resuming after step 2" in printed
     assert [s["loss"] for s in again] == [s["loss"] for s in alone]
 
 
@@ -172,7 +172,7 @@ def test_a_finished_run_has_nothing_left_to_do(run, tmp_path: Path) -> None:
     assert [s["step"] for s in longer.history.steps] == [1, 2, 3, 4, 5, 6]
 
 
-def test_mistakes_in_going_on_are_named(run, tmp_path: Path) -> None:
+def test_mistakes_in_resuming_are_named(run, tmp_path: Path) -> None:
     console = quiet()
     train(run(max_steps=8), console=console, callbacks=[Stop(3, signal.SIGTERM)])
     assert "--resume goes on after step 3" in console.file.getvalue()
@@ -192,14 +192,14 @@ def test_mistakes_in_going_on_are_named(run, tmp_path: Path) -> None:
     assert [s["step"] for s in done.history.steps] == list(range(1, 9))
 
 
-def test_going_on_without_a_checkpoint_begins(run) -> None:
+def test_resuming_without_a_checkpoint_starts_anew(run) -> None:
     console = quiet()
     result = train(run(save_steps=0), console=console, resume=True)
     assert "starting at the first step" in console.file.getvalue()
     assert len(result.history.steps) == 4
 
 
-# The command; it goes no further than the second step before the signal is there.
+# The command; it waits in the second step for the signal.
 WAITING = """
 import time
 from dream_training.cli import main
@@ -214,7 +214,7 @@ main()
 """
 
 
-def test_the_command_goes_on(run, tmp_path: Path) -> None:
+def test_the_command_resumes(run, tmp_path: Path) -> None:
     """SIGTERM from outside: exit code 143, what to do next, and the same losses in the end."""
     import yaml
 

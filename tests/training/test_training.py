@@ -30,7 +30,7 @@ from dream_training.training.inputs import find_heads, load_training_data
 from helpers.tiny import make_rows, quiet
 
 
-def test_a_run_leaves_everything_behind(run, tmp_path: Path) -> None:
+def test_a_run_writes_everything(run, tmp_path: Path) -> None:
     console = quiet()
     result = train(run(), console=console)
     out = tmp_path / "out"
@@ -39,7 +39,7 @@ def test_a_run_leaves_everything_behind(run, tmp_path: Path) -> None:
     assert [e["step"] for e in result.history.evaluations] == [0, 2, 4]
     names = {p.name for p in out.iterdir()}
     assert names >= {"last", "heads.yaml", "heads.png", "config.json", "history.json", "curve.png"}
-    assert not [name for name in names if name.startswith(".")], "temporary files stay behind"
+    assert not [name for name in names if name.startswith(".")], "temporary files remain"
     loaded = SentenceTransformer(str(result.path), device="cpu")
     assert loaded.encode(["x"]).shape == (1, 32)
     heads = read_heads(out / "heads.yaml")

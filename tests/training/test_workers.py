@@ -102,7 +102,7 @@ def test_a_dead_worker_ends_the_run_with_its_name(
     config: TrainConfig, alone: dict, when: str
 ) -> None:
     said = in_own_process(run_with_a_death, config, when)
-    assert "a process of dataloader_workers (there are 2) died after step 3: DataLoader" in said
+    assert "a process of dataloader_workers (there are 2) crashed after step 3: DataLoader" in said
     assert "killed by signal: Killed" in said and "\n" not in said
     out = Path(config.output_dir)
     newest = checkpoint_folder.newest_checkpoint(out / CHECKPOINTS, pytest.fail)

@@ -1,1 +1,1 @@
-"""Checkpoints: what a run needs to go on as if nothing had happened."""
+"""Checkpoints: what a run needs to resume as if it had not been stopped."""

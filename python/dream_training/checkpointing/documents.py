@@ -1,4 +1,4 @@
-"""Documents that a run keeps in memory, beside its checkpoints."""
+"""Documents of a store in memory, written next to the checkpoints."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ FOLDER = "documents"
 
 
 class StoredDocuments:
-    """Keeps a document store as a checkpoint found it.
+    """Saves and restores the state of a document store.
 
-    A document that is read again comes out the same only up to rounding, which depends on the batch
-    that it is read in. So a store in memory is written to ``checkpoints/documents``, every document
-    once, and a checkpoint holds their names. A store on disk is there already.
+    A document that is read again is the same only up to rounding, which depends on the batch that
+    it is read in. So a store in memory is written to ``checkpoints/documents``, every document
+    once, and a checkpoint holds their names. A store on disk needs no copy.
 
     Args:
         store: of the reader.
         checkpoints: the folder of the run's checkpoints.
-        keep: how many checkpoints stay, with the documents that they name.
+        keep: how many checkpoints are kept, with the documents that they name.
     """
 
     def __init__(self, store: DocumentStore, checkpoints: Path, keep: int) -> None:
@@ -29,7 +29,7 @@ class StoredDocuments:
         self._named: deque[list[str]] = deque(maxlen=keep)
 
     def state(self) -> dict[str, Any]:
-        """Names and counts; writes documents that no earlier checkpoint wrote.
+        """Return names and counts; write the documents that no earlier checkpoint wrote.
 
         Raises:
             OSError: the disk is full.
@@ -43,7 +43,7 @@ class StoredDocuments:
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`state` returned."""
+        """Restore what :meth:`state` returned."""
         self.store.hits, self.store.misses = state["hits"], state["misses"]
         if isinstance(self.store, MemoryStore):
             self.store.read_from(self.folder, state["names"])

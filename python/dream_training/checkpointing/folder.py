@@ -1,8 +1,8 @@
 """Checkpoint folders: written whole or not at all, and verified when they are read.
 
 A checkpoint holds safetensors and JSON files, and a manifest with the digest of each. It is written
-beside its place, brought to the disk and renamed; what was damaged afterwards is refused by name.
-Nothing in it is ever unpickled.
+under a temporary name, synced to disk and renamed; a file that was damaged later is named and the
+checkpoint refused. Nothing in it is ever unpickled.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose digests were found right.
+    """A checkpoint whose digests were verified.
 
     Attributes:
         path: its folder.
-        step: steps that were done.
+        step: number of completed steps.
     """
 
     path: Path
@@ -63,14 +63,14 @@ def write_checkpoint(
     """Write ``folder/step-00000012``; one of the same step is replaced.
 
     Args:
-        folder: of all checkpoints of a run; it is made.
-        step: steps that were done.
+        folder: of all checkpoints of a run; created if it does not exist.
+        step: number of completed steps.
         tensors: by file name, tensors by their name.
         documents: by file name, what is written as JSON.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written; nothing is left behind, and
-            earlier checkpoints stay.
+        OSError: the disk is full, or the folder cannot be written; no partial checkpoint remains,
+            and earlier ones are kept.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -97,8 +97,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Verify a checkpoint.
 
     Raises:
-        CheckpointError: a file is missing, too many, or not what the manifest says; the message
-            names it.
+        CheckpointError: a file is missing, unexpected, or not what the manifest says; the
+            message names it.
     """
     try:
         manifest = read_json(path / MANIFEST)
@@ -128,11 +128,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_checkpoint(folder: Path, refuse: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole, or None.
+    """Return the newest intact checkpoint, or None.
 
     Args:
         folder: of all checkpoints of a run.
-        refuse: is told what is wrong with each that is passed over.
+        refuse: called with what is wrong with each that is skipped.
     """
     for path in reversed(list(_paths(folder))):
         try:
@@ -143,19 +143,19 @@ def newest_checkpoint(folder: Path, refuse: Callable[[str], None]) -> Checkpoint
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether there is any checkpoint, whole or not."""
+    """Whether there is any checkpoint, intact or not."""
     return any(True for _ in _paths(folder))
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest checkpoints, and what an interrupted writer left."""
+    """Delete all but the ``keep`` newest checkpoints, and files that an interrupted writer left."""
     for path in list(_paths(folder))[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
     recover(folder)
 
 
 def _paths(folder: Path) -> Iterator[Path]:
-    """Checkpoints by their steps, the oldest first."""
+    """Checkpoint folders, the oldest first."""
     if not folder.is_dir():
         return
     yield from sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))

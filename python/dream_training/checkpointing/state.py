@@ -1,4 +1,4 @@
-"""What decides how training goes on: weights, optimiser, schedule and random generators."""
+"""The state that training resumes from: weights, optimiser and random generators."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from torch.distributed.checkpoint.state_dict import (
 
 from dream_training.checkpointing.folder import CheckpointError
 
-_BETWEEN = "::"  # parts the name of a parameter from what the optimiser keeps of it
-# Sharded ones come whole, on the CPU; what is frozen stays out.
+_BETWEEN = "::"  # separates the name of a parameter from that of its optimiser state
+# Sharded tensors are gathered, on the CPU; frozen ones are left out.
 _OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 def trained_weights(loss: nn.Module) -> dict[str, Tensor]:
-    """Parameters that are trained, and buffers, of the retriever and the objective.
+    """Return trained parameters and buffers of the retriever and the objective, on the CPU.
 
-    Sharded ones come whole, and to process 0 alone: every process must call this. On the CPU.
+    Sharded ones are gathered on process 0 alone: every process must call this.
 
     Args:
         loss: the objective, which holds the retriever.
@@ -39,7 +39,7 @@ def trained_weights(loss: nn.Module) -> dict[str, Tensor]:
 
 
 def _own(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Without the reader, which is frozen, and its buffers with it."""
+    """The tensors without those of the reader, which is frozen."""
     return {
         name: value
         for name, value in state.items()
@@ -48,7 +48,7 @@ def _own(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def restore_weights(loss: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Put back what :func:`trained_weights` returned.
+    """Restore what :func:`trained_weights` returned.
 
     Raises:
         CheckpointError: the weights belong to another retriever.
@@ -71,11 +71,11 @@ def restore_weights(loss: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def optimizer_state(
     loss: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What an optimiser keeps: tensors by name, and what JSON can hold."""
+    """Return the state of an optimiser: tensors by name, and what JSON can hold."""
     state: Any = get_optimizer_state_dict(loss, optimizer, options=_OPTIONS)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
-    # Where weights are gathered, process 0 alone has them.
+    # If weights are gathered, only process 0 has them.
     for parameter, kept in state.get("state", {}).items():
         for name, value in kept.items():
             group = tensors if isinstance(value, Tensor) else numbers
@@ -89,13 +89,13 @@ def restore_optimizer(
     tensors: Mapping[str, Tensor],
     content: Mapping[str, Any],
 ) -> None:
-    """Put back what :func:`optimizer_state` returned."""
+    """Restore what :func:`optimizer_state` returned."""
     state: dict[str, dict[str, Any]] = {}
     for key, value in {**content["numbers"], **tensors}.items():
         parameter, name = key.rsplit(_BETWEEN, 1)
         state.setdefault(parameter, {})[name] = value
     groups = [
-        # JSON knows no tuples, and the optimiser's pair of decay rates was one.
+        # JSON has no tuples, and the optimiser's pair of decay rates was one.
         {key: tuple(value) if key == "betas" else value for key, value in group.items()}
         for group in content["groups"]
     ]
@@ -105,10 +105,7 @@ def restore_optimizer(
 
 
 def random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and PyTorch's generators, accelerators' included.
-
-    In a form that JSON can hold.
-    """
+    """Return the states of Python's, NumPy's and PyTorch's generators, GPUs included, for JSON."""
     numpy_state: Any = np.random.get_state()
     kind, keys, *rest = numpy_state
     version, internal, gauss = random.getstate()
@@ -122,7 +119,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random(state: Mapping[str, Any]) -> None:
-    """Put back what :func:`random_state` returned."""
+    """Restore what :func:`random_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]

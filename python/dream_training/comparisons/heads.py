@@ -117,7 +117,7 @@ def train_with(
     """Train a retriever with every choice and seed, and add what came out to the choices.
 
     Done by :func:`~dream_training.comparisons.objectives.run_comparison`: a training that has its
-    result is not repeated, so that a long measurement may be stopped and gone on with.
+    result is not repeated, so that a long comparison can be stopped and resumed.
 
     Args:
         choices: with their head files.

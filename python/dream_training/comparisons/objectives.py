@@ -162,7 +162,7 @@ def run_comparison(
     """Train what has no result yet, seed by seed, and write tables and plot.
 
     A training that has its ``result.json`` with the same config is not repeated, so a long
-    comparison may be stopped and gone on with. Writes ``comparison.json`` and ``comparison.png``
+    comparison can be stopped and resumed. Writes ``comparison.json`` and ``comparison.png``
     to the base's ``output_dir``, after every training.
 
     Args:
@@ -326,7 +326,7 @@ def _check_same(config: TrainConfig) -> None:
         reasons.append(f"other heads than {config.heads} has now")
     from dream_training.training.resuming import has_checkpoint_of
 
-    # An unfinished training may go on with another number of steps, for example.
+    # An unfinished training may resume with another number of steps, for example.
     unfinished = not (folder / RESULT).is_file() and _same_heads(config)
     if reasons and not (unfinished and has_checkpoint_of(config)):
         raise FileExistsError(

@@ -28,7 +28,7 @@ class MiningOptions:
     Attributes:
         per_query: candidates that a row gets, at most.
         first_rank: of the ranks that they come from, counted from 1; the very first ones are
-            often relevant without anybody having said so.
+            often relevant without being labelled so.
         last_rank: of those ranks.
         choose: ``random`` ones of these ranks, or the ``best``.
         exclude_answers: leave out documents in which an answer, or the target, occurs.
@@ -52,7 +52,7 @@ class MiningOptions:
         check_at_least("per_query", self.per_query, 1)
         if not 1 <= self.first_rank <= self.last_rank:
             raise ValueError(
-                "first_rank and last_rank must be ranks from 1 on, the first not behind the last, "
+                "first_rank and last_rank must be ranks from 1 on, the first at most the last, "
                 f"got {self.first_rank} and {self.last_rank}"
             )
         check_choice("choose", self.choose, MINED_CHOICES)

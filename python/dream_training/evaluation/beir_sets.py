@@ -1,4 +1,4 @@
-"""BEIR's published sets, fetched by ``beir`` once and kept as BEIR folders."""
+"""BEIR's published sets, downloaded once by ``beir`` and kept as BEIR folders."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def check_name(name: str) -> None:
 
 
 def fetch(name: str, cache_dir: Path | None = None) -> Path:
-    """Return the folder of a set, fetched by ``beir`` if it is not there yet.
+    """Return the folder of a set, downloaded by ``beir`` if it is not in the cache.
 
-    ``beir`` takes an error page for an archive, and what an interrupted download or extraction
-    left behind for the whole. So it works in a temporary folder here, and the set gets its name
-    when it is complete.
+    ``beir`` takes an error page for an archive, and the remains of an interrupted download or
+    extraction for a complete one. So it works in a temporary folder here, which is renamed when the
+    set is complete.
 
     Args:
         name: as in BEIR's table, such as ``scifact``.

@@ -1,4 +1,4 @@
-"""Retrieval tasks of ``mteb``, with the score of every query kept."""
+"""Retrieval tasks of ``mteb``, with the score of every query."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
     from dream_training.evaluation.options import EvaluationOptions
 
-# Tasks of several languages: the part that the English benchmarks take.
+# Tasks in several languages: the subset that the English benchmarks use.
 _SUBSETS = {"CUREv1": ["en"]}
 
 
 def get_task(name: str) -> Any:
-    """Return mteb's task of that name, its data not loaded yet.
+    """Return mteb's task of that name, without its data.
 
     Raises:
         ModuleNotFoundError: mteb is not installed.
@@ -51,9 +51,9 @@ def evaluate_mteb_task(
 ) -> Evaluation:
     """Evaluate a retriever on a task from :func:`get_task`.
 
-    The figures are mteb's own; a task with several splits or subsets has the mean over them. The
-    score of a query is computed from the ranking that mteb made, and its id has split and subset
-    before it where there are several.
+    The figures are mteb's own; for a task with several splits or subsets, the mean over them. The
+    score of a query is computed from mteb's ranking, and its id is prefixed with split and subset
+    if there are several.
 
     Raises:
         FileNotFoundError: the data could not be fetched.
@@ -74,9 +74,9 @@ def evaluate_mteb_task(
             warnings.catch_warnings(),
             encoding(model, f"for {name}", devices=options.devices),
         ):
-            # Of prompts and metadata that its leaderboard would want.
+            # Warnings about prompts and metadata that its leaderboard wants.
             warnings.simplefilter("ignore")
-            # Without a cache: a folder's content changes from run to run, its name does not.
+            # No cache: its key is the model's folder, whose content changes from run to run.
             result = mteb.evaluate(
                 model, task, cache=None, encode_kwargs=encode, prediction_folder=folder,
                 show_progress_bar=False,
@@ -121,7 +121,7 @@ def evaluate_mteb_task(
 def _query_scores(
     task: Any, data: Mapping[str, Any], ranking: dict[str, dict[str, float]]
 ) -> dict[str, float]:
-    """nDCG@10 by query id, with the exceptions that the task makes."""
+    """nDCG@10 by query id, without the documents that the task leaves out."""
     if task.ignore_identical_ids:
         ranking = {
             q: {d: score for d, score in found.items() if d != q} for q, found in ranking.items()

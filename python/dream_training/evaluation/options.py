@@ -17,7 +17,7 @@ class EvaluationOptions:
         split: ``qrels/<split>.tsv`` of BEIR folders and sets; mteb's tasks name their own.
         batch_size: texts encoded at once.
         query_max_len: tokens of a query; the model's own limit by default.
-        passage_max_len: tokens of a document; the same.
+        passage_max_len: tokens of a document; likewise.
         devices: one process for each of these devices; None for this process alone.
         cache_dir: where sets of BEIR are kept.
         keep_identical_ids: see :class:`~dream_training.evaluation.retrieval.RetrievalTask`; mteb's

@@ -1,4 +1,4 @@
-"""Is one retriever better than another on the same queries, or was it luck with the queries?"""
+"""Paired tests: is one retriever better than another on the same queries, or by chance?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _RESAMPLES = 9999
-# Rounding of a sum of discounts; a real difference in nDCG@10 is larger.
+# Rounding error of a sum of discounts; a real difference in nDCG@10 is larger.
 _TIE = 1e-9
 
 
@@ -46,8 +46,8 @@ def compare_queries(a: Mapping[str, float], b: Mapping[str, float], seed: int = 
 
     The interval is the percentile bootstrap's over queries, and the p value that of the permutation
     test which swaps the two scores of a query (Smucker, Allan & Carterette, CIKM 2007), both by
-    ``scipy`` with 9,999 resamples: they say what other queries of the same kind would change, not
-    what other seeds of training would.
+    ``scipy`` with 9,999 resamples: they describe the variation over queries of the same kind, not
+    over training seeds.
 
     Args:
         a: score by query id.
@@ -64,7 +64,7 @@ def compare_queries(a: Mapping[str, float], b: Mapping[str, float], seed: int = 
     difference[np.abs(difference) < _TIE] = 0.0
     low, high = bootstrap_interval(difference, seed)
     p_value = 1.0
-    # Swapping a single pair gives nothing more extreme than what is there.
+    # Swapping a single pair gives nothing more extreme than the observed difference.
     if len(queries) > 1 and difference.any():
         from scipy import stats
 
@@ -126,5 +126,5 @@ def _check_queries(a: Mapping[str, float], b: Mapping[str, float]) -> None:
 
 
 def describe_p(value: float) -> str:
-    """A p value as text; below what the resamples can tell it is only bounded."""
+    """A p value as text; below the resolution of the resamples, only an upper bound."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"

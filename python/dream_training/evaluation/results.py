@@ -1,4 +1,4 @@
-"""What an evaluation found, query by query, as a file that two runs can be compared by."""
+"""Results of an evaluation query by query, and the file by which runs are compared."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 FILE_NAME = "evaluation.json"
-# In the settings: for how many queries the document of the same id was not ranked.
+# In the settings: number of queries whose document of the same id was not ranked.
 DROPPED = "identical_ids_dropped"
 _LARGEST = 1e15
-# Settings that say where a figure comes from, and do not decide it.
+# Settings that say where a figure comes from and do not affect it.
 _INCIDENTAL = frozenset({"step", "mteb", "path"})
-# Names in results that stand for no trained model.
+# Names in results that are not trained models.
 BM25, UNTRAINED = "BM25", "untrained"
 _NDCG, _RECALL = f"ndcg_at_{TOP_K}", f"recall_at_{TOP_K}"
 
@@ -37,11 +37,11 @@ class Evaluation:
         model: folder or hub name of the retriever, or another name such as ``BM25``.
         task: name of the task, or the BEIR folder.
         ndcg_at_10: mean over the queries, or over the means of a task's parts.
-        recall_at_10: the same.
+        recall_at_10: likewise.
         documents: size of the corpus.
         query_ndcg_at_10: nDCG@10 by query id.
-        settings: what else decides the figures: split, lengths, digests of the data, ..., and where
-            the data is. An older file may lack some.
+        settings: what else affects the figures: split, lengths, digests of the data, ..., and the
+            path of the data. An older file may lack some.
     """
 
     model: str
@@ -84,17 +84,16 @@ def retrieval_settings(
     path: str | os.PathLike[str] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """What decides a figure on queries and documents that are at hand.
+    """Return what affects the figures of a retriever on given queries and documents.
 
-    Every place that evaluates takes its settings from here, so that its figures can be compared
-    with those of the others.
+    Every place that evaluates takes its settings from here, so that figures can be compared.
 
     Args:
         model: the retriever; None for BM25, which has neither lengths nor prompts nor similarity.
         data: queries, documents and relevance.
         split: of the queries.
         query_max_len: tokens of a query; the model's own limit by default.
-        passage_max_len: tokens of a document; the same.
+        passage_max_len: tokens of a document; likewise.
         path: the folder of the data.
         more: other settings.
     """
@@ -116,7 +115,7 @@ def retrieval_settings(
 
 
 def _digest(values: Mapping[str, Any]) -> str:
-    """A digest of ids and what they stand for, in any order."""
+    """A digest of ids and their values, in any order."""
     digest = hashlib.blake2b(digest_size=16)
     for key in sorted(values):
         digest.update(json.dumps([key, values[key]], sort_keys=True).encode())
@@ -158,7 +157,7 @@ class Differences:
 
 
 def compare_settings(a: Evaluation, b: Evaluation) -> Differences:
-    """Compare what decides the figures; BM25 has no lengths and prompts, which are not missed."""
+    """Compare what affects the figures; BM25 has no lengths and prompts, which is no difference."""
     first, second = ({**e.settings, "documents": e.documents} for e in (a, b))
     keys = [key for key in {**first, **second} if key not in _INCIDENTAL]
     shared = [key for key in keys if key in first and key in second]
@@ -175,7 +174,7 @@ def write_evaluations(
     evaluations: Sequence[Evaluation],
     environment: Mapping[str, Any],
 ) -> Path:
-    """Write evaluations and the environment they were made in as JSON."""
+    """Write evaluations and their environment as JSON."""
     path = Path(path)
     rows = [asdict(evaluation) for evaluation in evaluations]
     write_json(path, {"evaluations": rows, "environment": environment})
@@ -190,7 +189,7 @@ def read_evaluations(path: str | os.PathLike[str]) -> list[Evaluation]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the content is something else; the message names the file.
+        ValueError: the file has other content; the message names it.
     """
     path = Path(path)
     if path.is_dir():

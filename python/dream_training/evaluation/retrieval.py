@@ -36,9 +36,9 @@ class RetrievalTask:
         queries: text by query id.
         corpus: document text by id.
         qrels: relevance by query id and document id; every query has at least one.
-        keep_identical_ids: rank the document that has a query's id for that query too. In sets
-            whose queries are documents (ArguAna, Quora) it is the query itself, which ``beir``
-            and ``mteb`` leave out.
+        keep_identical_ids: rank a document also for the query that has the same id. In sets whose
+            queries are documents (ArguAna, Quora) it is the query itself, which ``beir`` and
+            ``mteb`` leave out.
     """
 
     queries: Mapping[str, str]
@@ -48,9 +48,9 @@ class RetrievalTask:
 
     @cached_property
     def left_out(self) -> frozenset[str]:
-        """Ids of the queries whose document of the same id is not ranked for them.
+        """Ids of the queries for which the document of the same id is not ranked.
 
-        One that the qrels call relevant is not the query itself, whatever its id.
+        A document that the qrels call relevant is not the query itself, whatever its id.
         """
         if self.keep_identical_ids:
             return frozenset()
@@ -59,7 +59,7 @@ class RetrievalTask:
 
     @property
     def searched(self) -> int:
-        """Documents to search beyond those that are wanted, so that enough are left."""
+        """Documents to retrieve in addition, so that enough remain."""
         return 1 if self.left_out else 0
 
     def without_itself(self, query: str, found: Mapping[str, float]) -> dict[str, float]:
@@ -89,9 +89,9 @@ def score_queries(
 ) -> dict[str, dict[str, float]]:
     """Return ``ndcg_at_k`` and ``recall_at_k`` of every query of the task.
 
-    Computed by ``pytrec_eval``, as ``beir`` does, without what ``beir`` does besides: it leaves
-    queries without results out of its mean, and rounds. Here a query without results has 0.
-    Documents whose id equals the query's are dropped as :attr:`RetrievalTask.left_out` says.
+    Computed by ``pytrec_eval``, as in ``beir``, but without rounding, and a query without results
+    counts as 0, where ``beir`` leaves it out of the mean. Documents whose id equals the query's are
+    dropped as :attr:`RetrievalTask.left_out` says.
 
     Raises:
         ValueError: the task has no query.
@@ -100,12 +100,12 @@ def score_queries(
 
     if not task.qrels:
         raise ValueError("the task has no query to average over")
-    # pytrec_eval counts documents by grade in an array, and below -1 writes outside of it.
+    # pytrec_eval counts documents by grade in an array, and writes outside it for grades below -1.
     qrels = {
         q: {document: max(grade, 0) for document, grade in relevant.items()}
         for q, relevant in task.qrels.items()
     }
-    # A document id that is in no qrels keeps an empty result list, and so its query, in the mean.
+    # An id that is in no qrels, so that a query with an empty result list counts in the mean.
     results = {q: task.without_itself(q, ranking.get(q) or {}) or {"": 0.0} for q in qrels}
     evaluator = pytrec_eval.RelevanceEvaluator(qrels, {f"ndcg_cut.{k}", f"recall.{k}"})
     scores = evaluator.evaluate(results)
@@ -147,16 +147,16 @@ def search(
 ) -> Ranking:
     """Return the ``k`` nearest documents of every query by the model's similarity, mostly cosine.
 
-    The best is first, and none is one that :attr:`RetrievalTask.left_out` names.
+    Best first, without those that :attr:`RetrievalTask.left_out` names.
 
-    With ``over_ranks`` every process of a training encodes its share of queries and documents and
-    searches the latter for all queries; the nearest of all shares are then the same everywhere.
+    With ``over_ranks`` every process of a training encodes its share of queries and documents, and
+    searches its documents for all queries; the results are merged and the same on every process.
 
     Args:
         model: the retriever.
         task: queries and corpus.
         query_max_len: tokens of a query that are encoded; the model's own limit by default.
-        passage_max_len: tokens of a document that are encoded; the same.
+        passage_max_len: tokens of a document that are encoded; likewise.
         batch_size: texts encoded at once.
         devices: encode the documents with one process for each of these devices, such as
             ``["cuda:0", "cuda:1"]`` or ``["cpu", "cpu"]``; None for this process alone.
@@ -173,7 +173,7 @@ def search(
         own, asked = share_of(len(documents)), share_of(len(queries))
         model = whole(model)
     home, cosine = model.device, model.similarity_fn_name == COSINE
-    # The library would let the other processes of a training encode, which do not call this.
+    # The library would share the texts with the other processes, which do not call this.
     alone = str(home) if getattr(model, "_distributed_inference", None) else None
     options: dict[str, Any] = {"batch_size": batch_size, "convert_to_tensor": True}
     options |= {"show_progress_bar": False, "normalize_embeddings": cosine}
@@ -189,7 +189,7 @@ def search(
     # Several processes leave the model, and its embeddings, on the CPU.
     model.to(home)
     corpus_embeddings = corpus_embeddings.to(home).float()
-    # Few and short: other processes are not worth it.
+    # Queries are few and short: more processes would not pay off.
     with encoding(model, "queries", len(asked)):
         query_embeddings = encode(
             model,
@@ -200,7 +200,7 @@ def search(
             **options,
         ).float()
     if shared:
-        # Embeddings of no text have no width.
+        # A process without queries does not know the width of the embeddings.
         width = world.max_over_ranks(query_embeddings.shape[-1])
         counts = [len(share_of(len(queries), process)) for process in range(world.size())]
         query_embeddings = gather_rows(query_embeddings.reshape(-1, width), counts)
@@ -231,7 +231,7 @@ def encoding(
     total: int | None = None,
     devices: Sequence[str] | None = None,
 ) -> Iterator[None]:
-    """Show how many texts a model encodes inside; what other processes do is not counted."""
+    """Show how many texts a model encodes in the block; other processes are not counted."""
     if devices:
         with progress(f"encoding {what} in {len(devices)} processes"):
             yield
@@ -288,12 +288,12 @@ class RetrievalEvaluator(SentenceEvaluator):
     Args:
         task: queries, corpus and relevance.
         query_max_len: tokens of a query that are encoded; the model's own limit by default.
-        passage_max_len: tokens of a document that are encoded; the same.
+        passage_max_len: tokens of a document that are encoded; likewise.
         batch_size: texts encoded at once.
         devices: as in :func:`search`.
 
     Attributes:
-        query_scores: what :func:`score_queries` gave at the last call, empty before the first.
+        query_scores: result of :func:`score_queries` at the last call, empty before the first.
     """
 
     def __init__(

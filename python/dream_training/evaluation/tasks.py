@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 BEIR_PREFIX = "beir:"
 
-# beir9: the paper reports nine sets of BEIR and which ones is not known to us. These nine are
-# public, and papers that report a part of BEIR mostly report these; the choice is ours.
-# rteb14: the open tasks of mteb's "RTEB(eng, beta)" without SWEbenchCodeRetrieval are just
+# beir9: the paper reports nine sets of BEIR; which ones is not known to us. These nine are public
+# and the ones that papers mostly report; the choice is ours.
+# rteb14: the open tasks of mteb's "RTEB(eng, beta)" without SWEbenchCodeRetrieval are exactly
 # fourteen, so probably the paper's.
 PRESETS: dict[str, tuple[str, ...]] = {
     "beir9": (
@@ -46,7 +46,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 
 
 def is_beir_folder(name: str) -> bool:
-    """Whether ``name`` is a folder that holds a corpus."""
+    """Whether ``name`` is a folder with a corpus."""
     return (Path(name) / "corpus.jsonl").is_file()
 
 
@@ -65,7 +65,7 @@ def expand_tasks(names: Iterable[str]) -> list[str]:
 
 
 def is_mteb_task(task: str) -> bool:
-    """Whether a name that is neither folder nor ``beir:`` set goes to mteb.
+    """Whether a task is one of mteb's: neither a BEIR folder nor a ``beir:`` set.
 
     Raises:
         FileNotFoundError: ``task`` looks like a path, and there is no BEIR folder.
@@ -78,7 +78,7 @@ def is_mteb_task(task: str) -> bool:
 
 
 def check_tasks(tasks: Iterable[str]) -> None:
-    """Find wrong names now, not after hours of training; fetches nothing.
+    """Check names before hours of training; downloads nothing.
 
     Raises:
         FileNotFoundError: a task looks like a path, and there is no BEIR folder.
@@ -96,7 +96,7 @@ def check_tasks(tasks: Iterable[str]) -> None:
 
 
 def load_task(task: str, options: EvaluationOptions) -> RetrievalTask:
-    """Read a BEIR folder, or a set of BEIR after fetching it if need be.
+    """Read a BEIR folder, or a set of BEIR, which is downloaded if it is not in the cache.
 
     Raises:
         FileNotFoundError: a file is missing, or the set could not be fetched.
@@ -115,13 +115,13 @@ def read_task(
 ) -> RetrievalTask:
     """Read a BEIR folder as a task; raises as :func:`read_beir_folder`.
 
-    Warns where queries and documents share ids by chance: a document of another text is left out.
+    Warns if queries and documents share ids by chance: documents of another text are left out.
     """
     corpus, queries, qrels = read_beir_folder(folder, split)
     if not any(grade > 0 for judged in qrels.values() for grade in judged.values()):
         raise ValueError(f"{os.fspath(folder)}: qrels/{split}.tsv calls no document relevant")
     task = RetrievalTask(queries, corpus, qrels, keep_identical_ids)
-    # A query that is a document stands after its title, if there is one.
+    # A query that is a document comes after its title, if there is one.
     others = sum(not normalised(corpus[q]).endswith(normalised(queries[q])) for q in task.left_out)
     if others:
         _warn_once(
@@ -148,7 +148,7 @@ def evaluate_task(
         name: how the retriever is called in the result.
         task: a BEIR folder, ``beir:`` and the name of one of BEIR's sets, or the name of a
             retrieval task of mteb.
-        options: how.
+        options: how it is evaluated.
 
     Raises:
         FileNotFoundError: a folder is missing, or data could not be fetched.
@@ -188,5 +188,5 @@ def evaluate_bm25(task: str, options: EvaluationOptions) -> Evaluation:
 
 
 def _path_of(task: str) -> str | None:
-    """The folder of a task; a set of BEIR has a name everywhere."""
+    """The folder of a task; None for a set of BEIR, whose name says what it is."""
     return None if task.startswith(BEIR_PREFIX) else task

@@ -17,8 +17,8 @@ from matplotlib.ticker import MaxNLocator
 from dream_kernels import HeadFile
 from dream_training.report.run_folder import Run
 
-# Drawn in colours that stand for something and are replaced by CSS variables of the page, so that
-# one figure serves light and dark.
+# Placeholder colours, which are replaced by CSS variables of the page, so that one figure serves
+# light and dark pages.
 _INK, _FAINT = "#010203", "#010204"
 SERIES = 6
 _SERIES = [f"#0102{0x10 + i:02x}" for i in range(SERIES)]

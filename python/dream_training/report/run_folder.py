@@ -17,14 +17,14 @@ from dream_training.training.output_folder import ENVIRONMENT, EXAMPLES
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left behind; what it did not leave is empty.
+    """The results of a run; what the folder lacks is empty.
 
     Attributes:
-        name: what tells it from the other runs of a report.
+        name: unique among the runs of a report.
         path: its folder.
         config: ``config.json``.
         history: ``history.json``.
-        heads: ``heads.yaml``, None for objectives that have no reader.
+        heads: ``heads.yaml``, None for objectives without a reader.
         evaluations: ``evaluation.json``.
         examples: ``examples.json``.
         environment: ``environment.json``.
@@ -61,7 +61,7 @@ def read_run(path: str | os.PathLike[str], name: str | None = None) -> Run:
 
     Raises:
         FileNotFoundError: the folder is not that of a run that has ended.
-        ValueError: a file holds something else; the message names it.
+        ValueError: a file has other content; the message names it.
     """
     path = Path(path)
     for file in ("config.json", "history.json"):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ProgressCallback(TrainerCallback):
-    """Records every step, and shows it: a bar on a terminal, a line now and then elsewhere."""
+    """Records and shows every step: a bar on a terminal, otherwise an occasional line."""
 
     def __init__(
         self, loss: TrainingObjective, history: History, console: Console, log_steps: int
@@ -78,10 +78,10 @@ class ProgressCallback(TrainerCallback):
 
 
 class TemperatureCallback(TrainerCallback):
-    """Tells a scheduled temperature how much of the run is done.
+    """Updates a scheduled temperature with the fraction of the run that is done.
 
     Args:
-        temperature: of the objective that is trained, ``loss.temperature``.
+        temperature: of the objective, ``loss.temperature``.
     """
 
     def __init__(self, temperature: Temperature) -> None:
@@ -96,11 +96,11 @@ class TemperatureCallback(TrainerCallback):
 class KeepBestCallback(TrainerCallback):
     """After every evaluation, saves the model as ``last``, and the best so far as ``best``.
 
-    The untrained model counts as well, where it was evaluated: ``best`` is always one that was
-    measured to be best, and where nothing was measured it becomes a copy of ``last``.
+    The untrained model counts too if it was evaluated: ``best`` is always a model that was measured
+    to be best, and a copy of ``last`` if none was measured.
 
     Attributes:
-        best_path: the folder of the best model, None while nothing was evaluated.
+        best_path: the folder of the best model, None until a model was evaluated.
     """
 
     def __init__(self, model: Any, history: History, output_dir: Path, console: Console) -> None:
@@ -110,11 +110,11 @@ class KeepBestCallback(TrainerCallback):
         self.restore(False)
 
     def state(self) -> bool:
-        """Whether there is a best model; how good it is stands in the history."""
+        """Whether there is a best model; its score is in the history."""
         return self.best_path is not None
 
     def restore(self, state: bool) -> None:
-        """Go on with the history, which must be restored before."""
+        """Take the best score from the history, which must be restored first."""
         self.best = max((e["ndcg_at_10"] for e in self.history.evaluations), default=float("-inf"))
         self.best_path = self.output_dir / BEST if state else None
 
@@ -133,7 +133,7 @@ class KeepBestCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Evaluated before the run: should nothing beat it, it must be there.
+        # The untrained model, evaluated before the run: it is the best if no step beats it.
         if state.global_step == 0 and self.best_path is None and self.history.evaluations:
             self.best_path = save_retriever(self.model, self.output_dir / BEST)
 

@@ -1,4 +1,4 @@
-"""Some training queries before and after: weights of their documents, and what the reader reads."""
+"""Some training queries before and after training: document weights, and the reader's attention."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _DIGITS = 6
 
 
 class TrainingExamples:
-    """A few fixed training queries over one small pool, and the geometry of a few more.
+    """A few fixed training queries over one small pool, and the embedding geometry of some more.
 
-    The rows are drawn by the seed, not by their outcome. Their documents, at most two of each row,
-    form one pool, as in a batch.
+    The rows are drawn by the seed, not by their outcome. Their documents, at most two per row, form
+    one pool, as in a batch.
 
     Args:
         data: rows with ``query``, ``target``, ``documents`` and ``positive``.
@@ -42,7 +42,7 @@ class TrainingExamples:
         for row in self.rows:
             candidates, positive = list(row["documents"]), row.get("positive", -1)
             known = positive is not None and positive >= 0
-            # The relevant one first, so that it is among those that are kept.
+            # The relevant one first, so that it is kept.
             order = sorted(range(len(candidates)), key=lambda i: i != positive)
             places = [
                 pool.setdefault(candidates[i], len(pool)) for i in order[:_DOCUMENTS_PER_QUERY]
@@ -67,8 +67,8 @@ class TrainingExamples:
         Args:
             name: of the moment.
             model: the retriever.
-            reader: tells the loss of every target, and its own attention; None for objectives
-                that have no reader.
+            reader: gives the loss of every target and its own attention; None for objectives
+                without a reader.
             temperature: divides the cosine similarities.
         """
         with progress(f"measuring the example queries {name} training"):
@@ -97,7 +97,7 @@ class TrainingExamples:
             )
 
     def state(self) -> dict[str, Any]:
-        """What was measured so far, as JSON can hold it."""
+        """Return what was measured so far, in a form that JSON can hold."""
         return {
             "mass": None if self.mass is None else self.mass.tolist(),
             "geometry": self.geometry,
@@ -108,7 +108,7 @@ class TrainingExamples:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`state` returned."""
+        """Restore what :meth:`state` returned."""
         self.mass = None if state["mass"] is None else torch.tensor(state["mass"])
         self.geometry = state["geometry"]
         self.measured = {
@@ -180,7 +180,7 @@ def _uniformity(embeddings: Tensor) -> float:
 
 
 def _own_mass(reader: Reader, prefix: Any, queries: Sequence[str]) -> Tensor:
-    """Attention of the query's tokens to each document without scores, ``[B, C]``.
+    """Attention mass of the query's tokens on each document without scores, ``[B, C]``.
 
     The mean over the heads that receive the scores.
     """
@@ -195,7 +195,7 @@ def _own_mass(reader: Reader, prefix: Any, queries: Sequence[str]) -> Tensor:
 
 
 def _draw(data: Iterable[Any], count: int, seed: int) -> list[Any]:
-    """Draw rows without reading the others; of a stream the first ones."""
+    """Draw rows without reading the others; of a stream, take the first ones."""
     try:
         size = len(data)  # type: ignore[arg-type]
     except TypeError:

@@ -1,4 +1,4 @@
-"""What goes wrong in a step: numbers that are not finite, and memory that does not suffice."""
+"""What can go wrong in a step: numbers that are not finite, and too little memory."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _STEPS_WITHOUT_GRADIENT = 5
 class StepGuard:
     """Skips steps whose loss or gradient is not finite, up to a limit.
 
-    The batch of each is written to ``faults/step-12.jsonl``, as training data: a run over this file
-    with its size as ``batch_size`` has the same batch again.
+    The batch of each is written to ``faults/step-12.jsonl`` as training data: a run on this file
+    with its number of lines as ``batch_size`` repeats the batch.
 
     Args:
-        loss: the objective; its metrics of a skipped step say so.
+        loss: the objective; its metrics mark a skipped step.
         folder: of the run.
         limit: how many steps may be skipped.
-        console: is told of each.
+        console: where each is reported.
 
     Attributes:
-        skipped: how many steps were, so far.
+        skipped: steps skipped so far.
     """
 
     def __init__(self, loss: TrainingObjective, folder: Path, limit: int, console: Console) -> None:
@@ -54,13 +54,13 @@ class StepGuard:
         self.skipped = state["skipped"]
 
     def accepts(self, loss: Tensor, model: nn.Module, step: int, inputs: dict[str, Any]) -> bool:
-        """Say whether a step counts, after its backward pass.
+        """Return whether a step counts, after its backward pass.
 
         Args:
             loss: scalar.
             model: with its gradients.
-            step: that is being done, from 1 on.
-            inputs: the batch, written down if the step does not count.
+            step: the current one, counted from 1.
+            inputs: the batch, written to a file if the step does not count.
 
         Raises:
             FloatingPointError: more steps than the limit were skipped.
@@ -82,7 +82,7 @@ class StepGuard:
         return False
 
     def drop(self) -> None:
-        """Say in the metrics that the step does not count."""
+        """Mark the step as skipped in the metrics."""
         self.loss.metrics = {"skipped": 1.0}
 
     def _write(self, step: int, inputs: Mapping[str, Any]) -> Path:
@@ -90,15 +90,15 @@ class StepGuard:
         path = self.folder / f"step-{step}{part}.jsonl"
         try:
             write_json_lines(path, batch_rows(inputs))
-        except OSError as error:  # a full disk shall not end a run that can go on
+        except OSError as error:  # a full disk must not end a run that can continue
             self.console.print(f"{path} could not be written: {error}")
         return path
 
 
 def batch_rows(inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a batch as training data, from the texts that the collator put into it.
+    """Return the rows of a batch as training data, from the texts that the collator put into it.
 
-    A batch of tokens alone, as the library's own losses take, gives one row of the tokens of each
+    A batch of tokens alone, as the library's own losses take, gives one row with the tokens of each
     column.
     """
     if "query_texts" not in inputs:
@@ -118,15 +118,15 @@ def _all_finite(loss: Tensor, model: nn.Module) -> bool:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     parts = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
     finite = torch.stack([loss.detach().isfinite().all(), *(g.isfinite().all() for g in parts)])
-    # All processes skip a step, or none does.
+    # Either all processes skip a step or none does.
     return not world.max_over_ranks(int(not finite.all()))
 
 
 class GradientWatch(TrainerCallback):
-    """Says when no step had a gradient other than zero, so that nothing was learnt.
+    """Reports that no step had a nonzero gradient, so that nothing was learnt.
 
     Args:
-        console: is told after a few steps, and at the end.
+        console: where it is reported, after a few steps and at the end.
     """
 
     def __init__(self, console: Console) -> None:
@@ -142,14 +142,14 @@ class GradientWatch(TrainerCallback):
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
         parts = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
         some = any(bool(part.any()) for part in parts)
-        # A skipped step has none, and DeepSpeed keeps them to itself.
+        # A skipped step has none, and DeepSpeed does not expose them.
         self._steps += world.max_over_ranks(int(bool(gradients)))
         self._found = bool(world.max_over_ranks(int(some)))
         if self._steps == _STEPS_WITHOUT_GRADIENT and not self._found:
             self.conclude()
 
     def conclude(self) -> None:
-        """Say it, if it is so."""
+        """Report it if no gradient was nonzero."""
         if self._steps and not self._found:
             steps = "step" if self._steps == 1 else f"{self._steps} steps"
             self.console.print(
@@ -160,11 +160,11 @@ class GradientWatch(TrainerCallback):
 
 
 class MemoryWatch(TrainerCallback):
-    """Measures what a step takes, so that an out-of-memory error can say what would fit.
+    """Measures the memory of a step, so that an out-of-memory error can say what would fit.
 
     Attributes:
         resting: bytes in use between two steps: weights, optimiser and documents.
-        peak: most bytes that were in use during a step.
+        peak: highest number of bytes in use during a step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -184,29 +184,29 @@ class MemoryWatch(TrainerCallback):
         self.peak = max(self.peak, self.highest())
 
     def highest(self) -> int:
-        """Most bytes in use since the step began; on a CPU, since the process did."""
+        """Peak bytes in use since the step began; on a CPU, since the process started."""
         return peak_memory(self.device)
 
     def capacity(self) -> int:
-        """Bytes that there are."""
+        """Total bytes of the device."""
         return total_memory(self.device)
 
 
 def explained(
     error: Exception, config: TrainConfig, watch: MemoryWatch, done: int
 ) -> Exception | None:
-    """Return an error that says what to do about one that ended a run, or None to keep that.
+    """Return an error that says what to do about the one that ended a run, or None to keep it.
 
     Args:
         error: what was raised.
-        config: the run.
-        watch: measured the run.
-        done: steps that were done.
+        config: of the run.
+        watch: what measured the run.
+        done: completed steps.
     """
     if said := dead_worker(error):
         return ChildProcessError(
-            f"a process of dataloader_workers (there are {config.dataloader_workers}) died after "
-            f"step {done}: {said}"
+            f"a process of dataloader_workers (there are {config.dataloader_workers}) crashed "
+            f"after step {done}: {said}"
         )
     if is_out_of_memory(error):
         return MemoryError(memory_advice(error, config, watch, done + 1))
@@ -214,7 +214,7 @@ def explained(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice, on any device."""
+    """Whether an error says that memory ran out, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and (
@@ -223,27 +223,27 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_advice(error: BaseException, config: TrainConfig, watch: MemoryWatch, step: int) -> str:
-    """What to lower, and by how much, from what was measured up to the error.
+    """Return which settings to lower, and to what, from what was measured up to the error.
 
     A step takes ``resting + activations`` bytes, and the activations grow with what is embedded and
-    read at once. So what fits is in proportion ``(capacity - resting) / (needed - resting)``, with
-    a tenth to spare.
+    read at once. So the share that fits is ``(capacity - resting) / (needed - resting)``, less a
+    margin of a tenth.
 
     Args:
         error: what was raised.
-        config: the run.
-        watch: measured the run.
-        step: in which it happened.
+        config: of the run.
+        watch: what measured the run.
+        step: in which memory ran out.
     """
     capacity, resting = watch.capacity(), watch.resting
     needed = max(watch.highest(), resting) + _asked(error)
     share = 0.9 * max(capacity - resting, 0) / max(needed - resting, 1)
     share = min(share, 0.5)  # it did not fit, whatever the measurement says
     figures = ""
-    if watch.highest() and capacity:  # not every system tells
+    if watch.highest() and capacity:  # not every system reports them
         figures = (
             f": {needed / _GIB:.2f} GiB were needed, {resting / _GIB:.2f} of them before the step, "
-            f"and there are {capacity / _GIB:.2f}"
+            f"and the device has {capacity / _GIB:.2f}"
         )
     lines = [f"out of memory in step {step}{figures}. To lower, in this order:"]
     texts = config.batch_size * (1 + (config.documents_per_query or 1))
@@ -276,7 +276,7 @@ def memory_advice(error: BaseException, config: TrainConfig, watch: MemoryWatch,
 
 
 def _asked(error: BaseException) -> int:
-    """Bytes that an allocation asked for, where the message says so."""
+    """Bytes that the failed allocation asked for, if the message names them, else 0."""
     found = re.search(r"allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)", str(error), re.IGNORECASE)
     if found is None:
         return 0

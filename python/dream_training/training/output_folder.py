@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, and nothing of an earlier one left beside it."""
+"""The output folder of a run: used by one run at a time, without files of an earlier one."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ EXAMPLES, ENVIRONMENT = "examples.json", "environment.json"
 RESULT = "result.json"  # of dream compare
 
 _MODELS = (BEST, LAST)
-# A new run asks before it deletes these; the others can be had again in a minute.
+# A new run deletes these only with --overwrite; the others can be made again in a minute.
 _RESULTS = (*_MODELS, CHECKPOINTS, HISTORY, EVALUATION, EXAMPLES, RESULT)
 _FILES = (HISTORY, CONFIG, CURVE, HEADS, HEAD_MAP, EVALUATION, EXAMPLES, ENVIRONMENT, RESULT)
 _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 logger = logging.getLogger(__name__)
-# By this process: the system's locks do not tell its threads apart.
+# Claimed by this process: the system's locks do not tell its threads apart.
 _claimed: set[str] = set()
 
 
 def check_unused(folder: Path, resume: bool, checkpoint: bool = True) -> None:
-    """Raise if a run would destroy what an earlier one left.
+    """Raise if a run would destroy the results of an earlier one.
 
     Args:
         folder: ``output_dir``.
         resume: the run continues from the newest checkpoint. Where there is none it starts at the
             first step, which loses nothing unless a run has ended here.
-        checkpoint: whether one of the checkpoints may be whole.
+        checkpoint: whether one of the checkpoints may be intact.
 
     Raises:
         FileExistsError: there are results of a run, and no checkpoint to resume from.
@@ -71,7 +71,7 @@ def check_unused(folder: Path, resume: bool, checkpoint: bool = True) -> None:
 
 
 def results_in(folder: Path) -> list[str]:
-    """Name what a run would be missed for: models, checkpoints, history, evaluations."""
+    """Name the results in a folder: models, checkpoints, history, evaluations."""
     names = []
     for name in _RESULTS:
         path = folder / name
@@ -110,7 +110,7 @@ def remove_run(folder: Path) -> None:
     for name in _FILES:
         (folder / name).unlink(missing_ok=True)
     for name in _MODELS:
-        # Of a link to a folder elsewhere the link stays.
+        # If it is a link to a folder elsewhere, the link stays.
         shutil.rmtree(os.path.realpath(folder / name), ignore_errors=True)
     for pattern in ("step-*", f"{DOCUMENTS}/*.safetensors", f"{DOCUMENTS}/*.tmp"):
         for path in (folder / CHECKPOINTS).glob(pattern):
@@ -121,13 +121,13 @@ def remove_run(folder: Path) -> None:
     for path in (folder / FAULTS).glob("step-*.jsonl"):
         path.unlink(missing_ok=True)
     for name in (f"{CHECKPOINTS}/{DOCUMENTS}", CHECKPOINTS, FAULTS):
-        with suppress(OSError):  # it is not there, or holds something else
+        with suppress(OSError):  # it does not exist, or holds other files
             (folder / name).rmdir()
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder, until the block ends or the process does.
+    """Keep other runs out of a folder until the block, or the process, ends.
 
     Raises:
         BlockingIOError: another run is in the folder; the message names its process.
@@ -152,7 +152,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path, path: Path) -> int:
-    """Open and lock a file; the lock goes with the process, whatever becomes of the file."""
+    """Open and lock a file; the lock ends with the process, even if the file is deleted."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -167,7 +167,7 @@ def _lock(folder: Path, path: Path) -> int:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise _in_use(folder, who) from None
             raise
-        # The run before deletes the file while it has the lock: this may be the deleted one.
+        # The previous run deletes the file while it holds the lock: this may be the deleted one.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 os.ftruncate(handle, 0)
@@ -182,8 +182,8 @@ def _who() -> str:
 
 def _in_use(folder: Path, who: str) -> BlockingIOError:
     return BlockingIOError(
-        f"output_dir {folder} is in use by {who or 'another process'}: wait for its end, or choose "
-        "another output_dir"
+        f"output_dir {folder} is in use by {who or 'another process'}: wait until it ends, or "
+        "choose another output_dir"
     )
 
 

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, and whether it is one of this run."""
+"""Resuming from a checkpoint: which one, and whether it belongs to this run."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from sentence_transformers import SentenceTransformer
 
-# Of the config, what may change between a checkpoint and the run that goes on from it;
-# mini_batch_size where the retriever has no dropout.
+# Keys of the config that may change between a checkpoint and the run that resumes from it;
+# mini_batch_size only if the retriever has no dropout.
 _MAY_CHANGE = frozenset(
     {
         *("output_dir", "log_steps", "eval_steps", "save_steps", "keep_checkpoints"),
@@ -40,7 +40,7 @@ _ROWS = 10_000
 
 
 def identity_of(config: TrainConfig, data: Dataset | IterableDataset) -> dict[str, Any]:
-    """What a checkpoint must share with the run that goes on from it."""
+    """What a checkpoint must share with the run that resumes from it."""
     return {
         "config": asdict(config),
         "data": data_digest(config, data),
@@ -49,9 +49,9 @@ def identity_of(config: TrainConfig, data: Dataset | IterableDataset) -> dict[st
 
 
 def data_digest(config: TrainConfig, data: Dataset | IterableDataset) -> str:
-    """A digest of training data: of its rows, evenly spread ones if there are more than 10,000.
+    """Return a digest of training data: of its rows, or of 10,000 evenly spaced ones.
 
-    A file is digested as a whole, and a stream that is no file by its name alone.
+    A file is digested as a whole, and a stream that is not a file by its name alone.
     """
     digest = hashlib.blake2b(digest_size=16)
     path = Path(config.train_data)
@@ -69,7 +69,7 @@ def data_digest(config: TrainConfig, data: Dataset | IterableDataset) -> str:
 
 
 def find_checkpoint(folder: Path, console: Console) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole, naming those that are refused."""
+    """Return the newest intact checkpoint, and print which ones are refused and why."""
 
     def refuse(reason: str) -> None:
         console.print(f"refused: {reason}")
@@ -78,7 +78,7 @@ def find_checkpoint(folder: Path, console: Console) -> Checkpoint | None:
     if checkpoint is None:
         console.print(f"no checkpoint in {folder}: starting at the first step")
     else:
-        console.print(f"going on after step {checkpoint.step} from {checkpoint.path}")
+        console.print(f"resuming after step {checkpoint.step} from {checkpoint.path}")
     return checkpoint
 
 
@@ -93,7 +93,7 @@ def has_checkpoint_of(config: TrainConfig) -> bool:
 def check_identity(
     checkpoint: Checkpoint, identity: Mapping[str, Any], config: TrainConfig
 ) -> None:
-    """Raise unless a checkpoint is one of this run.
+    """Raise unless a checkpoint belongs to this run.
 
     Raises:
         ValueError: a config key that decides the result differs, or the training data, or the
@@ -102,18 +102,18 @@ def check_identity(
     kept = checkpoint.document("run")
     for key, (before, now) in _differing(kept["config"], identity["config"]).items():
         raise ValueError(
-            f"{key} is {now!r}, and {checkpoint.path} was written with {before!r}: go on with "
-            "that, or start anew in another output_dir"
+            f"{key} is {now!r}, and {checkpoint.path} was written with {before!r}: resume with "
+            "that value, or start a new run in another output_dir"
         )
     if kept["processes"] != identity["processes"]:
         raise ValueError(
             f"{checkpoint.path} was written by {kept['processes']} processes, and these are "
-            f"{identity['processes']}: launch as many as before"
+            f"{identity['processes']}: launch the same number"
         )
     if kept["data"] != identity["data"]:
         raise ValueError(
             f"train_data {config.train_data} has changed since {checkpoint.path} was written: "
-            "bring the old data back, or start anew in another output_dir"
+            "restore the old data, or start a new run in another output_dir"
         )
     if checkpoint.step > config.max_steps:
         raise ValueError(
@@ -135,13 +135,13 @@ def check_mini_batches(
     if before != config.mini_batch_size and draws_random_numbers(model):
         raise ValueError(
             f"mini_batch_size is {config.mini_batch_size!r}, and {checkpoint.path} was written "
-            f"with {before!r}: the retriever has dropout, whose masks depend on it. Go on with "
-            "that, or start anew in another output_dir"
+            f"with {before!r}: the retriever has dropout, whose masks depend on it. Resume "
+            "with that value, or start a new run in another output_dir"
         )
 
 
 def _differing(before: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys that decide a run and differ: their values in a checkpoint, and now."""
+    """Return the values, in a checkpoint and now, of keys that decide a run and differ."""
     now = json.loads(json.dumps(config))
     return {
         key: (before.get(key), now.get(key))

@@ -1,4 +1,4 @@
-"""What a run leaves for ``dream report`` and ``dream compare-runs`` beside models and history."""
+"""What a run writes for ``dream report`` and ``dream compare-runs`` besides models and history."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 
 class RunRecord(TrainerCallback):
-    """Measures a run before, during and after training, and writes what it found.
+    """Measures a run before, during and after training, and writes the results.
 
-    ``environment.json`` at once; ``examples.json`` (see :class:`TrainingExamples`) and
+    It writes ``environment.json`` at once; ``examples.json`` (see :class:`TrainingExamples`) and
     ``evaluation.json`` by :meth:`finish`. The latter holds the scores of every query, of the
     untrained and of the best model as the evaluations during training found them, and of the best
     model on ``final_tasks``. With several processes all of them measure, and process 0 writes and
@@ -50,7 +50,7 @@ class RunRecord(TrainerCallback):
         loss: the objective.
         evaluator: what evaluates during training.
         history: of the run; if it has an evaluation already, the evaluator's scores belong to it.
-        resumed: the run goes on from a checkpoint, so nothing is measured before its first step.
+        resumed: the run resumes from a checkpoint, so nothing is measured before its first step.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class RunRecord(TrainerCallback):
         Args:
             path: the model that the run ends with.
             console: where to print.
-            interrupted: leaves the final tasks out.
+            interrupted: skip the final tasks.
 
         Raises:
             FileNotFoundError: data of a final task could not be fetched.
@@ -138,7 +138,7 @@ class RunRecord(TrainerCallback):
                 f"{task}: nDCG@10 {evaluation.ndcg_at_10:.4f}  "
                 f"recall@10 {evaluation.recall_at_10:.4f}"
             )
-            # In full, it stands for what a part of the queries said during training.
+            # On all queries, it replaces the score on a part of them during training.
             found = [e for e in found if e.model != str(path) or not is_same_task(e, evaluation)]
             found.append(evaluation)
             write_evaluations(self.output_dir / FILE_NAME, found, environment)
@@ -148,7 +148,7 @@ class RunRecord(TrainerCallback):
         scores = getattr(self.evaluator, "query_scores", None)
         if scores and scores is not self._taken:
             self._scores[step] = self._taken = scores
-            # Of the others, none is written any more.
+            # No others will be written.
             needed = {0, self.history.best_step, step}
             self._scores = {s: kept for s, kept in self._scores.items() if s in needed}
 
@@ -180,7 +180,7 @@ class RunRecord(TrainerCallback):
         assert self.examples is not None
         reader = self.loss.reader
         if reader is not None and not reader.injection.heads:
-            reader = None  # the objective's scores act nowhere in it
+            reader = None  # no head of it receives the scores
         temperature = self.loss.temperature
         value = self.config.temperature if temperature is None else temperature.value
         self.examples.measure(name, whole(self.model), reader, value)

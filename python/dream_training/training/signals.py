@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, write a checkpoint, say how to go on."""
+"""Ctrl-C and SIGTERM: finish the step, write a checkpoint, say how to resume."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals(TrainerCallback):
-    """Turns the first signal into a stop after the current step; a second one stops at once.
+    """Stops the run after the current step at the first signal, and at once at the second.
 
     Args:
-        checkpoints: whether a checkpoint shall be written at the stop.
+        checkpoints: whether to write a checkpoint when the run stops.
 
     Attributes:
         received: the signal, or None.
@@ -34,7 +34,7 @@ class StopSignals(TrainerCallback):
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Handle the signals inside; outside the main thread Python does not allow that."""
+        """Handle the signals inside the block; Python allows that only in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -43,7 +43,7 @@ class StopSignals(TrainerCallback):
             yield
         finally:
             for number, handler in before.items():
-                # None: one that was not set from Python, and cannot be put back from there.
+                # None: a handler that was not set from Python, and cannot be restored from it.
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -52,14 +52,14 @@ class StopSignals(TrainerCallback):
         self.received = number
         again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
         text = f"\n{signal.Signals(number).name}: stopping after this step{again}\n"
-        # Past Python's streams and the console: the signal may have come amid a line of theirs.
+        # Not through Python's streams: the signal may have interrupted them within a line.
         with suppress(OSError):
             os.write(_STANDARD_ERROR, text.encode())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Whichever process was told to stop: all of them do, after the same step.
+        # Whichever process got the signal, all of them stop after the same step.
         if world.max_over_ranks(int(self.received is not None)):
             self.received = self.received or signal.SIGTERM
             control.should_save = self.checkpoints

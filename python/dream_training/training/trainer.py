@@ -1,4 +1,4 @@
-"""The library's trainer, with checkpoints that continue and steps that can be skipped."""
+"""The library's trainer, with checkpoints to resume from and steps that can be skipped."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ if TYPE_CHECKING:
     from dream_training.objectives.build import Objective
     from dream_training.training.faults import StepGuard
 
-# As the trainer itself calls it and looks for it.
+# The name by which the library's trainer looks for it.
 _TRAINER_STATE = "trainer_state"
 
 
 class Stateful(Protocol):
-    """A part of a run that goes on where a checkpoint found it."""
+    """A part of a run whose state a checkpoint keeps."""
 
     def state(self) -> Any:
-        """What JSON can hold."""
+        """Return the state in a form that JSON can hold."""
 
     def restore(self, state: Any) -> None:
-        """Put back what :meth:`state` returned."""
+        """Restore what :meth:`state` returned."""
 
 
 class RunTrainer(Trainer):
@@ -59,10 +59,10 @@ class RunTrainer(Trainer):
 
     Args:
         parts: of the run beside weights and optimiser, by name; a checkpoint keeps their states.
-        identity: what a run must share with a checkpoint to go on from it.
+        identity: what a run must share with a checkpoint to resume from it.
         guard: decides which steps count.
-        console: is told when a checkpoint could not be written.
-        keep_checkpoints: how many stay.
+        console: where a checkpoint that could not be written is reported.
+        keep_checkpoints: how many are kept.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class RunTrainer(Trainer):
 
     @property
     def writes_checkpoints(self) -> bool:
-        """Whether there are any: none if the run wants none, and none with DeepSpeed."""
+        """Whether checkpoints are written: not if the config says so, and not with DeepSpeed."""
         return self.args.save_strategy != "no"
 
     @property
@@ -92,7 +92,7 @@ class RunTrainer(Trainer):
         return Path(str(self.args.output_dir)) / CHECKPOINTS
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Train on from a checkpoint to the end; nothing is left to do if it is there already."""
+        """Train from a checkpoint to the last step; if that is done, only restore the weights."""
         self.checkpoint = checkpoint
         for name, state in checkpoint.document("run")["parts"].items():
             self.parts[name].restore(state)
@@ -112,9 +112,9 @@ class RunTrainer(Trainer):
                 f"loss or gradient of step {self.state.global_step + 1} are not finite, and "
                 "DeepSpeed, which holds the gradients, cannot skip a step"
             )
-        # The other batches of the step go with this one.
+        # The other batches of the step are dropped too.
         self._dropping = not self.accelerator.sync_gradients
-        # Without gradients the optimiser leaves weights and averages alone.
+        # Without gradients the optimiser changes neither weights nor averages.
         model.zero_grad(set_to_none=True)
         return torch.zeros_like(loss)
 
@@ -141,7 +141,7 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         assert self.optimizer is not None and self.lr_scheduler is not None
-        # Of what is sharded, every rank holds a part.
+        # Every rank holds a part of what is sharded.
         moments, optimizer = optimizer_state(self._objective, _inner(self.optimizer))
         weights = trained_weights(self._objective)
         random = world.gather_json(random_state())
@@ -163,7 +163,7 @@ class RunTrainer(Trainer):
             self.checkpoint = write_checkpoint(self.folder, step, tensors, documents)
             prune_checkpoints(self.folder, self.keep_checkpoints)
         except OSError as error:
-            # Training goes on: the disk may have room again for the next one.
+            # Training continues: there may be disk space for the next one.
             self.console.print(
                 f"The checkpoint of step {step} could not be written ({error}); {self._newest()}",
                 style="bold",
@@ -175,7 +175,7 @@ class RunTrainer(Trainer):
         return f"the newest is that of step {self.checkpoint.step}"
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: Any = None) -> None:
-        """Weights are put back together with the optimiser, when both are in their final form."""
+        """Weights are restored with the optimiser, once both are in their final form."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -199,10 +199,10 @@ class RunTrainer(Trainer):
 
 
 class ShuffledBatchSampler(DefaultBatchSampler):
-    """Batches in an order that seed and epoch decide, whatever was drawn before.
+    """Batches in an order that depends on seed and epoch alone.
 
-    The library's own goes on from the generator's last state, so that a run which is resumed after
-    its first epoch would see the data in another order.
+    The library's own sampler continues from the generator's last state, so a run that is resumed
+    after its first epoch would see the data in another order.
 
     Args:
         sampler: the library's, over a random order that its generator draws.
@@ -292,7 +292,7 @@ def build_trainer(
     )
     check_trainer(config, trainer)
     if trainer.is_deepspeed_enabled and trainer.writes_checkpoints:
-        trainer.console.print("DeepSpeed: no checkpoints are written, for it would pickle them")
+        trainer.console.print("DeepSpeed: no checkpoints are written, because it would pickle them")
         trainer.args.save_strategy = SaveStrategy.NO
     trainer.remove_callback(PrinterCallback)
     model.model_card_data.widget = []

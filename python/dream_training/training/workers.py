@@ -1,4 +1,4 @@
-"""The processes of ``dataloader_workers``: how a run ends them, and what it says when one dies."""
+"""The processes of ``dataloader_workers``: how a run ends them, and reports one that crashed."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _DEAD = re.compile(r"DataLoader worker \(pid.*")
 
 
 def leave_signals_to_the_run(loader: DataLoader) -> None:
-    """Have a loader's processes ignore the signals by which a terminal or a shell stops a run.
+    """Let a loader's processes ignore the signals by which a terminal or a shell stops a run.
 
-    The run answers them, and still needs batches for the step that it finishes.
+    The run handles them, and still needs batches for the step that it finishes.
 
     Args:
-        loader: as accelerate has prepared it.
+        loader: as accelerate prepared it.
     """
-    # What it skips when a run is resumed is a new loader, with the same options.
+    # On resume, batches are skipped by a new loader with the same options.
     getattr(loader, "base_dataloader", loader).worker_init_fn = _leave_process_group
 
 
 def _leave_process_group(number: int) -> None:
-    # SIGTERM stays: torch ends a process that hangs by it.
+    # Not SIGTERM, by which torch ends a process that hangs.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
@@ -41,28 +41,28 @@ def _leave_process_group(number: int) -> None:
 
 @contextmanager
 def workers_end(count: int, collator: Any) -> Iterator[None]:
-    """End the processes that make batches when the block ends, however it does.
+    """End the processes that make batches when the block ends, also by an exception.
 
-    torch looks after them in its handler of SIGCHLD, which raises wherever the main thread is when
-    one of them dies, for as long as their iterator exists. An exception's traceback keeps it.
+    torch watches them in its SIGCHLD handler, which raises wherever the main thread is when one of
+    them ends, as long as their iterator exists. The traceback of an exception keeps it alive.
 
     Args:
         count: ``dataloader_workers``.
-        collator: of the loader, by which its iterators are known.
+        collator: of the loader, which identifies its iterators.
     """
     try:
         yield
     finally:
         with _no_reports():
             for found in gc.get_objects() if count else ():
-                # Without isinstance, which asks lazy modules for their class.
+                # Not isinstance, which makes lazy modules load their class.
                 if type(found) is _MultiProcessingDataLoaderIter and found._collate_fn is collator:
                     found._shutdown_workers()
 
 
 @contextmanager
 def _no_reports() -> Iterator[None]:
-    """Keep torch's handler from raising inside."""
+    """Keep torch's handler from raising inside the block."""
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD) if in_main and hasattr(signal, "SIGCHLD") else None
     if before is None:
@@ -85,9 +85,9 @@ def _no_reports() -> Iterator[None]:
 
 
 def dead_worker(error: BaseException) -> str | None:
-    """Return torch's words for a dead process, from an error or what it was raised from.
+    """Return torch's message about a crashed process, from an error or one of its causes.
 
-    The handler raises amid any code, which may make an error of its own of it.
+    The handler raises inside any code, which may wrap the error in its own.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -98,10 +98,10 @@ def dead_worker(error: BaseException) -> str | None:
 
 
 def error_in_worker(error: Exception) -> Exception | None:
-    """Return what a process has raised, without the traceback that torch makes its message of."""
+    """Return the error of a process without the traceback that torch puts into its message."""
     if not re.match(r"Caught \w+ in DataLoader worker", str(error)):
         return None
-    # The last one: what it was raised from comes before it.
+    # The last match: causes come before it.
     lines = rf"^(?:[\w.]+\.)?{type(error).__name__}: "
     *_, message = re.split(lines, str(error), flags=re.MULTILINE)
     return None if message == str(error) else type(error)(message.strip())
