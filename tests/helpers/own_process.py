@@ -1,4 +1,4 @@
-"""Runs what kills, signals, exhausts or may crash in a process of its own, for a bounded time."""
+"""Runs what kills, signals, exhausts or may crash in a process of its own, with a time limit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def in_own_process(function: Callable[..., Any], *args: Any, **options: Any) -> 
         options: likewise.
 
     Raises:
-        AssertionError: it has raised, its process has died, or it took too long.
+        AssertionError: it has raised, its process has crashed, or it took too long.
     """
     here, there = forkserver().Pipe(duplex=False)
     process = forkserver().Process(target=_answer, args=(there, function, args, options))
@@ -71,10 +71,10 @@ def in_own_process(function: Callable[..., Any], *args: Any, **options: Any) -> 
             result, error = None, f"no answer after {TIMEOUT_S} s"
         else:
             process.join()
-            result, error = None, f"died with exit code {process.exitcode}"
+            result, error = None, f"ended with exit code {process.exitcode}"
     except EOFError:
         process.join(TIMEOUT_S)
-        result, error = None, f"died with exit code {process.exitcode}"
+        result, error = None, f"ended with exit code {process.exitcode}"
     finally:
         process.kill()
         process.join()

@@ -114,22 +114,28 @@ def test_a_device_is_written_and_stays() -> None:
         os.close(theirs)
 
 
-_WRITE = "import sys; from dream_kernels.files import write_text; print('before'); " \
-    "write_text(sys.argv[1], 'content\\n'); print('after')"  # fmt: skip
+_WRITE = """
+import sys
+from dream_kernels.files import write_text
+for name in sys.argv[1:]:
+    print("before")
+    write_text(name, f"to {name}\\n")
+    print("after")
+"""
 
 
-@pytest.mark.parametrize("name", ["-", "/dev/stdout", "/dev/fd/1"])
 @pytest.mark.parametrize("to", ["file", "pipe"])
-def test_standard_output_has_its_names(tmp_path: Path, name: str, to: str) -> None:
+def test_standard_output_has_its_names(tmp_path: Path, to: str) -> None:
     """Standard output of a process of its own: a file, whose link stays, or a pipe."""
-    command = [sys.executable, "-c", _WRITE, name]
+    outputs = ("-", "/dev/stdout", "/dev/fd/1")
+    command = [sys.executable, "-c", _WRITE, *outputs]
     if to == "pipe":
         text = subprocess.run(command, stdout=subprocess.PIPE, cwd=tmp_path, check=True).stdout
     else:
         with (tmp_path / "out").open("wb") as out:
             subprocess.run(command, stdout=out, cwd=tmp_path, check=True)
         text = (tmp_path / "out").read_bytes()
-    assert text == b"before\ncontent\nafter\n"
+    assert text.decode() == "".join(f"before\nto {name}\nafter\n" for name in outputs)
     assert names(tmp_path) == (["out"] if to == "file" else [])
 
 

@@ -180,10 +180,8 @@ def test_too_little_memory_says_what_to_lower(run, monkeypatch) -> None:
     text = str(error.value)
     # 7 + 2 GiB were needed, 3 of them before: a step may take 0.9 * 5 of its 6, which did not fit
     # however, so half.
-    assert (
-        "in step 1: 9.00 GiB were needed, 3.00 of them before the step, and the device has 8.00"
-        in text
-    )
+    figures = "9.00 GiB were needed, 3.00 of them before the step, and the device has 8.00"
+    assert f"in step 1: {figures}" in text
     assert "mini_batch_size=40 (now all, at least 80 texts): changes no result" in text
     assert "documents_per_query=4 (now 9)" in text and "batch_size=4 (now 8)" in text
 
