@@ -24,7 +24,7 @@ from dream_training.distributed.launched import refuse_several
 from dream_training.startup import find_datasets_cache, quieten_libraries
 
 data = typer.Typer(
-    help="Look at training data, write it in the project's form, let a model write targets.",
+    help="Inspect training data, convert it to JSON lines, let a model write targets.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -43,7 +43,7 @@ app.command(short_help="Train a retriever on docstrings, and show what it learnt
 app.command(short_help="Train a retriever as a config says.")(train)
 app.command(short_help="Train several objectives or settings, in one table.")(compare)
 app.command(short_help="Say in a minute whether a run can learn.")(doctor)
-app.command(short_help="Rank the reader's heads by how well they serve.")(heads)
+app.command(short_help="Rank the reader's attention heads.")(heads)
 app.command(short_help="Add candidates that BM25 or a retriever ranks high.")(mine)
 app.command(short_help="Print nDCG@10 and recall@10 of retrievers.")(evaluate)
 app.command(short_help="Test whether two evaluations differ by chance.")(compare_runs)
@@ -53,7 +53,7 @@ app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     add_help_option=False,
 )(bench)
-app.add_typer(data, name="data", short_help="Look at training data, write it, give it targets.")
+app.add_typer(data, name="data", short_help="Inspect training data, convert it, add targets.")
 
 # What bad input, a full disk or too little memory raise.
 _EXPECTED = (OSError, ModuleNotFoundError, TypeError, ValueError, MemoryError, FloatingPointError)

@@ -36,9 +36,9 @@ def targets(
     ] = None,
     passage_max_len: Annotated[int, typer.Option(min=1, help="tokens of the passage")] = 256,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens of a target")] = 32,
-    batch_size: Annotated[int, typer.Option(min=1, help="lines written at once")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="lines generated at once")] = 16,
     overwrite: Annotated[
-        bool, typer.Option(help="also for lines that have a target, if they know their positive")
+        bool, typer.Option(help="also for lines that have a target, if their positive is known")
     ] = False,
     dtype: Annotated[str, typer.Option(help="of the weights: auto, float32, bfloat16")] = "auto",
     device: Device = None,

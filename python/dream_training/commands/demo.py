@@ -20,7 +20,9 @@ def demo(
     part: Annotated[
         int | None,
         typer.Option(
-            min=1, max=2, help="1: a retriever from nothing, 2: a trained one adapted; else both"
+            min=1,
+            max=2,
+            help="1: a retriever from nothing, 2: a trained one adapted; else both",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="training steps of each part")] = 80,

@@ -22,7 +22,7 @@ Tasks = Annotated[
     typer.Option(
         help="separated by commas: names of mteb's retrieval tasks, beir:NAME for a set that "
         "BEIR publishes, BEIR folders, beir9 (nine public sets of BEIR that papers often "
-        "report; which nine the DREAM paper took is not known to us), rteb14 (RTEB's English "
+        "report; which nine the DREAM paper used is not known to us), rteb14 (RTEB's English "
         "open tasks)"
     ),
 ]
@@ -40,8 +40,10 @@ Processes = Annotated[
     int | None,
     typer.Option(min=1, help="processes that encode documents, one for each GPU if any"),
 ]
-Devices = Annotated[str, typer.Option(help="a process for each of these instead: cuda:0,cuda:1")]
-CacheDir = Annotated[Path | None, typer.Option(help="where sets of BEIR are kept")]
+Devices = Annotated[
+    str, typer.Option(help="one process for each of these devices instead: cuda:0,cuda:1")
+]
+CacheDir = Annotated[Path | None, typer.Option(help="cache folder of BEIR's sets")]
 KeepIdenticalIds = Annotated[
     bool,
     typer.Option(

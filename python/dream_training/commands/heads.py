@@ -35,7 +35,7 @@ Criteria = Annotated[
     ),
 ]
 Compare = Annotated[
-    bool, typer.Option("--compare", help="several criteria: what they share and what they do")
+    bool, typer.Option("--compare", help="compare several criteria: heads in common, effect")
 ]
 Train = Annotated[
     Path | None,
@@ -66,14 +66,14 @@ def heads(
     compare: Compare = False,
     draws: Annotated[int, typer.Option(min=1, help="random draws with --compare")] = 5,
     train: Train = None,
-    seeds: Annotated[int, typer.Option(min=1, help="trainings of each choice")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="training runs of each choice")] = 3,
     overwrite: Overwrite = False,
     top_k: Annotated[int, typer.Option(min=1, help="heads to choose")] = 16,
     examples: Annotated[int, typer.Option(min=2, help="training lines to look at")] = 96,
     pool_size: Annotated[int, typer.Option(min=2, help="documents per pool")] = 16,
     context: Annotated[str, typer.Option(help="independent or joint reading")] = "independent",
     passage_max_len: Annotated[int, typer.Option(min=1, help="tokens of a document")] = 128,
-    null_query: Annotated[str, typer.Option(help="the query that says nothing")] = "N/A",
+    null_query: Annotated[str, typer.Option(help="a query without content")] = "N/A",
     token_filter: TokenFilter = False,
     point: Point = "own",
     seed: Seed = 0,

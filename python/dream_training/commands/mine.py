@@ -53,7 +53,7 @@ def mine(
     per_query: Annotated[int, typer.Option(min=1, help="candidates to add to a line")] = 7,
     first_rank: Annotated[int, typer.Option(min=1, help="best rank to take them from")] = 1,
     last_rank: Annotated[int, typer.Option(min=1, help="last rank to take them from")] = 100,
-    choose: Annotated[str, typer.Option(help="random ones of these ranks, or the best")] = "random",
+    choose: Annotated[str, typer.Option(help="random or best of these ranks")] = "random",
     exclude_answers: ExcludeAnswers = False,
     keep_candidates: KeepCandidates = False,
     split: Split = "train",

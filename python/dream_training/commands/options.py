@@ -26,7 +26,9 @@ Limit = Annotated[int | None, typer.Option(min=1, help="stop after this many lin
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run code that comes with a model")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU where there is one")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one")
+]
 
 
 @contextmanager
