@@ -24,7 +24,7 @@ from dream_training.preflight.diagnosis import diagnose
 from dream_training.preflight.dry_run import dry_run
 from dream_training.reading.reader import Reader
 from dream_training.report.run_folder import read_run
-from dream_training.training import driver
+from dream_training.training import inputs
 from dream_training.training.driver import train
 from dream_training.training.inputs import find_heads, load_training_data
 from helpers.tiny import make_rows, quiet
@@ -160,7 +160,7 @@ def test_without_top_k_a_run_chooses_sixteen_heads(run, monkeypatch) -> None:
     assert find_heads(config, data, 4).chosen == 12, "all that there are"
     many = [(0, head) for head in range(40)]
     ranking = HeadFile(many, dict.fromkeys(many, 0.0))
-    monkeypatch.setattr(driver, "select_heads", lambda *_, **__: ranking)
+    monkeypatch.setattr(inputs, "select_heads", lambda *_, **__: ranking)
     assert find_heads(config, data, 4).chosen == 16
 
 
