@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_taken(run, tmp_path:
     printed = console.file.getvalue()
     assert "step-00000004/optimizer.safetensors: it must have" in printed
     assert "step-00000003/run.json: it must have" in printed
-    assert "going on after step 2" in printed
+    assert "resuming after step 2" in printed
     assert [s["loss"] for s in again] == [s["loss"] for s in alone]
 
 

@@ -28,7 +28,7 @@ class MiningOptions:
     Attributes:
         per_query: candidates that a row gets, at most.
         first_rank: of the ranks that they come from, counted from 1; the very first ones are
-            often relevant without anybody having said so.
+            often relevant without being labelled so.
         last_rank: of those ranks.
         choose: ``random`` ones of these ranks, or the ``best``.
         exclude_answers: leave out documents in which an answer, or the target, occurs.
@@ -52,7 +52,7 @@ class MiningOptions:
         check_at_least("per_query", self.per_query, 1)
         if not 1 <= self.first_rank <= self.last_rank:
             raise ValueError(
-                "first_rank and last_rank must be ranks from 1 on, the first not behind the last, "
+                "first_rank and last_rank must be ranks from 1 on, the first not after the last, "
                 f"got {self.first_rank} and {self.last_rank}"
             )
         check_choice("choose", self.choose, MINED_CHOICES)
@@ -136,7 +136,7 @@ def mine(
         order = [key for key in found if keys[key] not in own]
         counts.itself += len(found) - len(order)
         ranked = order[options.first_rank - 1 : options.last_rank]
-        kept = _kept(row, options.keep_candidates)
+        kept = _own_documents(row, options.keep_candidates)
         known = relevant[normalised(row.query)]
         allowed = _allowed(row, kept, [(k, keys[k]) for k in ranked], known, options, counts)
         if options.choose == "random":
@@ -200,8 +200,8 @@ def _itself(row: TrainingRow, corpus: Mapping[str, str]) -> set[str]:
     return texts
 
 
-def _kept(row: TrainingRow, keep_candidates: bool) -> list[str]:
-    """The row's own documents that stay, the relevant ones first."""
+def _own_documents(row: TrainingRow, keep_candidates: bool) -> list[str]:
+    """The row's own documents that remain candidates, the relevant ones first."""
     known = [row.documents[i] for i in row.positives]
     if known and not keep_candidates:
         return known

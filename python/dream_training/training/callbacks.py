@@ -110,11 +110,11 @@ class KeepBestCallback(TrainerCallback):
         self.restore(False)
 
     def state(self) -> bool:
-        """Whether there is a best model; how good it is stands in the history."""
+        """Whether there is a best model; its score is in the history."""
         return self.best_path is not None
 
     def restore(self, state: bool) -> None:
-        """Go on with the history, which must be restored before."""
+        """Continue the history, which must be restored before."""
         self.best = max((e["ndcg_at_10"] for e in self.history.evaluations), default=float("-inf"))
         self.best_path = self.output_dir / BEST if state else None
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, write a checkpoint, say how to go on."""
+"""Ctrl-C and SIGTERM: finish the step, write a checkpoint, say how to resume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class StopSignals(TrainerCallback):
     """Turns the first signal into a stop after the current step; a second one stops at once.
 
     Args:
-        checkpoints: whether a checkpoint shall be written at the stop.
+        checkpoints: whether a checkpoint is written at the stop.
 
     Attributes:
         received: the signal, or None.

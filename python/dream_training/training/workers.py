@@ -1,4 +1,4 @@
-"""The processes of ``dataloader_workers``: how a run ends them, and what it says when one dies."""
+"""The processes of ``dataloader_workers``: how a run ends them, and reports one that crashed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def leave_signals_to_the_run(loader: DataLoader) -> None:
 
 
 def _leave_process_group(number: int) -> None:
-    # SIGTERM stays: torch ends a process that hangs by it.
+    # SIGTERM stays: torch uses it to end a process that does not respond.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
@@ -43,8 +43,8 @@ def _leave_process_group(number: int) -> None:
 def workers_end(count: int, collator: Any) -> Iterator[None]:
     """End the processes that make batches when the block ends, however it does.
 
-    torch looks after them in its handler of SIGCHLD, which raises wherever the main thread is when
-    one of them dies, for as long as their iterator exists. An exception's traceback keeps it.
+    torch watches them in its handler of SIGCHLD, which raises wherever the main thread is when
+    one of them ends, for as long as their iterator exists. An exception's traceback keeps it.
 
     Args:
         count: ``dataloader_workers``.
@@ -85,7 +85,7 @@ def _no_reports() -> Iterator[None]:
 
 
 def dead_worker(error: BaseException) -> str | None:
-    """Return torch's words for a dead process, from an error or what it was raised from.
+    """Return torch's message about a dead process, from an error or what it was raised from.
 
     The handler raises amid any code, which may make an error of its own of it.
     """
