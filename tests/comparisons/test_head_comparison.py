@@ -113,7 +113,7 @@ def test_the_command_compares_trains_and_goes_on(run, tmp_path: Path) -> None:
     def compare(*more: str):
         return CliRunner().invoke(
             app,
-            ["heads", "--compare", "--reader", settings.reader, "--data", settings.train_data,
+            ["heads", "--compare", "--reader", settings.reader.model, "--data", settings.train_data,
              "--output", str(folder), "--top-k", "3", "--pool-size", "4", "--examples", "8",
              "--criterion", "qr_mass", "--criterion", "random", "--draws", "2", *more],
         )  # fmt: skip
@@ -137,7 +137,15 @@ def test_the_command_compares_trains_and_goes_on(run, tmp_path: Path) -> None:
 
 def test_the_command_ranks_by_one_criterion(run, tmp_path: Path) -> None:
     settings = run()
-    common = ["heads", "--reader", settings.reader, "--data", settings.train_data, "--top-k", "2"]
+    common = [
+        "heads",
+        "--reader",
+        settings.reader.model,
+        "--data",
+        settings.train_data,
+        "--top-k",
+        "2",
+    ]
     output = tmp_path / "own.yaml"
     result = CliRunner().invoke(
         app, [*common, "--criterion", "loss_gradient", "--output", str(output)]
@@ -156,7 +164,15 @@ def test_the_command_takes_targets_from_the_documents(run, tmp_path: Path) -> No
     data, output = tmp_path / "data.jsonl", tmp_path / "heads.yaml"
     rows = [{key: row[key] for key in ("query", "documents", "positive")} for row in make_rows(8)]
     data.write_text("\n".join(json.dumps({**row, "positive": True}) for row in rows))
-    command = ["heads", "--reader", run().reader, "--data", str(data), "--output", str(output)]
+    command = [
+        "heads",
+        "--reader",
+        run().reader.model,
+        "--data",
+        str(data),
+        "--output",
+        str(output),
+    ]
     result = CliRunner().invoke(app, command)
     assert "target" in str(result.exception)
     result = CliRunner().invoke(app, [*command, "--target-from", "positive"])
@@ -174,7 +190,7 @@ def test_the_command_takes_targets_from_the_documents(run, tmp_path: Path) -> No
 def test_mistakes_are_named(run, arguments: list[str], message: str) -> None:
     settings = run()
     result = CliRunner().invoke(
-        app, ["heads", "--reader", settings.reader, "--data", settings.train_data, *arguments]
+        app, ["heads", "--reader", settings.reader.model, "--data", settings.train_data, *arguments]
     )
     assert isinstance(result.exception, ValueError) and message in str(result.exception)
 

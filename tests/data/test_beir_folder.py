@@ -200,13 +200,13 @@ def test_qrels_of_no_form_and_without_a_line_are_an_error(
 def test_a_missing_split_or_file_is_named_with_what_there_is(tmp_path: Path, run) -> None:
     path = write_files(tmp_path / "set", GOOD_CORPUS, GOOD_QUERIES, "q\td\t0\n")
     with pytest.raises(ValueError, match=r"set: qrels/test\.tsv calls no document relevant"):
-        make_evaluator(run(eval_data=str(path)))
+        make_evaluator(run(eval_data=str(path)).evaluation, 0)
     (path / "qrels" / "test.tsv").rename(path / "qrels" / "dev.tsv")
     message = r"qrels/test\.tsv: there is no such split, only dev: choose .* eval_split"
     with pytest.raises(FileNotFoundError, match=message):
-        make_evaluator(run(eval_data=str(path)))
+        make_evaluator(run(eval_data=str(path)).evaluation, 0)
     with pytest.raises(FileNotFoundError, match=r"qrels/train\.tsv: there is no .* train_split"):
-        load_training_data(run(train_data=str(path)))
+        load_training_data(run(train_data=str(path)).data, 0)
     assert read_beir_folder(path, "dev")[2] == {"q": {"d": 0}}
     (path / "queries.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"^[^\[]*queries\.jsonl: there is no such file"):

@@ -15,6 +15,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from dream_training.config import TrainConfig
+from dream_training.config_groups import DistributionConfig
 from dream_training.distributed.engine import check_trainer, engine_arguments
 from dream_training.distributed.launched import refuse_several
 from dream_training.training.driver import train
@@ -83,7 +84,7 @@ def train_with_two(
     """Run ``dream train`` in two processes, which torchrun starts unless ``launcher`` is false."""
     keys, own = ENGINES[engine]
     path = Path(config.output_dir).parent / "config.yaml"
-    path.write_text(json.dumps({**vars(config)}))
+    path.write_text(json.dumps(config.flat()))
     arguments = ("train", path, *keys, *overrides)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **own}
     if not own and not launcher:
@@ -189,11 +190,11 @@ def test_an_engine_that_would_not_run_is_refused() -> None:
         is_fsdp_enabled=False, is_deepspeed_enabled=False, args=SimpleNamespace(device="cpu")
     )
     with pytest.raises(ValueError, match="fsdp needs torchrun or accelerate launch, and GPUs"):
-        check_trainer(config, trainer)
-    check_trainer(TrainConfig(reader="r", train_data="t"), trainer)
+        check_trainer(config.distribution, trainer, False)
+    check_trainer(DistributionConfig(), trainer, False)
     trainer.is_deepspeed_enabled = True
     with pytest.raises(ValueError, match="learnable_temperature must be false with FSDP and"):
-        check_trainer(TrainConfig(reader="r", train_data="t", learnable_temperature=True), trainer)
+        check_trainer(DistributionConfig(), trainer, True)
 
 
 @pytest.mark.parametrize(
@@ -214,14 +215,13 @@ def test_choices_that_do_not_fit_are_refused(changes: dict, message: str) -> Non
 def test_the_engine_is_the_trainers_own_argument(tmp_path: Path, monkeypatch) -> None:
     for name in ("FSDP_VERSION", "FSDP_RESHARD_AFTER_FORWARD"):
         monkeypatch.setenv(name, "left as it was afterwards")
-    base = {"reader": "r", "train_data": "t"}
-    assert engine_arguments(TrainConfig(**base)) == {"ddp_timeout": 600}
+    assert engine_arguments(DistributionConfig()) == {"ddp_timeout": 600}
     path = tmp_path / "fsdp.json"
     path.write_text(json.dumps({"fsdp_reshard_after_forward": False}))
-    found = engine_arguments(TrainConfig(**base, fsdp=True, fsdp_config=str(path)))
+    found = engine_arguments(DistributionConfig(fsdp=True, fsdp_config=str(path)))
     assert found["fsdp_config"] == {"version": 2, "reshard_after_forward": False}
     assert (os.environ["FSDP_VERSION"], os.environ["FSDP_RESHARD_AFTER_FORWARD"]) == ("2", "false")
-    found = engine_arguments(TrainConfig(**base, deepspeed="zero3.json"))
+    found = engine_arguments(DistributionConfig(deepspeed="zero3.json"))
     assert found["deepspeed"] == "zero3.json"
 
 

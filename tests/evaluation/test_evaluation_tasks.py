@@ -106,7 +106,7 @@ def test_one_set_has_one_figure_whichever_command_evaluates(
     found.append(evaluate_mteb_task(model, "tiny", task, options))
     assert [e.ndcg_at_10 for e in found] == [1.0] * 4
     assert [e.settings["identical_ids_dropped"] for e in found] == [1] * 4
-    assert make_evaluator(run(eval_data=folder))(model)["ndcg_at_10"] == 1.0
+    assert make_evaluator(run(eval_data=folder).evaluation, 0)(model)["ndcg_at_10"] == 1.0
     assert not caplog.records, "a query that is a document is what the rule is for"
     # The same on demand with them.
     options = EvaluationOptions(keep_identical_ids=True)
@@ -116,7 +116,7 @@ def test_one_set_has_one_figure_whichever_command_evaluates(
     found.append(evaluate_mteb_task(model, "tiny", task, options))
     assert [e.ndcg_at_10 for e in found] == [pytest.approx(0.631, abs=1e-3)] * 3
     assert [e.settings["identical_ids_dropped"] for e in found] == [0] * 3
-    evaluator = make_evaluator(run(eval_data=folder, keep_identical_ids=True))
+    evaluator = make_evaluator(run(eval_data=folder, keep_identical_ids=True).evaluation, 0)
     assert evaluator(model)["ndcg_at_10"] == pytest.approx(0.631, abs=1e-3)
 
 

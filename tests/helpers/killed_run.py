@@ -13,7 +13,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +100,8 @@ def kill_and_compare(config: TrainConfig, folder: Path, kills: int, seed: int) -
         seed: of where they hit.
     """
     torch.set_num_threads(1)
-    alone = replace(config, output_dir=str(folder / "alone"))
-    killed = replace(config, output_dir=str(folder / "killed"))
+    alone = config.with_changes(output_dir=str(folder / "alone"))
+    killed = config.with_changes(output_dir=str(folder / "killed"))
     begin = time.perf_counter()
     _, status = os.waitpid(run(alone), 0)
     assert status == 0, "the run that was left alone failed"

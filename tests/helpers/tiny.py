@@ -109,6 +109,13 @@ def write_tiny_data(folder: Path, count: int) -> tuple[Path, Path]:
     return data, beir
 
 
+def retriever_of(config: TrainConfig):
+    """The untrained retriever of a run."""
+    from dream_training.models.loading import make_retriever
+
+    return make_retriever(config.retriever, config.lengths, config.run)
+
+
 def make_config(model: Path, folder: Path, **changes) -> TrainConfig:
     """A run of a tiny model on tiny data, which are written unless their paths are given."""
     if "train_data" not in changes:

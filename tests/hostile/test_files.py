@@ -107,7 +107,7 @@ def test_json_bombs(tmp_path: Path, text: str, reason: str) -> None:
 def test_aliases_of_an_honest_size_are_read(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("reader: &name smollm2\nretriever: *name\ntrain_data: t\n")
-    assert load_config(path).retriever == "smollm2"
+    assert load_config(path).retriever.model == "smollm2"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from dream_training.cli import app
 from dream_training.config import TrainConfig
 from dream_training.models.architectures import model_config, save_tiny
-from dream_training.models.loading import make_retriever
 from dream_training.models.retriever import build_retriever, load_sentence_transformer
 from dream_training.reading.document_store import DiskStore
 from dream_training.reading.loading import all_heads, load_reader
@@ -25,6 +24,7 @@ from dream_training.reading.reader import Reader
 from dream_training.trust import load_language_model
 from helpers.bombs import Bomb
 from helpers.own_process import in_own_process, run_command
+from helpers.tiny import retriever_of
 
 CODE = """
 from pathlib import Path
@@ -100,12 +100,17 @@ def config_for(path: Path) -> TrainConfig:
     return TrainConfig(reader=str(path), retriever=str(path), train_data="t", device="cpu")
 
 
+def load_reader_of(path: Path) -> Reader:
+    config = config_for(path)
+    return load_reader(config.reader, config.lengths, config.run, {0: [0]})
+
+
 LOADERS: dict[str, Callable[[Path], object]] = {
     "reader": lambda path: Reader.from_pretrained(path, {0: [0]}),
-    "config's reader": lambda path: load_reader(config_for(path), {0: [0]}),
-    "heads": lambda path: all_heads(config_for(path)),
+    "config's reader": load_reader_of,
+    "heads": lambda path: all_heads(config_for(path).reader, config_for(path).run),
     "retriever": lambda path: build_retriever(path),
-    "config's retriever": lambda path: make_retriever(config_for(path)),
+    "config's retriever": lambda path: retriever_of(config_for(path)),
     "plan": lambda path: model_config(str(path)),
     "sentence-transformers": load_sentence_transformer,
 }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,13 @@ from dream_training.evaluation.options import EvaluationOptions
 from dream_training.evaluation.results import read_evaluations
 from dream_training.evaluation.tasks import evaluate_task, load_task
 from dream_training.models import texts
-from dream_training.models.loading import make_retriever
 from dream_training.models.retriever import load_sentence_transformer, save_retriever
 from dream_training.models.texts import encode, prompt_of, text_features
 from dream_training.objectives.collator import DreamCollator
 from dream_training.objectives.infonce import PoolInfoNCELoss
 from dream_training.preflight.diagnosis import diagnose
 from dream_training.training.driver import train
-from helpers.tiny import make_tokenizer, quiet
+from helpers.tiny import make_tokenizer, quiet, retriever_of
 
 PROMPTS = {"query": "Q: ", "document": "D: "}
 # Longer than most queries and documents, prompts included, and shorter.
@@ -222,7 +220,7 @@ def test_commands_give_what_the_folder_gives(
         retriever=str(base), retriever_layers=None, objective="infonce", max_steps=2, save_steps=0,
         **data, **LENGTHS,
     )  # fmt: skip
-    folder = save_retriever(make_retriever(config), tmp_path / "saved")
+    folder = save_retriever(retriever_of(config), tmp_path / "saved")
     queries, documents = of_folder(folder, data, given)
     model = load_sentence_transformer(folder, device="cpu")
     assert not given
@@ -369,9 +367,9 @@ def test_a_library_of_one_length_has_the_lengths_beside_the_model(
 ) -> None:
     """Before 6.0, sentence-transformers has no length of queries: the commands read it here."""
     config = run(retriever=str(base), retriever_layers=None, **data, **LENGTHS)
-    kept = save_retriever(make_retriever(config), tmp_path / "kept")
+    kept = save_retriever(retriever_of(config), tmp_path / "kept")
     monkeypatch.setattr(texts, "library_keeps_lengths", lambda: False)
-    model = make_retriever(config)
+    model = retriever_of(config)
     folder = save_retriever(model, tmp_path / "beside")
     file = folder / texts.LENGTHS_FILE
     assert json.loads(file.read_text()) == {"query": 22, "document": 34}
@@ -388,8 +386,8 @@ def test_a_library_of_one_length_has_the_lengths_beside_the_model(
     file.write_text('{"query": 0, "document": 3}')
     with pytest.raises(ValueError, match=r"text_lengths.json: query must be a number .*got 0"):
         load_sentence_transformer(folder)
-    equal = replace(config, query_max_len=34)
-    assert not (save_retriever(make_retriever(equal), folder) / texts.LENGTHS_FILE).exists()
+    equal = config.with_changes(query_max_len=34)
+    assert not (save_retriever(retriever_of(equal), folder) / texts.LENGTHS_FILE).exists()
 
 
 def test_a_model_compares_as_it_says(base: Path) -> None:
@@ -412,5 +410,5 @@ def test_training_refuses_and_says_what_it_does_not_keep(run, base: Path) -> Non
         train(config, model=model, console=quiet())
     model = SentenceTransformer(str(base), device="cpu", similarity_fn_name="dot")
     with pytest.warns(UserWarning, match="similarity is 'dot'; it is trained with 'cosine'"):
-        texts.prepare_retriever(config, model)
+        texts.prepare_retriever(model, config.retriever, config.lengths)
     assert model.similarity_fn_name == "cosine"

@@ -47,7 +47,7 @@ def test_every_command_names_key_and_nearest_model(
 ) -> None:
     settings = run()
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(vars(settings)))
+    config.write_text(yaml.safe_dump(settings.flat()))
     places = {"config": config, "data": settings.train_data, "beir": settings.eval_data}
     arguments = [part.format(**places, folder=tmp_path) for part in command.split()]
     result = CliRunner().invoke(app, arguments)

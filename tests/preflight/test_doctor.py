@@ -15,14 +15,13 @@ from dream_kernels import HeadFile, write_heads
 from dream_training.cli import app
 from dream_training.heads.contrast import Contrast, measure_contrast, single_document_losses
 from dream_training.heads.selection import HeadExample
-from dream_training.models.loading import make_retriever
 from dream_training.objectives.distilled_dream import DistilledDreamLoss
 from dream_training.preflight import reader as reader_checks
 from dream_training.preflight.check import FAULT, OK, WARNING, Check
 from dream_training.preflight.diagnosis import diagnose, has_fault
 from dream_training.preflight.retriever import of_similarity, part_of
 from dream_training.reading.reader import Reader
-from helpers.tiny import make_decoder, make_rows, make_tokenizer
+from helpers.tiny import make_decoder, make_rows, make_tokenizer, retriever_of
 
 QUERIES = 8
 
@@ -224,7 +223,7 @@ def test_spans_beside_the_documents_are_a_fault(context: str, monkeypatch) -> No
 
 def test_a_frozen_retriever_is_a_fault(run) -> None:
     config = run()
-    found = by_name(diagnose(config, model=make_retriever(config).requires_grad_(False)))
+    found = by_name(diagnose(config, model=retriever_of(config).requires_grad_(False)))
     assert found["gradient"].status == FAULT and "no parameter" in found["gradient"].figure
 
 
@@ -241,7 +240,7 @@ def test_a_gradient_that_is_not_finite_is_a_fault(run, monkeypatch) -> None:
 
 def test_parts_without_gradient_are_named(run) -> None:
     config = run(lora_r=0)
-    model = make_retriever(config)
+    model = retriever_of(config)
     model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
     check = by_name(diagnose(config, model=model))["gradient"]
     assert check.status == WARNING and check.figure.endswith("none in unused")

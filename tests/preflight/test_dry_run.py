@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from dream_training.known_models import KNOWN
 from dream_training.models.architectures import model_config, parameter_count, save_tiny
 from dream_training.preflight.dry_run import dry_run
 from dream_training.preflight.plan import make_plan, measured_rate
-from helpers.tiny import quiet
+from helpers.tiny import quiet, retriever_of
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -55,7 +54,7 @@ def test_the_plan_of_a_small_run_by_hand(run) -> None:
     """Three layers of a Llama of width 32: every term counted again from the real model."""
     config = run(max_steps=7, batch_size=4, query_max_len=8, passage_max_len=16, target_max_len=4)
     plan = make_plan(config, documents_per_row=2)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.reader))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.reader.model))
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     norm, vocabulary = 32, 259 * 32
     assert plan.reader_weights == sum(p.numel() for p in model.parameters())
@@ -74,16 +73,16 @@ def test_the_plan_knows_pools_and_mini_batches(run) -> None:
     config = run(batch_size=4, query_max_len=8, passage_max_len=16, target_max_len=4)
     plan = make_plan(config, documents_per_row=6)
     assert plan.documents == 24
-    assert make_plan(replace(config, pool="in_batch"), 6).documents == 4
-    assert make_plan(replace(config, documents_per_query=3), 6).documents == 12
-    assert make_plan(replace(config, documents_per_query=9), 6).documents == 24
-    longer = make_plan(replace(config, reader_passage_max_len=32), 6)
+    assert make_plan(config.with_changes(pool="in_batch"), 6).documents == 4
+    assert make_plan(config.with_changes(documents_per_query=3), 6).documents == 12
+    assert make_plan(config.with_changes(documents_per_query=9), 6).documents == 24
+    longer = make_plan(config.with_changes(reader_passage_max_len=32), 6)
     assert longer.read_tokens == 2 * plan.read_tokens
     assert longer.encoded_tokens == plan.encoded_tokens
-    cached = make_plan(replace(config, mini_batch_size=2), 6)
+    cached = make_plan(config.with_changes(mini_batch_size=2), 6)
     assert cached.activation_bytes * plan.encoded_tokens == plan.activation_bytes * 2 * 16
     assert cached.operations > plan.operations and cached.memory_bytes < plan.memory_bytes
-    whole = make_plan(replace(config, mini_batch_size=1000), 6)
+    whole = make_plan(config.with_changes(mini_batch_size=1000), 6)
     assert whole.activation_bytes == plan.activation_bytes
 
 
@@ -93,10 +92,9 @@ def test_a_dry_run_leaves_no_documents_behind(run, tmp_path: Path) -> None:
 
 
 def test_adapters_are_counted_as_they_are_made(run) -> None:
-    from dream_training.models.loading import make_retriever
 
     config = run()
-    model = make_retriever(config)
+    model = retriever_of(config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert make_plan(config).trained_weights == trained
 

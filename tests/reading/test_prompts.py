@@ -137,7 +137,7 @@ def each(document: str) -> str:
         (each("[{{ loop.index }}] {{ d }}") + ASK, "put the same text around every document"),
         (
             "{{ documents | length }} " + each("{{ d }}") + ASK,
-            "before the first document stands once '2 ' and once '1 '",
+            "before the first document it prints once '2 ' and once '1 '",
         ),
         (each("{{ d | upper }}") + ASK, r"text of documents\[0\] once .* left out or changed"),
         (each("{{ d | e }}") + ASK, r"text of documents\[0\] once .* left out or changed"),
@@ -153,7 +153,7 @@ def each(document: str) -> str:
         ),
         (
             each("{{ d }}") + "{{ query }} {{ query | length }} {{ target }}",
-            "between query and target stands once",
+            "between query and target it prints once",
         ),
         (each("{{ d }}") + "{{ question }} {{ target }}", "fails: 'question' is undefined"),
         ("a\n{% for d in %}", r"mine\.jinja:2: not a Jinja template"),

@@ -50,7 +50,7 @@ def make_run(path: Path, shift: float = 0.0, examples: bool = True, **config) ->
     """Write the files of a run of four steps."""
     path.mkdir()
     settings = TrainConfig(reader="r", train_data="t.jsonl", max_steps=4, top_k=2, **config)
-    (path / "config.json").write_text(json.dumps(vars(settings)))
+    (path / "config.json").write_text(json.dumps(settings.flat()))
     steps = [
         {
             "step": i, "loss": 3.0 - 0.5 * i, "entropy": 1.0, "max_entropy": 1.386, "tokens": 400,

@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 
 from dream_kernels import HeadFile, write_heads
 from dream_training.cli import app
-from dream_training.models.loading import make_retriever
 from dream_training.models.retriever import build_retriever
 from dream_training.objectives.collator import DreamCollator
 from dream_training.objectives.dream import DreamLoss
@@ -30,7 +29,7 @@ from dream_training.preflight.diagnosis import diagnose
 from dream_training.reading.reader import Reader
 from dream_training.training.driver import train
 from dream_training.training.inputs import make_evaluator
-from helpers.tiny import make_decoder, make_rows, make_tokenizer, quiet
+from helpers.tiny import make_decoder, make_rows, make_tokenizer, quiet, retriever_of
 
 
 def rows_of(documents: list[str], count: int = 24) -> list[dict]:
@@ -211,7 +210,7 @@ def test_every_weight_is_trained_in_float32(run, dtype: str) -> None:
         lora_r=0, dtype=dtype, learning_rate=1e-5, warmup_steps=0, max_steps=10, eval_steps=10,
         objective="infonce",
     )  # fmt: skip
-    before = [p.detach().clone() for p in make_retriever(config).parameters()]
+    before = [p.detach().clone() for p in retriever_of(config).parameters()]
     result = train(config, console=quiet())
     after = list(result.model.parameters())
     assert {p.dtype for p in after} == {torch.float32}
@@ -220,7 +219,7 @@ def test_every_weight_is_trained_in_float32(run, dtype: str) -> None:
     assert min(moved) > 0.5
     saved = SentenceTransformer(str(result.path), device="cpu", model_kwargs={"dtype": "auto"})
     assert {p.dtype for p in saved.parameters()} == {torch.float32}
-    figure = make_evaluator(config)(saved)["ndcg_at_10"]
+    figure = make_evaluator(config.evaluation, config.run.seed)(saved)["ndcg_at_10"]
     assert figure == result.history.evaluations[-1]["ndcg_at_10"]
 
 
@@ -246,7 +245,7 @@ def test_mini_batches_of_another_size_resume_without_dropout_alone(run, monkeypa
     more = {"max_steps": 3, "eval_data": None}
     steps = train(run(mini_batch_size=3, **more), console=quiet(), resume=True).history.steps
     assert len(steps) == 3
-    model = make_retriever(config)
+    model = retriever_of(config)
     assert not draws_random_numbers(model)
     model[0].auto_model.layers[0].mlp.act_fn = nn.Dropout(0.1)
     before = torch.get_rng_state()

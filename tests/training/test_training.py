@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +138,7 @@ def test_the_heads_that_a_file_chose_are_those_of_a_run(run, tmp_path: Path, tin
     write_heads(path, ranking.choose(2))
     config = run(heads=str(path), top_k=None, eval_data=None, max_steps=1)
     for top_k, chosen in ((None, {0: [0, 1]}), (5, {0: [0, 1, 2, 3], 1: [0]})):
-        train(replace(config, top_k=top_k), console=quiet(), overwrite=True)
+        train(config.with_changes(top_k=top_k), console=quiet(), overwrite=True)
         assert read_heads(out).by_layer() == chosen
         assert read_run(out.parent).top_k == (top_k or 2)
     # As the README loads it.
@@ -156,7 +155,8 @@ def test_the_heads_that_a_file_chose_are_those_of_a_run(run, tmp_path: Path, tin
 
 
 def test_without_top_k_a_run_chooses_sixteen_heads(run, monkeypatch) -> None:
-    config, data = run(top_k=None), load_training_data(run())
+    config = run(top_k=None)
+    data = load_training_data(config.data, config.run.seed)
     assert find_heads(config, data, 4).chosen == 12, "all that there are"
     many = [(0, head) for head in range(40)]
     ranking = HeadFile(many, dict.fromkeys(many, 0.0))

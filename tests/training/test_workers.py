@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,7 +107,7 @@ def test_a_dead_worker_ends_the_run_with_its_name(
     newest = checkpoint_folder.newest_checkpoint(out / CHECKPOINTS, pytest.fail)
     assert newest is not None and newest.step == (DONE if when == "step" else DONE - 1)
     assert not list(out.rglob(".*")), "what was being written is gone"
-    train(replace(config, dataloader_workers=0), console=quiet(), resume=True)
+    train(config.with_changes(dataloader_workers=0), console=quiet(), resume=True)
     assert outcome(out) == alone
 
 
@@ -138,7 +137,7 @@ def run_with_a_signal(config: TrainConfig, number: int, each: bool) -> tuple[int
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_to_the_group_stops_after_the_step(config: TrainConfig, number: int) -> None:
     assert in_own_process(run_with_a_signal, config, number, False) == (DONE, number)
-    resumed = train(replace(config, dataloader_workers=0), console=quiet(), resume=True)
+    resumed = train(config.with_changes(dataloader_workers=0), console=quiet(), resume=True)
     assert [step["step"] for step in resumed.history.steps] == [1, 2, 3, 4, 5, 6]
 
 
@@ -146,7 +145,7 @@ def test_a_signal_to_every_process_stops_too(config: TrainConfig) -> None:
     """As a service manager sends SIGTERM; the step may be lost, what was saved is not."""
     done, number = in_own_process(run_with_a_signal, config, signal.SIGTERM, True)
     assert number == signal.SIGTERM and done in (DONE - 1, DONE)
-    resumed = train(replace(config, dataloader_workers=0), console=quiet(), resume=True)
+    resumed = train(config.with_changes(dataloader_workers=0), console=quiet(), resume=True)
     assert [step["step"] for step in resumed.history.steps] == [1, 2, 3, 4, 5, 6]
 
 
@@ -166,7 +165,7 @@ def test_bad_data_in_a_worker_is_named_as_without(config: TrainConfig) -> None:
     data.write_text("\n".join(map(json.dumps, rows)))
     changes = {"streaming": True, "heads": "auto", "head_criterion": "random"}
     found = [
-        in_own_process(run_to_its_error, replace(config, dataloader_workers=count, **changes))
+        in_own_process(run_to_its_error, config.with_changes(dataloader_workers=count, **changes))
         for count in (1, 0)
     ]
     assert found[0] == found[1] and found[0][0] == "ValueError"

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import threading
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,7 +84,7 @@ def write_all(tiny_model: Path, folder: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(faults, "_all_finite", finite)
     file = folder / "config.yaml"
-    file.write_text(yaml.safe_dump(asdict(config)))
+    file.write_text(yaml.safe_dump(config.flat()))
     dream("train", file)
     best = folder / "run" / "best"
     dream("evaluate", best, beir, "--output", folder / "scores.json")
@@ -103,9 +103,9 @@ def write_all(tiny_model: Path, folder: Path, monkeypatch) -> None:
         *reader, "--compare", "--criterion", "random", "--draws", 1, "--top-k", 2,
         "--output", folder / "choices",
     )  # fmt: skip
-    compared = replace(config, output_dir=str(folder / "compared"), max_steps=1)
+    compared = config.with_changes(output_dir=str(folder / "compared"), max_steps=1)
     section = {"runs": {"a": {"objective": "infonce", "document_store": None}}}
-    file.write_text(yaml.safe_dump({**asdict(compared), "compare": section}))
+    file.write_text(yaml.safe_dump({**compared.flat(), "compare": section}))
     dream("compare", file)
 
 
@@ -125,9 +125,10 @@ def commands(config: TrainConfig) -> dict[str, tuple[object, ...]]:
         "report": ("report", config.output_dir),
         "mine": ("mine", data, "--per-query", 2),
         "prepare": ("data", "prepare", data),
-        "targets": ("data", "targets", data, "--reader", config.reader, "--device", "cpu"),
+        "targets": ("data", "targets", data, "--reader", config.reader.model, "--device", "cpu"),
         "heads": (
-            "heads", "--reader", config.reader, "--data", data, "--examples", 4, "--pool-size", 4,
+            "heads", "--reader", config.reader.model, "--data", data, "--examples", 4,
+            "--pool-size", 4,
         ),
     }  # fmt: skip
 

@@ -43,7 +43,7 @@ def compare(
         rows = objectives.run_comparison(comparison, console, run or [], overwrite)
     for table in objectives.comparison_tables(rows):
         console.print("", table)
-    folder = Path(comparison.base.output_dir)
+    folder = Path(comparison.base.output.output_dir)
     console.print()
     print_paths(
         console,

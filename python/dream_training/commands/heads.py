@@ -113,13 +113,12 @@ def _select(options: HeadOptions, output: Path, criterion: str) -> None:
     from dream_kernels.head_file import head_name
     from dream_training.heads.selection import WITHOUT_LABELS, head_examples, select_heads
     from dream_training.plots import plot_heads
-    from dream_training.reading.loading import load_reader
 
     console = show_on(make_console(beside=output))
     labelled = criterion not in WITHOUT_LABELS
     examples = head_examples(options.read(), options.examples, options.seed, labelled=labelled)
     head_file = select_heads(
-        load_reader(options.config(), {}),
+        options.load_reader(),
         examples,
         criterion=criterion,
         seed=options.seed,

@@ -47,7 +47,7 @@ def train(
         typer.echo(f'\nThe retriever: SentenceTransformer("{result.path}")')
         if what := describe_best(result.history):
             make_console().print(what)
-        typer.echo(f"The curve:     {Path(settings.output_dir) / 'curve.png'}")
+        typer.echo(f"The curve:     {Path(settings.output.output_dir) / 'curve.png'}")
     world.leave()
     if result.interrupted:
         raise typer.Exit(128 + (result.signal or signal.SIGINT))

@@ -27,7 +27,6 @@ from dream_training.heads.options import HeadOptions
 from dream_training.heads.selection import head_examples
 from dream_training.json_file import write_json
 from dream_training.plots import plot_head_choices
-from dream_training.reading.loading import load_reader
 
 _HELD_OUT = 32  # questions that the losses of a comparison are measured on
 
@@ -64,10 +63,10 @@ def compare_heads(
     training = None
     if train is not None:  # so that a mistake in it shows at once
         training = training_config(load_config(train), folder, top_k)
-        if training.reader != options.reader:
+        if training.reader.model != options.reader:
             raise ValueError(
                 f"{train}: the heads are those of reader {options.reader}, and the config trains "
-                f"with {training.reader}"
+                f"with {training.reader.model}"
             )
     data = options.read()
     labelled = sum(positive >= 0 for positive in data["positive"]) >= 2
@@ -77,7 +76,7 @@ def compare_heads(
     if len(held_out) < 2:
         console.print("too few lines to hold some out: the losses are those of the same lines")
         held_out = drawn
-    reader = load_reader(options.config(), {})
+    reader = options.load_reader()
     choices = choose(
         reader,
         drawn[: options.examples],
@@ -101,7 +100,7 @@ def compare_heads(
     console.print(f"Heads in common: Jaccard index of the best {top_k}\n")
     console.print(overlap_table(choices, top_k))
     if training is not None:
-        own = range(training.seed, training.seed + seeds)
+        own = range(training.run.seed, training.run.seed + seeds)
         train_with(choices, training, top_k, own, console, overwrite)
         write_json(result, to_json(choices, top_k))
     console.print(f"\nThe best {top_k} heads of each choice\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,7 @@ def choose(
             name = criterion if seed is None else f"{criterion}-{seed}"
             own = dict(options) if seed is None else {**options, "seed": seed}
             path = folder / f"{name}.yaml"
-            heads = _kept(path, criterion, reader, examples, own)
+            heads = _earlier_choice(path, criterion, reader, examples, own)
             if heads is None:
                 heads = select_heads(reader, examples, criterion=criterion, **own)
                 write_heads(path, heads)
@@ -134,10 +134,10 @@ def train_with(
     """
     from dream_training.comparisons.objectives import Comparison, run_comparison
 
-    if config.eval_data is None:
+    if config.evaluation.eval_data is None:
         raise ValueError("the training config of a comparison of heads needs eval_data")
-    if config.objective != "dream":
-        raise ValueError(f"heads matter to objective 'dream' alone, got {config.objective!r}")
+    if config.objective.name != "dream":
+        raise ValueError(f"heads matter to objective 'dream' alone, got {config.objective.name!r}")
     runs = {choice.name: {"heads": str(choice.path), "top_k": top_k} for choice in choices}
     compared = Comparison(config, runs, seeds, keep_models=False)
     rows = run_comparison(compared, console, overwrite=overwrite)
@@ -192,10 +192,10 @@ def usable(criteria: Sequence[str], labelled: bool) -> list[str]:
 
 def training_config(config: TrainConfig, folder: Path, top_k: int) -> TrainConfig:
     """The config of the trainings, its results in a folder of their own for every ``top_k``."""
-    return replace(config, output_dir=str(folder / f"training-top{top_k}"))
+    return config.with_changes(output_dir=str(folder / f"training-top{top_k}"))
 
 
-def _kept(
+def _earlier_choice(
     path: Path,
     criterion: str,
     reader: Reader,

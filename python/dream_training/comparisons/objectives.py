@@ -21,9 +21,8 @@ from dream_training.checkpointing.folder import add_file
 from dream_training.choices import OBJECTIVES
 from dream_training.config import (
     TrainConfig,
-    check_key,
+    flatten,
     make_config,
-    parse_overrides,
     read_yaml,
 )
 from dream_training.console import make_table, show_on, shows_progress
@@ -72,13 +71,13 @@ class Comparison:
     @property
     def folders(self) -> list[str]:
         """The BEIR folders of all evaluations."""
-        own = [] if self.base.eval_data is None else [self.base.eval_data]
+        own = [] if self.base.evaluation.eval_data is None else [self.base.evaluation.eval_data]
         return [*own, *self.evaluate]
 
     def config(self, run: str, seed: int) -> TrainConfig:
         """The config of one training."""
-        folder = Path(self.base.output_dir) / run / f"seed{seed}"
-        return replace(self.base, **self.runs[run], seed=seed, output_dir=str(folder))
+        folder = Path(self.base.output.output_dir) / run / f"seed{seed}"
+        return self.base.with_changes(**self.runs[run], seed=seed, output_dir=str(folder))
 
 
 @dataclass
@@ -119,9 +118,7 @@ def load_comparison(path: str | os.PathLike[str], overrides: Sequence[str] = ())
     section = values.pop(_SECTION, None) or {}
     if not isinstance(section, dict):
         raise ValueError(f"{path}: {_SECTION} must hold keys and values, got {section!r}")
-    for key in values:
-        check_key(key, str(path))
-    base = make_config({**values, **parse_overrides(overrides)}, str(path))
+    base = make_config(values, overrides, str(path))
     known = ("runs", "seeds", "evaluate", "keep_models")
     for key in section:
         if key not in known:
@@ -129,21 +126,20 @@ def load_comparison(path: str | os.PathLike[str], overrides: Sequence[str] = ())
     runs = section.get("runs") or default_runs()
     if not isinstance(runs, dict) or not all(isinstance(own, dict) for own in runs.values()):
         raise ValueError(f"{path}: {_SECTION}.runs must map names to keys and values, got {runs!r}")
-    for name, own in runs.items():
+    for name in runs:
         if Path(str(name)).name != str(name):
             raise ValueError(f"{path}: a run's name must do as a folder's name, got {name!r}")
-        for key in own:
-            check_key(key, f"{path}: {_SECTION}.runs.{name}")
-    seeds = section.get("seeds", [base.seed])
+    runs = {name: flatten(own, f"{path}: {_SECTION}.runs.{name}") for name, own in runs.items()}
+    seeds = section.get("seeds", [base.run.seed])
     if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds) or not seeds:
         raise ValueError(f"{path}: {_SECTION}.seeds must be a list of whole numbers, got {seeds!r}")
     evaluate = section.get("evaluate") or []
     if not isinstance(evaluate, list):
         raise ValueError(f"{path}: {_SECTION}.evaluate must be a list of folders, got {evaluate!r}")
-    if base.eval_data is None and not evaluate:
+    if base.evaluation.eval_data is None and not evaluate:
         raise ValueError(f"{path}: a comparison needs eval_data, or {_SECTION}.evaluate")
     comparison = Comparison(base, runs, seeds, evaluate, bool(section.get("keep_models", True)))
-    for name in runs:  # a mistake in the last run shall not show after hours
+    for name in runs:  # a mistake in the last run must not show after hours
         comparison.config(name, seeds[0])
     return comparison
 
@@ -182,7 +178,7 @@ def run_comparison(
     for name in only:
         if name not in comparison.runs:
             raise ValueError(f"there is no run {name!r}, only {', '.join(comparison.runs)}")
-    folder = Path(comparison.base.output_dir)
+    folder = Path(comparison.base.output.output_dir)
     names = only or list(comparison.runs)
     if not overwrite:  # before hours of training
         for seed in comparison.seeds:
@@ -195,7 +191,7 @@ def run_comparison(
     for seed in comparison.seeds:
         for name in names:
             config = comparison.config(name, seed)
-            if _kept(config, comparison) is None:
+            if _earlier_result(config, comparison) is None:
                 console.rule(f"{name}, seed {seed}")
                 _measure(config, comparison, console, untrained)
             rows = collect(comparison)
@@ -212,7 +208,7 @@ def collect(comparison: Comparison) -> list[Row]:
     for name in comparison.runs:
         row = Row(name)
         for seed in comparison.seeds:
-            result = _kept(comparison.config(name, seed), comparison)
+            result = _earlier_result(comparison.config(name, seed), comparison)
             if result is None:
                 continue
             row.seconds.append(result["seconds"])
@@ -255,9 +251,9 @@ def _spread(values: Sequence[float] | None) -> str:
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
-def _kept(config: TrainConfig, comparison: Comparison) -> dict[str, Any] | None:
+def _earlier_result(config: TrainConfig, comparison: Comparison) -> dict[str, Any] | None:
     """The result of an earlier run of the same config on the same data sets, if there is one."""
-    path = Path(config.output_dir) / RESULT
+    path = Path(config.output.output_dir) / RESULT
     if not path.is_file():
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
@@ -270,9 +266,9 @@ def _kept(config: TrainConfig, comparison: Comparison) -> dict[str, Any] | None:
 
 def _data_of(config: TrainConfig, comparison: Comparison) -> dict[str, str]:
     """Digests of the files that a training and its evaluations read, by the key or folder."""
-    found = {"train_data": files_digest(config.train_data)}
+    found = {"train_data": files_digest(config.data.train_data)}
     for folder in comparison.folders:
-        parts = ("corpus.jsonl", "queries.jsonl", f"qrels/{config.eval_split}.tsv")
+        parts = ("corpus.jsonl", "queries.jsonl", f"qrels/{config.evaluation.eval_split}.tsv")
         found[folder] = files_digest(*(f"{folder}/{part}" for part in parts))
     return found
 
@@ -296,15 +292,15 @@ def _files_digest(*versions: tuple[str, int, int]) -> str:
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
-    return {key: value for key, value in asdict(config).items() if key not in _INCIDENTAL}
+    return {key: value for key, value in config.flat().items() if key not in _INCIDENTAL}
 
 
 def _same_heads(config: TrainConfig) -> bool:
     """Whether a run with a head file was made with the heads that the file holds now."""
-    used = Path(config.output_dir) / HEADS
-    if config.heads == "auto" or not used.is_file():
+    used = Path(config.output.output_dir) / HEADS
+    if config.heads.file == "auto" or not used.is_file():
         return True
-    chosen = read_chosen_heads(config.heads, config.top_k)
+    chosen = read_chosen_heads(config.heads.file, config.heads.top_k)
     return chosen.by_layer() == read_chosen_heads(used).by_layer()
 
 
@@ -314,7 +310,7 @@ def _check_same(config: TrainConfig) -> None:
     Raises:
         FileExistsError: it would.
     """
-    folder = Path(config.output_dir)
+    folder = Path(config.output.output_dir)
     if not results_in(folder):
         return
     before = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
@@ -323,7 +319,7 @@ def _check_same(config: TrainConfig) -> None:
         f"{key} {before.get(key)!r}, now {now[key]!r}" for key in now if before.get(key) != now[key]
     ]
     if not _same_heads(config):
-        reasons.append(f"other heads than {config.heads} has now")
+        reasons.append(f"other heads than {config.heads.file} has now")
     from dream_training.training.resuming import has_checkpoint_of
 
     # An unfinished training may resume with another number of steps, for example.
@@ -345,15 +341,17 @@ def _measure(
     from dream_training.training.inputs import make_evaluator
     from dream_training.training.resuming import has_checkpoint_of
 
-    model = make_retriever(config)
+    model = make_retriever(config.retriever, config.lengths, config.run)
     evaluators = {}
     for folder in comparison.folders:
-        evaluator = make_evaluator(replace(config, eval_data=folder, eval_queries=None))
+        wanted = replace(config.evaluation, eval_data=folder, eval_queries=None)
+        evaluator = make_evaluator(wanted, config.run.seed)
         assert evaluator is not None
         evaluators[_short(folder)] = evaluator
     # Runs that differ only in how they train start from the same retriever.
-    start = tuple(str(getattr(config, key)) for key in _START)
-    if config.lora_r:
+    values = config.flat()
+    start = tuple(str(values[key]) for key in _START)
+    if config.retriever.lora_r:
         # An adapter begins as nothing: all seeds start from the same retriever.
         start = tuple(value for key, value in zip(_START, start) if key != "seed")
     before = untrained.setdefault(start, {})
@@ -381,9 +379,9 @@ def _measure(
     }
     if not comparison.keep_models:
         for name in (BEST, LAST, CHECKPOINTS):
-            shutil.rmtree(Path(config.output_dir) / name, ignore_errors=True)
+            shutil.rmtree(Path(config.output.output_dir) / name, ignore_errors=True)
     write_json(
-        Path(config.output_dir) / RESULT,
+        Path(config.output.output_dir) / RESULT,
         {
             "config": _identity(config),
             "data": _data_of(config, comparison),
@@ -393,7 +391,7 @@ def _measure(
         },
     )
     line = ", ".join(f"{name} {score['after']:.4f}" for name, score in scores.items())
-    console.print(f"{Path(config.output_dir)}: nDCG@10 {line}")
+    console.print(f"{Path(config.output.output_dir)}: nDCG@10 {line}")
 
 
 def _short(folder: str) -> str:

@@ -89,7 +89,7 @@ def stream_training_data(
         target_from: as there.
         positives: as there.
         endless_seed: go through the data again and again, each time shuffled differently within a
-            buffer of 1,000 rows, so that a number of rows alone says where a run stands.
+            buffer of 1,000 rows, so that a number of rows alone says where a run is.
 
     Returns:
         A ``datasets.IterableDataset`` with the columns of :func:`read_training_data`.

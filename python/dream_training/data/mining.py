@@ -136,7 +136,7 @@ def mine(
         order = [key for key in found if keys[key] not in own]
         counts.itself += len(found) - len(order)
         ranked = order[options.first_rank - 1 : options.last_rank]
-        kept = _kept(row, options.keep_candidates)
+        kept = _own_documents(row, options.keep_candidates)
         known = relevant[normalised(row.query)]
         allowed = _allowed(row, kept, [(k, keys[k]) for k in ranked], known, options, counts)
         if options.choose == "random":
@@ -200,8 +200,8 @@ def _itself(row: TrainingRow, corpus: Mapping[str, str]) -> set[str]:
     return texts
 
 
-def _kept(row: TrainingRow, keep_candidates: bool) -> list[str]:
-    """The row's own documents that stay, the relevant ones first."""
+def _own_documents(row: TrainingRow, keep_candidates: bool) -> list[str]:
+    """The row's own documents that remain candidates, the relevant ones first."""
     known = [row.documents[i] for i in row.positives]
     if known and not keep_candidates:
         return known

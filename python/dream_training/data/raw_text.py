@@ -84,7 +84,7 @@ def rows_of_text(
 
     The beginning of a question is the query, the rest its target, and the documents before and
     after it are the candidates; the one before counts as the known positive. So what the reader
-    predicts stands between the two passages that may help, and is in neither of them: text is
+    predicts is between the two passages that may help, and is in neither of them: text is
     either a question or a document, never both, and no candidate of any row, in whatever batch,
     is a passage that some target was taken from. Because texts repeat themselves and each other,
     a question whose text was seen before is left out, a document that was a question before is no

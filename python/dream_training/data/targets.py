@@ -1,4 +1,4 @@
-"""What the reader shall predict, where a form of data leaves a choice."""
+"""What the reader predicts, where a form of data leaves a choice."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Part:
 
 
 def train_from_nothing(setup: Setup, output_dir: Path) -> Part:
-    """The first layers of the reader's own backbone, of which nobody made a retriever."""
+    """The first layers of the reader's own backbone, which are not a retriever yet."""
     reader = str(setup.settings["reader"])
     config = TrainConfig(
         **setup.settings,
@@ -132,7 +132,7 @@ def train_from_nothing(setup: Setup, output_dir: Path) -> Part:
 def adapt_trained(
     setup: Setup, output_dir: Path, retriever: str, heads: HeadFile | None = None
 ) -> Part:
-    """A retriever that others have trained, on documents for which nobody has labels.
+    """A retriever that others have trained, on documents without labels.
 
     What it learns is averaged with what it knew, and every figure is that of the average.
 
@@ -168,7 +168,8 @@ def _train(
         heads: of the reader; selected here by default.
         share: of what was learned, see :func:`average_weights`.
     """
-    model = make_retriever(config)
+    steps, folder = config.optimisation.max_steps, Path(config.output.output_dir)
+    model = make_retriever(config.retriever, config.lengths, config.run)
     start = copy_weights(model) if share < 1 else {}
     evaluator = DemoEvaluator(setup.both, setup.test)
     history = History()
@@ -185,10 +186,10 @@ def _train(
     before = evaluator.measured
     options: dict[str, Any] = {"evaluator": evaluator, "evaluate_first": False}
     if share < 1:  # what the run itself evaluates and keeps is no average
-        options = {"callbacks": [_Halfway(config.max_steps // 2, measure)]}
+        options = {"callbacks": [_Halfway(steps // 2, measure)]}
     result = train(
         config,
-        data=stream_batches(setup.rows, setup.batches, config.max_steps, config.seed),
+        data=stream_batches(setup.rows, setup.batches, steps, config.run.seed),
         heads=heads,
         model=model,
         console=setup.console,
@@ -199,12 +200,12 @@ def _train(
     )
     if result.interrupted:
         raise KeyboardInterrupt
-    if history.evaluations[-1]["step"] != config.max_steps:
-        measure(config.max_steps)
-        write_json(Path(config.output_dir) / "history.json", history.state())
-        plot_curve(history, Path(config.output_dir) / "curve.png")
+    if history.evaluations[-1]["step"] != steps:
+        measure(steps)
+        write_json(folder / "history.json", history.state())
+        plot_curve(history, folder / "curve.png")
     # The last model, not the best: that one was chosen on the test queries.
-    path = Path(config.output_dir) / LAST
+    path = folder / LAST
     if share < 1:
         average_weights(model, start, share)
         for name in (LAST, BEST):

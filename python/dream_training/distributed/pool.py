@@ -35,7 +35,7 @@ class Share:
         return range(begin, begin + self.counts[world.rank()])
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Join the processes' rows; what stands in for an empty share is left out."""
+        """Join the processes' rows; the stand-in for an empty share is left out."""
         return gather_rows(rows[: len(self.rows)], self.counts)
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dream_training.config import TrainConfig
+from dream_training.config_groups import LengthsConfig, ReaderConfig, RunConfig
 from dream_training.data.jsonl import read_training_data
+from dream_training.reading.loading import load_reader
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from dream_training.reading.reader import Reader
 
 
 @dataclass(frozen=True)
@@ -35,15 +38,13 @@ class HeadOptions:
         """The training data."""
         return read_training_data(self.data, split=self.split, target_from=self.target_from)
 
-    def config(self) -> TrainConfig:
-        """A config as far as it concerns the reader."""
-        return TrainConfig(
-            reader=self.reader,
-            train_data=self.data,
-            context=self.context,
-            passage_max_len=self.passage_max_len,
-            seed=self.seed,
-            trust_remote_code=self.trust_remote_code,
+    def load_reader(self) -> Reader:
+        """The reader, with no heads yet."""
+        return load_reader(
+            ReaderConfig(model=self.reader, context=self.context),
+            LengthsConfig(passage_max_len=self.passage_max_len),
+            RunConfig(seed=self.seed, trust_remote_code=self.trust_remote_code),
+            {},
         )
 
     def selection(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dream_training.config import TrainConfig
+from dream_training.config_groups import LengthsConfig, RetrieverConfig, RunConfig
 from dream_training.distributed.sharding import loaded_whole
 from dream_training.known_models import PACKAGED, PACKAGED_MODEL, PACKAGED_RETRIEVER, check_name
 from dream_training.models.minilm import minilm_path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def resolve_model(name: str, dtype: str = "auto") -> str:
-    """Return the path behind the name of a model: ``smollm2`` and ``minilm`` are packaged ones.
+    """Return the path of a model by its name: ``smollm2`` and ``minilm`` are packaged ones.
 
     Raises:
         ModuleNotFoundError: the package is missing; the message names the command that brings it.
@@ -42,30 +42,47 @@ def load_named_tokenizer(name: str, trust_remote_code: bool, what: str) -> PreTr
     return load_tokenizer(resolve_model(name), trust_remote_code, what)
 
 
-def check_models(config: TrainConfig) -> None:
-    """Find wrong names of reader and retriever before anything is loaded or written.
+def check_models(reader: str | None, retriever: str) -> None:
+    """Find wrong names of models before anything is loaded or written.
+
+    Args:
+        reader: folder or hub name; None where the objective needs no reader.
+        retriever: folder or hub name.
 
     Raises:
         FileNotFoundError: there is no such model, as far as can be told here.
     """
-    for key in ("reader", "retriever"):
-        name = getattr(config, key)
-        if name not in PACKAGED and not (key == "reader" and config.objective == "infonce"):
+    for key, name in (("reader", reader), ("retriever", retriever)):
+        if name is not None and name not in PACKAGED:
             check_name(name, key)
 
 
-def make_retriever(config: TrainConfig) -> SentenceTransformer:
+def prepared_retriever(
+    model: SentenceTransformer | None,
+    retriever: RetrieverConfig,
+    lengths: LengthsConfig,
+    run: RunConfig,
+) -> SentenceTransformer:
+    """Give a model the lengths and prompts of a config; build a new one if it is None."""
+    if model is None:
+        return make_retriever(retriever, lengths, run)
+    return prepare_retriever(model, retriever, lengths)
+
+
+def make_retriever(
+    retriever: RetrieverConfig, lengths: LengthsConfig, run: RunConfig
+) -> SentenceTransformer:
     """Build the untrained retriever of a config."""
-    torch.manual_seed(config.seed)
+    torch.manual_seed(run.seed)
     with loaded_whole():
         model = build_retriever(
-            resolve_model(config.retriever, config.dtype),
-            layers=config.retriever_layers,
-            lora_r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            max_len=config.passage_max_len,
-            dtype=config.dtype,
-            device=config.device,
-            trust_remote_code=config.trust_remote_code,
+            resolve_model(retriever.model, run.dtype),
+            layers=retriever.retriever_layers,
+            lora_r=retriever.lora_r,
+            lora_alpha=retriever.lora_alpha,
+            max_len=lengths.passage_max_len,
+            dtype=run.dtype,
+            device=run.device,
+            trust_remote_code=run.trust_remote_code,
         )
-    return prepare_retriever(config, model)
+    return prepare_retriever(model, retriever, lengths)

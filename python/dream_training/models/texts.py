@@ -21,7 +21,7 @@ from dream_training.models.text_tokens import cut_text
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from dream_training.config import TrainConfig
+    from dream_training.config_groups import LengthsConfig, RetrieverConfig
 
 QUERY, DOCUMENT = "query", "document"
 KINDS = (QUERY, DOCUMENT)
@@ -79,7 +79,7 @@ def prompt_of(model: SentenceTransformer, task: str) -> str:
 
     The library itself chooses it, by its own order of names and with the default prompt.
     """
-    # Its method, called on what stands for the model, tells which prompt it asks for.
+    # Its method, called on a stand-in for the model, tells which prompt it asks for.
     asked = SimpleNamespace(prompts=model.prompts, encode=lambda **options: options)
     options = getattr(type(model), f"encode_{task}")(asked, inputs=[])
     if options["prompt"] is not None:
@@ -110,7 +110,9 @@ def set_lengths(model: SentenceTransformer, query: int, document: int) -> None:
         setattr(module, f"{task}_length", length if length < longest else None)
 
 
-def prepare_retriever(config: TrainConfig, model: SentenceTransformer) -> SentenceTransformer:
+def prepare_retriever(
+    model: SentenceTransformer, retriever: RetrieverConfig, lengths: LengthsConfig
+) -> SentenceTransformer:
     """Give the model what a config says of its texts: all that embed, and its folder, have it then.
 
     Raises:
@@ -128,8 +130,8 @@ def prepare_retriever(config: TrainConfig, model: SentenceTransformer) -> Senten
             stacklevel=2,
         )
         model.similarity_fn_name = COSINE
-    set_lengths(model, config.query_max_len, config.passage_max_len)
-    for task, prompt in ((QUERY, config.query_prompt), (DOCUMENT, config.document_prompt)):
+    set_lengths(model, lengths.query_max_len, lengths.passage_max_len)
+    for task, prompt in ((QUERY, retriever.query_prompt), (DOCUMENT, retriever.document_prompt)):
         if prompt is not None:
             model.prompts[task] = prompt
     return model

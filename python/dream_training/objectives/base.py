@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dream_training.reading.document_store import DocumentStore
     from dream_training.reading.reader import Reader
 
-# What a batch may have in some process, so that all of them speak of the same.
+# What a batch may have in some process, so that all processes average the same metrics.
 _METRICS = (
     *("loss", "entropy", "max_entropy", "weight_on_positive"),
     *("tokens", "store_hits", "store_misses"),
@@ -37,12 +37,12 @@ class TrainingObjective(nn.Module):
     Attributes:
         metrics: of the last step, as floats.
         reader: the frozen language model; None in an objective that reads nothing.
-        temperature: of the scores; None in an objective whose temperature cannot change.
+        temperature: divides the cosine similarities.
     """
 
     metrics: dict[str, float]
     reader: Reader | None
-    temperature: Temperature | None
+    temperature: Temperature
 
     @property
     def store(self) -> DocumentStore | None:
@@ -51,7 +51,7 @@ class TrainingObjective(nn.Module):
 
 
 class PoolObjective(TrainingObjective):
-    """A sentence-transformers loss over the pool of documents that a batch brings along.
+    """A sentence-transformers loss over the pool of documents of a batch.
 
     The batch comes from :class:`~dream_training.objectives.collator.DreamCollator`. A subclass says
     what is read without a graph (:meth:`read`) and what the scores make of it (:meth:`loss`).
@@ -82,7 +82,6 @@ class PoolObjective(TrainingObjective):
     """
 
     name: str
-    temperature: Temperature
 
     def __init__(
         self,
@@ -235,7 +234,7 @@ def weight_metrics(scores: Tensor, positives: Sequence[int]) -> dict[str, float]
 def features_of(
     sentence_features: list[dict[str, Any]], name: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the features of queries and pool, refusing a batch that brings no texts."""
+    """Return the features of queries and pool, refusing a batch without texts."""
     features = list(sentence_features)
     if len(features) != 2 or "texts" not in features[1] or "targets" not in features[0]:
         raise ValueError(

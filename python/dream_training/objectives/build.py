@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from dream_training.config import TrainConfig
+    from dream_training.config_groups import ObjectiveConfig, OptimisationConfig, PoolsConfig
 
 Heads = Mapping[int, Sequence[int]]
 
@@ -71,107 +73,121 @@ def build_objective(
         ValueError: the objective needs labels that the data does not have, or lines that can be in
             one batch.
     """
-    name = config.objective
+    wanted, name = config.objective, config.objective.name
     options: dict[str, Any] = {
-        "mini_batch_size": config.mini_batch_size,
-        "gather_across_devices": config.gather_across_devices,
+        "mini_batch_size": config.optimisation.mini_batch_size,
+        "gather_across_devices": config.pools.gather_across_devices,
     }
-    collator = build_collator(config, model)
+    collator = build_collator(model, config.pools, config.run.seed)
     temperature = Temperature(
-        config.temperature,
-        config.temperature_end,
-        config.temperature_schedule,
-        config.learnable_temperature,
+        wanted.temperature,
+        wanted.temperature_end,
+        wanted.temperature_schedule,
+        wanted.learnable_temperature,
     )
+    load = partial(load_reader, config.reader, config.lengths, config.run)
     own: TrainingObjective
     if name == "infonce":
-        all_candidates = config.pool == "both" and config.documents_per_query is None
+        all_candidates = config.pools.pool == "both" and config.pools.documents_per_query is None
         if all_candidates and not temperature.changes:
-            return _library_infonce(config, model, data)
+            return _library_infonce(config, model, data, temperature)
         own = PoolInfoNCELoss(model, temperature, **options)
         data = labelled(data)
     elif name == "dream":
-        reader = load_reader(config, heads)
-        if config.teaching == "direct":
+        reader = load(heads)
+        if wanted.teaching == "direct":
             own = DreamLoss(model, reader, temperature, **options)
         else:
             own = DistilledDreamLoss(
-                model, reader, temperature, **_teacher(config), **options, verdicts=verdicts
+                model, reader, temperature, **_teacher(wanted), **options, verdicts=verdicts
             )
     elif name == "replug":
         own = ReplugLoss(
             model,
-            load_reader(config, {}),
+            load({}),
             temperature,
-            teacher=config.teacher,
-            **_teacher(config),
+            teacher=wanted.teacher,
+            **_teacher(wanted),
             **options,
         )
     elif name == "emdr":
-        own = EmdrLoss(model, load_reader(config, {}), temperature, **options)
+        own = EmdrLoss(model, load({}), temperature, **options)
     else:
         # Every text is read, and predicted, at the length that the retriever encodes.
-        lengths = dict.fromkeys(("passage_max_len", "target_max_len"), config.passage_max_len)
-        reader = load_reader(config, all_heads(config), prompt=TEXT_PROMPT, **lengths)
+        length = config.lengths.passage_max_len
+        reader = load(
+            all_heads(config.reader, config.run),
+            prompt=TEXT_PROMPT,
+            passage_max_len=length,
+            target_max_len=length,
+        )
         own = RevelaLoss(model, reader, temperature, **options)
     return Objective(own, data, collator)
 
 
-def build_collator(config: TrainConfig, model: SentenceTransformer) -> DreamCollator:
+def build_collator(model: SentenceTransformer, pools: PoolsConfig, seed: int) -> DreamCollator:
     """Build what makes the batches of a run, with its pools."""
     return DreamCollator(
         model,
-        pool=config.pool,
-        documents_per_query=config.documents_per_query,
-        seed=config.seed,
+        pool=pools.pool,
+        documents_per_query=pools.documents_per_query,
+        seed=seed,
     )
 
 
-def _teacher(config: TrainConfig) -> dict[str, Any]:
+def _teacher(objective: ObjectiveConfig) -> dict[str, Any]:
     """The options of what learns from a teacher; its temperature where the config has one."""
-    options: dict[str, Any] = {"direction": config.teacher_direction}
-    if config.teacher_temperature is not None:
-        options["teacher_temperature"] = config.teacher_temperature
+    options: dict[str, Any] = {"direction": objective.teacher_direction}
+    if objective.teacher_temperature is not None:
+        options["teacher_temperature"] = objective.teacher_temperature
     return options
 
 
-def _library_infonce(config: TrainConfig, model: SentenceTransformer, data: Dataset) -> Objective:
+def _library_infonce(
+    config: TrainConfig, model: SentenceTransformer, data: Dataset, temperature: Temperature
+) -> Objective:
     """The library's own loss: every candidate of the batch, the other queries' too."""
     options: dict[str, Any] = {
-        "scale": 1.0 / config.temperature,
-        "gather_across_devices": config.gather_across_devices,
+        "scale": 1.0 / temperature.start,
+        "gather_across_devices": config.pools.gather_across_devices,
     }
     loss: TrainingObjective
-    if config.mini_batch_size is None:
+    if config.optimisation.mini_batch_size is None:
         loss = InBatchInfoNCELoss(model, **options)
     else:
-        loss = CachedInBatchInfoNCELoss(model, mini_batch_size=config.mini_batch_size, **options)
+        loss = CachedInBatchInfoNCELoss(
+            model, mini_batch_size=config.optimisation.mini_batch_size, **options
+        )
+    loss.temperature = temperature
     data = labelled_columns(data)
-    check_no_duplicates(config, data)
+    check_no_duplicates(data, config.optimisation.batch_size, config.run.seed)
     return Objective(loss, data, LabelledCollator(model), no_duplicates=True)
 
 
-def check_data(config: TrainConfig, data: Dataset | IterableDataset) -> None:
+def check_data(
+    data: Dataset | IterableDataset, optimisation: OptimisationConfig, objective: ObjectiveConfig
+) -> None:
     """Check that data makes a step, and gives a query something to choose from.
 
     Args:
-        config: the run.
         data: with the columns ``query``, ``target``, ``documents``, ``positive``; a stream passes.
+        optimisation: says how many lines a step takes.
+        objective: says whether they need a known positive.
 
     Raises:
         ValueError: there are fewer lines than a step takes, or all have the same document.
     """
     if not hasattr(data, "__len__"):
         return
-    accumulated = config.gradient_accumulation_steps
-    lines = config.batch_size * world.size() * accumulated
+    accumulated = optimisation.gradient_accumulation_steps
+    lines = optimisation.batch_size * world.size() * accumulated
     of_step = f"{accumulated} batches" if accumulated > 1 else "one batch"
     if len(data) < lines:
         raise ValueError(
             f"train_data must hold at least {of_step} of {lines // accumulated} lines, "
             f"got {len(data)}"
         )
-    if config.objective == "infonce" and len(known := labelled_lines(data)) < lines:
+    if objective.name == "infonce" and len(known := labelled_lines(data)) < lines:
         raise ValueError(
             f"objective 'infonce' needs known positives, at least {of_step} of "
             f"{lines // accumulated} lines with one, and {len(known)} of {len(data)} lines of "
@@ -185,12 +201,13 @@ def check_data(config: TrainConfig, data: Dataset | IterableDataset) -> None:
         )
 
 
-def check_no_duplicates(config: TrainConfig, data: Dataset) -> None:
+def check_no_duplicates(data: Dataset, batch_size: int, seed: int) -> None:
     """Check that lines which share no text fill a batch, as the library's InfoNCE needs.
 
     Args:
-        config: the run.
         data: the columns of :func:`labelled_columns`.
+        batch_size: how many lines.
+        seed: of their order.
 
     Raises:
         ValueError: they do not.
@@ -200,10 +217,10 @@ def check_no_duplicates(config: TrainConfig, data: Dataset) -> None:
     def batches(drop_last: bool) -> NoDuplicatesBatchSampler:
         return NoDuplicatesBatchSampler(
             data,
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             drop_last=drop_last,
             generator=torch.Generator(),
-            seed=config.seed,
+            seed=seed,
         )
 
     if len(list(islice(batches(drop_last=True), world.size()))) == world.size():
@@ -213,7 +230,7 @@ def check_no_duplicates(config: TrainConfig, data: Dataset) -> None:
     way = "Set" if largest < 2 else f"Lower batch_size to {largest} or less, or set"
     processes = f" in each of {world.size()} processes" if world.size() > 1 else ""
     raise ValueError(
-        f"batch_size {config.batch_size} cannot be filled{processes}: objective 'infonce' takes "
+        f"batch_size {batch_size} cannot be filled{processes}: objective 'infonce' takes "
         "lines that share no text, for one line's document counts as wrong for the others, and "
         f"the {len(data)} lines of train_data have {distinct} distinct relevant documents. "
         f"{way} pool: in_batch, where lines may share a document"

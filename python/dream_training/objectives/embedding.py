@@ -1,4 +1,4 @@
-"""Embeddings of more texts than the activations of one backward leave room for."""
+"""Embeddings of more texts than fit into memory with the activations of one backward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dream_training.distributed.sharding import is_sharded
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-# What a collator brings along for objective and reader; the retriever does not take it.
+# What a collator adds for objective and reader; the retriever does not take it.
 _NOT_OF_THE_MODEL = ("texts", "targets", "positives", "pools", "share")
 
 

@@ -75,7 +75,6 @@ class _Recorded(TrainingObjective):
 
     metrics = {}  # noqa: RUF012 - replaced as a whole at every step
     reader = None
-    temperature = None
     _step: StepMetrics | None = None
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Any = None) -> Tensor:

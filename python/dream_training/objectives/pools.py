@@ -104,7 +104,7 @@ def pool_scores(
         pools: for each query the indices of its documents; None for all of them.
 
     Returns:
-        ``[B, C]`` with ``C`` the size of the largest pool, ``-inf`` behind the end of a smaller
+        ``[B, C]`` with ``C`` the size of the largest pool, ``-inf`` after the end of a smaller
         one, and ``[B, C]`` bool, true for the documents that are there; None if all are.
     """
     if pools is None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dream_training.objectives.temperature import Temperature
     from dream_training.reading.reader import Reader
 
-# A text stands behind the others as they stand behind each other; there is no query.
+# A text follows the others as they follow each other; there is no query.
 TEXT_PROMPT = ReaderPrompt(query="\n\n{query}", target="{target}")
 
 

@@ -1,4 +1,4 @@
-"""What the reader said of a query and its pool, kept so that nobody reads the same twice.
+"""What the reader said of a query and its pool, kept so that nothing is read twice.
 
 What :class:`~dream_training.objectives.distilled_dream.DistilledDreamLoss` learns from does not
 depend on the retriever: a pool that comes again in a later epoch, or in the training of another
@@ -40,7 +40,7 @@ class Verdicts:
         return len(self._known)
 
     def get(self, keys: Sequence[str]) -> Tensor | None:
-        """Return ``[B, C]`` in nats on the CPU, 0 behind the end of a smaller pool.
+        """Return ``[B, C]`` in nats on the CPU, 0 after the end of a smaller pool.
 
         None unless every one of the ``B`` queries is known: reading one query of a batch costs
         nearly as much as reading all.

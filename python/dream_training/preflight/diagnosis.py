@@ -54,8 +54,7 @@ def diagnose(
         ValueError: the config or the data cannot be read; the message says what.
     """
     from dream_training.data.jsonl import read_training_data
-    from dream_training.models.loading import make_retriever
-    from dream_training.models.texts import prepare_retriever
+    from dream_training.models.loading import prepared_retriever
     from dream_training.objectives.build import build_objective, check_data
     from dream_training.reading.loading import load_reader
     from dream_training.training.inputs import find_heads
@@ -70,30 +69,32 @@ def diagnose(
     if data is None:
         # The doctor looks at all lines, also where training streams them.
         data = read_training_data(
-            config.train_data,
-            split=config.train_split,
-            target_from=config.target_from,
-            positives=config.train_positives,
+            config.data.train_data,
+            split=config.data.train_split,
+            target_from=config.data.target_from,
+            positives=config.data.train_positives,
         )
-    model = make_retriever(config) if model is None else prepare_retriever(config, model)
+    model = prepared_retriever(model, config.retriever, config.lengths, config.run)
     try:
-        check_data(config, data)
-        if config.objective == "infonce":
+        check_data(data, config.optimisation, config.objective)
+        if config.objective.name == "infonce":
             build_objective(config, model, data, {})
     except ValueError as error:
         add(Check("batches", FAULT, str(error)))
         return checks
     # Lines of few documents fill a batch only if all of them are there.
-    whole = data if config.objective == "infonce" else None
-    rows = max(_ROWS, config.batch_size * config.gradient_accumulation_steps)
-    data = data.shuffle(seed=config.seed).select(range(min(len(data), rows)))
+    whole = data if config.objective.name == "infonce" else None
+    rows = max(
+        _ROWS, config.optimisation.batch_size * config.optimisation.gradient_accumulation_steps
+    )
+    data = data.shuffle(seed=config.run.seed).select(range(min(len(data), rows)))
     patient = Patient(config, data, model, training_data=whole)
-    if config.objective == "dream":
+    if config.objective.name == "dream":
         try:
             heads = find_heads(config, data, _HEAD_EXAMPLES) if heads is None else heads
-            patient = replace(
-                patient, heads=heads, reader=load_reader(config, heads.by_layer(config.top_k))
-            )
+            chosen = heads.by_layer(config.heads.top_k)
+            reader = load_reader(config.reader, config.lengths, config.run, chosen)
+            patient = replace(patient, heads=heads, reader=reader)
         except ValueError as error:
             add(Check("heads", FAULT, str(error), "name other heads, or heads: auto"))
             return checks
@@ -101,11 +102,11 @@ def diagnose(
         add(*of_retriever.truncation(patient))
     if patient.reader is not None:
         # Not those that the heads were selected on, as far as there are others.
-        examples = head_examples(data, _EXAMPLES, config.seed + 1, labelled=_labelled(data))
+        examples = head_examples(data, _EXAMPLES, config.run.seed + 1, labelled=_labelled(data))
         documents = list(dict.fromkeys(d for example in examples for d in example.documents))
         with progress("reading documents"):
-            add(of_reader.spans(patient.reader, documents[: config.batch_size]))
-            add(of_reader.heads(patient.reader, examples[: config.batch_size]))
+            add(of_reader.spans(patient.reader, documents[: config.optimisation.batch_size]))
+            add(of_reader.heads(patient.reader, examples[: config.optimisation.batch_size]))
             try:
                 add(of_reader.losses(patient.reader, examples))
             except ValueError as error:

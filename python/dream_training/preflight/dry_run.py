@@ -19,10 +19,10 @@ from dream_training.models.architectures import save_tiny
 from dream_training.preflight.plan import (
     H100_PEAK,
     STEP_SHARE,
-    Plan,
+    RunPlan,
+    architecture_of,
     make_plan,
     measured_rate,
-    shape_of,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _LETTERS = 40
 
 
 @shows_progress
-def dry_run(config: TrainConfig, console: Console) -> Plan:
+def dry_run(config: TrainConfig, console: Console) -> RunPlan:
     """Build everything that a config names in small, run two steps, and print the plan.
 
     Reader and retriever become a few layers of the same architectures with random weights; data,
@@ -51,12 +51,12 @@ def dry_run(config: TrainConfig, console: Console) -> Plan:
         history = _two_steps(config, rows, Path(folder))
     losses = ", ".join(f"{step['loss']:.3f}" for step in history.steps)
     console.print(
-        f"{_STEPS} steps of {config.objective} with tiny random weights of the same architectures: "
-        f"losses {losses}"
+        f"{_STEPS} steps of {config.objective.name} with tiny random weights of the same "
+        f"architectures: losses {losses}"
     )
     if not found:
         console.print(
-            f"{config.train_data} is not there: made-up lines took its place", style="yellow"
+            f"{config.data.train_data} is not there: made-up lines took its place", style="yellow"
         )
     plan = make_plan(config, max(len(row["documents"]) for row in rows))
     _print_plan(config, plan, console)
@@ -69,9 +69,11 @@ def _rows(config: TrainConfig) -> tuple[Any, bool]:
     from dream_training.training.inputs import load_training_data
 
     try:
-        return load_training_data(replace(config, streaming=False)), True
+        return load_training_data(replace(config.data, streaming=False), config.run.seed), True
     except FileNotFoundError:
-        count = max(4, config.gradient_accumulation_steps) * config.batch_size
+        count = (
+            max(4, config.optimisation.gradient_accumulation_steps) * config.optimisation.batch_size
+        )
         words = [f"{i} {'abcdefgh'[i % 8] * _LETTERS}" for i in range(count)]
         rows = [
             {
@@ -90,22 +92,27 @@ def _two_steps(config: TrainConfig, rows: Any, folder: Path) -> History:
     from dream_training.training.inputs import find_heads
 
     heads = None
-    if config.heads != "auto":
-        find_heads(config, rows)  # a file at fault shall show here
+    if config.heads.file != "auto":
+        find_heads(config, rows)  # a faulty file must show here
         heads = HeadFile(heads=[(0, 0), (1, 0)])
-    reader = save_tiny(shape_of(config, config.reader), folder / "reader", seed=0)
-    retriever = save_tiny(shape_of(config, config.retriever), folder / "retriever", seed=1)
-    small = replace(
-        config,
+    reader = save_tiny(
+        architecture_of(config.reader.model, "reader", config.run), folder / "reader", seed=0
+    )
+    retriever = save_tiny(
+        architecture_of(config.retriever.model, "retriever", config.run),
+        folder / "retriever",
+        seed=1,
+    )
+    small = config.with_changes(
         reader=str(reader),
         retriever=str(retriever),
-        retriever_layers=None if config.retriever_layers is None else 2,
+        retriever_layers=None if config.retriever.retriever_layers is None else 2,
         top_k=None,
-        # the tiny reader has no chat template, and its documents are of no use to later runs
-        reader_prompt=PLAIN if config.reader_prompt == CHAT else config.reader_prompt,
-        document_store=None if config.document_store is None else MEMORY,
+        # the tiny reader has no chat template, and later runs cannot use its documents
+        reader_prompt=PLAIN if config.reader.reader_prompt == CHAT else config.reader.reader_prompt,
+        document_store=None if config.reader.document_store is None else MEMORY,
         # small batches show as much
-        batch_size=min(config.batch_size, 8),
+        batch_size=min(config.optimisation.batch_size, 8),
         max_steps=_STEPS,
         eval_data=None,
         save_steps=0,
@@ -117,19 +124,23 @@ def _two_steps(config: TrainConfig, rows: Any, folder: Path) -> History:
     return result.history
 
 
-def _print_plan(config: TrainConfig, plan: Plan, console: Console) -> None:
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+def _print_plan(config: TrainConfig, plan: RunPlan, console: Console) -> None:
+    device = torch.device(config.run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = torch.float32 if config.run.dtype == "float32" else torch.bfloat16
     rate = measured_rate(device, dtype)
     console.print("\nThe plan, at full length of every text:")
     for name, value in (
-        ("reader", f"{config.reader}, {plan.reader_weights / 1e6:,.0f} M weights, frozen"),
-        ("retriever", f"{config.retriever}, {plan.retriever_weights / 1e6:,.0f} M weights"),
+        ("reader", f"{config.reader.model}, {plan.reader_weights / 1e6:,.0f} M weights, frozen"),
+        ("retriever", f"{config.retriever.model}, {plan.retriever_weights / 1e6:,.0f} M weights"),
         ("trained", f"{plan.trained_weights / 1e6:,.1f} M weights"),
         (
             "a step",
-            (f"{steps} x " if (steps := config.gradient_accumulation_steps) > 1 else "")
-            + f"{config.batch_size} queries over {plan.documents} documents",
+            (
+                f"{steps} x "
+                if (steps := config.optimisation.gradient_accumulation_steps) > 1
+                else ""
+            )
+            + f"{config.optimisation.batch_size} queries over {plan.documents} documents",
         ),
         ("  read", f"{plan.read_tokens:,} tokens of documents, once, without gradient"),
         ("  predict", f"{plan.suffix_tokens:,} tokens of queries and targets, with gradient"),

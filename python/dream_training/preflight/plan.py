@@ -13,6 +13,7 @@ from dream_training.models.loading import resolve_model
 
 if TYPE_CHECKING:
     from dream_training.config import TrainConfig
+    from dream_training.config_groups import RunConfig
 
 # Of the rate of a large matrix product, what a whole step reached on a CPU: a tera-operation in
 # 5.9 s at 387 giga-operations a second (``python -m benchmarks step``, one pool for the batch).
@@ -25,7 +26,7 @@ _OPTIMIZER_BYTES = 4 + 4 + 4 + 4  # weight, gradient, two moments, all in float3
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """The size of a run.
 
     Attributes:
@@ -66,7 +67,7 @@ class Plan:
         return self.steps * self.operations / rate
 
 
-def make_plan(config: TrainConfig, documents_per_row: int = 1) -> Plan:
+def make_plan(config: TrainConfig, documents_per_row: int = 1) -> RunPlan:
     """Count what a run of ``config`` will take.
 
     A token costs ``2 P`` operations forward, ``P`` being the weights that multiply it; backward
@@ -81,39 +82,41 @@ def make_plan(config: TrainConfig, documents_per_row: int = 1) -> Plan:
     Raises:
         OSError: a model's configuration cannot be found.
     """
-    reader = shape_of(config, config.reader)
-    retriever = shape_of(config, config.retriever)
+    lengths, pools, steps = config.lengths, config.pools, config.optimisation
+    depth, rank = config.retriever.retriever_layers, config.retriever.lora_r
+    reader = architecture_of(config.reader.model, "reader", config.run)
+    retriever = architecture_of(config.retriever.model, "retriever", config.run)
     own = parameter_count(reader)
     head = reader.vocab_size * reader.hidden_size
-    backbone = parameter_count(retriever, config.retriever_layers)
-    layers = min(config.retriever_layers or 10**6, retriever.num_hidden_layers)
-    if config.pool == "in_batch":
+    backbone = parameter_count(retriever, depth)
+    layers = min(depth or 10**6, retriever.num_hidden_layers)
+    if pools.pool == "in_batch":
         documents_per_row = 1
-    elif config.documents_per_query is not None:
-        documents_per_row = min(documents_per_row, config.documents_per_query)
-    documents = config.batch_size * documents_per_row
-    read = documents * (config.reader_passage_max_len or config.passage_max_len)
-    targets = config.batch_size * config.target_max_len
-    suffix = config.batch_size * (config.query_max_len + _PROMPT_TOKENS) + targets
-    encoded = documents * config.passage_max_len + config.batch_size * config.query_max_len
+    elif pools.documents_per_query is not None:
+        documents_per_row = min(documents_per_row, pools.documents_per_query)
+    documents = steps.batch_size * documents_per_row
+    read = documents * (lengths.reader_passage_max_len or lengths.passage_max_len)
+    targets = steps.batch_size * lengths.target_max_len
+    suffix = steps.batch_size * (lengths.query_max_len + _PROMPT_TOKENS) + targets
+    encoded = documents * lengths.passage_max_len + steps.batch_size * lengths.query_max_len
     operations = 2.0 * own["decoder"] * (read + 2 * suffix) + 4.0 * head * targets
     operations += 4.0 * backbone["decoder"] * encoded
     kept = encoded
-    if config.mini_batch_size is not None:
+    if steps.mini_batch_size is not None:
         operations += 2.0 * backbone["decoder"] * encoded
-        kept = min(encoded, config.mini_batch_size * config.passage_max_len)
-    if config.lora_r:
-        trained = _adapter_weights(retriever, layers, config.lora_r)
+        kept = min(encoded, steps.mini_batch_size * lengths.passage_max_len)
+    if rank:
+        trained = _adapter_weights(retriever, layers, rank)
     else:
         trained = backbone["decoder"] + backbone["embedding"]
         operations += 2.0 * backbone["decoder"] * encoded
-    operations *= config.gradient_accumulation_steps
-    size = _BYTES.get(config.dtype, 2)
+    operations *= steps.gradient_accumulation_steps
+    size = _BYTES.get(config.run.dtype, 2)
     key_heads = getattr(reader, "num_key_value_heads", reader.num_attention_heads)
     width = _head_dim(reader) * key_heads
     total_reader = sum(own.values())
     total_retriever = backbone["decoder"] + backbone["embedding"]
-    return Plan(
+    return RunPlan(
         reader_weights=total_reader,
         retriever_weights=total_retriever,
         trained_weights=trained,
@@ -125,7 +128,7 @@ def make_plan(config: TrainConfig, documents_per_row: int = 1) -> Plan:
         weight_bytes=size * (total_reader + total_retriever) + _OPTIMIZER_BYTES * trained,
         prefix_bytes=2 * size * reader.num_hidden_layers * width * read,
         activation_bytes=size * layers * kept * _kept_values(retriever),
-        steps=config.max_steps,
+        steps=steps.max_steps,
     )
 
 
@@ -140,12 +143,10 @@ def measured_rate(device: torch.device, dtype: torch.dtype, size: int = 1536) ->
     return 2.0 * size**3 / best
 
 
-def shape_of(config: TrainConfig, name: str) -> Any:
-    """The configuration of a model that a config names."""
+def architecture_of(name: str, what: str, run: RunConfig) -> Any:
+    """The transformers configuration of the model that the config key ``what`` names."""
     return model_config(
-        resolve_model(name, config.dtype),
-        trust_remote_code=config.trust_remote_code,
-        what="reader" if name == config.reader else "retriever",
+        resolve_model(name, run.dtype), trust_remote_code=run.trust_remote_code, what=what
     )
 
 

@@ -37,7 +37,7 @@ def spans(reader: Reader, documents: Sequence[str]) -> Check:
     if reader.context == "joint":
         tokens = [seen[0][0, start:end] for start, end in ranges]
     else:
-        # Every document is a row of its own, behind the header that the prefix holds once.
+        # Every document is a row of its own, after the header that the prefix holds once.
         begin = ranges[0][0]
         rows = [row for batch in seen for row in batch]
         tokens = [row[begin : begin + end - start] for row, (start, end) in zip(rows, ranges)]

@@ -9,7 +9,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,15 +44,15 @@ def truncation(patient: Patient) -> list[Check]:
     fields = {
         "queries": (
             list(data["query"]),
-            config.query_max_len,
+            config.lengths.query_max_len,
             prompt_of(patient.model, QUERY),
         ),
         "passages": (
             list(dict.fromkeys(d for documents in data["documents"] for d in documents)),
-            config.passage_max_len,
+            config.lengths.passage_max_len,
             prompt_of(patient.model, DOCUMENT),
         ),
-        "targets": (list(data["target"]), config.target_max_len, None),
+        "targets": (list(data["target"]), config.lengths.target_max_len, None),
     }
     checks = []
     for name, (texts, limit, prompt) in fields.items():
@@ -61,22 +60,22 @@ def truncation(patient: Patient) -> list[Check]:
         if prompt is not None:
             tokenizer: Any = patient.model.tokenizer
             around = len(tokenizer(prompt)["input_ids"])
-            kept["retriever"] = _kept(tokenizer, [prompt + t for t in texts], limit, around)
+            kept["retriever"] = _shares_kept(tokenizer, [prompt + t for t in texts], limit, around)
         if patient.reader is not None:
-            kept["reader"] = _kept(patient.reader.tokenizer, texts, limit, 0)
+            kept["reader"] = _shares_kept(patient.reader.tokenizer, texts, limit, 0)
         if kept:
-            checks.append(_of_kept(name, kept, limit, len(texts)))
+            checks.append(_of_shares(name, kept, limit, len(texts)))
     return checks
 
 
-def _kept(tokenizer: Any, texts: Sequence[str], limit: int, around: int) -> list[float]:
+def _shares_kept(tokenizer: Any, texts: Sequence[str], limit: int, around: int) -> list[float]:
     """The share of each text's tokens that stays; ``around`` tokens are not the text's own."""
     special = {"add_special_tokens": around > 0}
     lengths = [len(ids) - around for ids in tokenizer(list(texts), **special)["input_ids"]]
     return [min(1.0, max(0, limit - around) / max(1, length)) for length in lengths]
 
 
-def _of_kept(name: str, kept: dict[str, list[float]], limit: int, count: int) -> Check:
+def _of_shares(name: str, kept: dict[str, list[float]], limit: int, count: int) -> Check:
     parts = []
     for who, shares in kept.items():
         cut = sum(share < 1 for share in shares) / len(shares)
@@ -102,11 +101,11 @@ def weights(patient: Patient) -> Check:
     from dream_training.objectives.build import build_collator
 
     config = patient.config
-    rows = list(patient.data.select(range(config.batch_size)))
-    batch = build_collator(config, patient.model)(rows)
+    rows = list(patient.data.select(range(config.optimisation.batch_size)))
+    batch = build_collator(patient.model, config.pools, config.run.seed)(rows)
     similarity = _similarities(patient, batch["query_texts"], batch["document_texts"])
     similarity, _ = pool_scores(similarity, batch.get("query_pools"))
-    return of_similarity(similarity, config.temperature)
+    return of_similarity(similarity, config.objective.temperature)
 
 
 def of_similarity(similarity: Tensor, temperature: float) -> Check:
@@ -226,8 +225,7 @@ def _train(patient: Patient, gradients: _Gradients) -> History:
     from dream_training.training.driver import train
 
     with tempfile.TemporaryDirectory() as folder:
-        config = replace(
-            patient.config,
+        config = patient.config.with_changes(
             # From the first step at full rate: adapters that start at 0 pass on no gradient, and
             # a rate that starts at 0 would keep them there.
             warmup_steps=0,
@@ -270,17 +268,18 @@ def _of_gradients(gradients: _Gradients, trainable: int, history: History) -> Ch
 def _of_cost(patient: Patient, history: History) -> Check:
     config = patient.config
     step = min(float(entry["seconds"]) for entry in history.steps)
-    training = step * config.max_steps
+    training = step * config.optimisation.max_steps
     evaluation, evaluations = 0.0, 0
-    if config.eval_data is not None:
+    if config.evaluation.eval_data is not None:
         # at the start, at every eval_steps, and at the end
-        evaluations = 1 + -(-config.max_steps // config.eval_steps)
+        evaluations = 1 + -(-config.optimisation.max_steps // config.evaluation.eval_steps)
         evaluation = evaluations * _seconds_of_evaluation(patient)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak, total = peak_memory(device), total_memory(device)
     kind = "GPU memory" if device.type == "cuda" else "memory"
-    figure = f"{step:.2f} s a step, {duration(training)} for {config.max_steps} steps" + (
-        f" and {duration(evaluation)} for {evaluations} evaluations" if evaluations else ""
+    figure = (
+        f"{step:.2f} s a step, {duration(training)} for {config.optimisation.max_steps} steps"
+        + (f" and {duration(evaluation)} for {evaluations} evaluations" if evaluations else "")
     )
     if not (peak and total):  # not every system tells
         return Check("time and memory", OK, figure)
@@ -296,10 +295,12 @@ def _seconds_of_evaluation(patient: Patient) -> float:
     from dream_training.data.beir_folder import read_beir_folder
 
     config = patient.config
-    assert config.eval_data is not None
-    corpus, queries, _ = read_beir_folder(config.eval_data, config.eval_split)
+    assert config.evaluation.eval_data is not None
+    corpus, queries, _ = read_beir_folder(config.evaluation.eval_data, config.evaluation.eval_split)
     texts = list(corpus.values())[:_TIMED_TEXTS]
     begin = time.perf_counter()
     encode(patient.model, texts, DOCUMENT, show_progress_bar=False)
     each = (time.perf_counter() - begin) / len(texts)
-    return each * (len(corpus) + len(queries) * config.query_max_len / config.passage_max_len)
+    return each * (
+        len(corpus) + len(queries) * config.lengths.query_max_len / config.lengths.passage_max_len
+    )

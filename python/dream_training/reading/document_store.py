@@ -3,7 +3,7 @@
 A document read alone gives the same keys and values whatever the query, the pool or the step. So
 they are kept under a digest of all that decides them: the reader's configuration and weights, the
 type of its numbers, the header's tokens and the document's own. How many tokens of memory or disk
-that takes is bounded, and what was not used for the longest time goes first.
+that takes is bounded, and the least recently used documents are deleted first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "dream-kernels document 1"
 _SUFFIX = ".safetensors"
-# What a writer that died leaves behind is cleared away after an hour.
+# Temporary files of a writer that crashed are deleted after an hour.
 _STALE_SECONDS = 3600.0
 # Where a model came from and how it computes; neither decides what it computes. The type of its
 # numbers is taken from the weights.
@@ -67,7 +67,7 @@ class DocumentStore(ABC):
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
         self._identity = identity
-        self._sizes: OrderedDict[str, int] = OrderedDict()  # the one used last stands last
+        self._sizes: OrderedDict[str, int] = OrderedDict()  # the most recently used one is last
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -82,7 +82,7 @@ class DocumentStore(ABC):
         """Return ``[layers, 2, Hkv, L, D]`` on the CPU, or None.
 
         Args:
-            header: tokens that stand before the document.
+            header: tokens before the document.
             document: its ``L`` tokens; none for the header's own keys and values.
         """
         name = self._name(header, document)
@@ -98,7 +98,7 @@ class DocumentStore(ABC):
         """Keep keys and values; what would not fit even alone is not kept.
 
         Args:
-            header: tokens that stand before the document.
+            header: tokens before the document.
             document: its ``L`` tokens, or none.
             states: ``[layers, 2, Hkv, L, D]``, not a view of anything larger.
         """
@@ -133,7 +133,7 @@ class DocumentStore(ABC):
 
     @abstractmethod
     def _delete(self, name: str) -> None:
-        """Let go of what is kept under a name."""
+        """Delete what is kept under a name."""
 
 
 class MemoryStore(DocumentStore):
@@ -203,7 +203,7 @@ class DiskStore(DocumentStore):
         for path in self.folder.iterdir():
             try:
                 status = path.stat()
-            except FileNotFoundError:  # another run let go of it
+            except FileNotFoundError:  # another run deleted it
                 continue
             if path.suffix == _SUFFIX:
                 found.append((status.st_mtime_ns, path.stem, status.st_size))
@@ -264,7 +264,7 @@ class DiskStore(DocumentStore):
         super()._touch(name)
         try:
             os.utime(self._path(name))
-        except FileNotFoundError:  # another run let go of it after it was read
+        except FileNotFoundError:  # another run deleted it after it was read
             self._forget(name)
 
     def _save(self, name: str, states: Tensor) -> int:
@@ -299,7 +299,7 @@ def open_document_store(
         return None
     max_bytes = max(1, int(max_gb * 1e9))
     if choice == MEMORY:
-        # Nobody else sees it, so the model needs no name.
+        # No other run sees it, so the model needs no name.
         return MemoryStore("", max_bytes)
     return DiskStore(choice, model_identity(model), max_bytes)
 

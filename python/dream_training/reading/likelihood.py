@@ -21,7 +21,7 @@ class TargetLikelihood:
 
     Attributes:
         log_probabilities: ``[B, C, T]`` float32 or wider, in nats, ``log p(y_t | y_<t, q, d_c)``; 0
-            at the padding behind a shorter target and for a document outside the query's pool.
+            at the padding after a shorter target and for a document outside the query's pool.
         token_mask: ``[B, T]`` bool, true for the tokens of each target.
     """
 
@@ -41,7 +41,7 @@ def target_likelihood(
     targets: Sequence[str],
     pools: Sequence[Sequence[int]] | None = None,
 ) -> TargetLikelihood:
-    """Read every document alone and predict every target behind it, without gradient.
+    """Read every document alone and predict every target after it, without gradient.
 
     Takes ``B * C`` readings of query and target, against ``B`` of the DREAM objective.
 

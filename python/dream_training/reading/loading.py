@@ -6,44 +6,46 @@ from typing import Any
 
 import torch
 
-from dream_training.config import TrainConfig
+from dream_training.config_groups import LengthsConfig, ReaderConfig, RunConfig
 from dream_training.distributed.sharding import loaded_whole
 from dream_training.models.loading import resolve_model
 from dream_training.reading.reader import Reader
 from dream_training.trust import load_model_config
 
 
-def load_reader(config: TrainConfig, heads: Any, **options: Any) -> Reader:
+def load_reader(
+    reader: ReaderConfig, lengths: LengthsConfig, run: RunConfig, heads: Any, **options: Any
+) -> Reader:
     """Load the frozen reader that a config names; ``options`` of :class:`Reader` win."""
     settings: dict[str, Any] = {
-        "context": config.context,
-        "mode": config.mode,
-        "document_mass": config.document_mass,
-        "query_max_len": config.query_max_len,
-        "passage_max_len": config.reader_passage_max_len or config.passage_max_len,
-        "target_max_len": config.target_max_len,
-        "injected_rows": config.injected_rows,
-        "prompt": config.reader_prompt,
-        "document_store": config.document_store,
-        "document_store_gb": config.document_store_gb,
+        "context": reader.context,
+        "mode": reader.mode,
+        "document_mass": reader.document_mass,
+        "query_max_len": lengths.query_max_len,
+        "passage_max_len": lengths.reader_passage_max_len or lengths.passage_max_len,
+        "target_max_len": lengths.target_max_len,
+        "injected_rows": reader.injected_rows,
+        "prompt": reader.reader_prompt,
+        "document_store": reader.document_store,
+        "document_store_gb": reader.document_store_gb,
     }
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    sharded = config.reader_sharding == "sharded"
+    device = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sharded = reader.reader_sharding == "sharded"
     with loaded_whole():
-        reader = Reader.from_pretrained(
-            resolve_model(config.reader, config.dtype),
+        loaded = Reader.from_pretrained(
+            resolve_model(reader.model, run.dtype),
             heads,
-            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            dtype=run.dtype if run.dtype == "auto" else getattr(torch, run.dtype),
             device="cpu" if sharded else device,
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=run.trust_remote_code,
             **{**settings, **options},
         )
-    return reader.shard(device) if sharded else reader
+    return loaded.shard(device) if sharded else loaded
 
 
-def all_heads(config: TrainConfig) -> dict[int, list[int]]:
+def all_heads(reader: ReaderConfig, run: RunConfig) -> dict[int, list[int]]:
     """Every head of every layer of the reader that a config names."""
-    path = resolve_model(config.reader, config.dtype)
-    settings = load_model_config(path, config.trust_remote_code, "reader").get_text_config()
+    path = resolve_model(reader.model, run.dtype)
+    settings = load_model_config(path, run.trust_remote_code, "reader").get_text_config()
     heads = list(range(settings.num_attention_heads))
     return dict.fromkeys(range(settings.num_hidden_layers), heads)

@@ -46,7 +46,7 @@ def tokens_read(prefix: Prefix, reader: Reader, pool: dict[str, Any]) -> int:
 def join_pools(prefix: Prefix, share: Share) -> Prefix:
     """Join prefixes of one row, each the header and a share of the documents without gaps.
 
-    The header is the same in all processes and stands once. Nothing has a gradient.
+    The header is the same in all processes and is kept once. Nothing has a gradient.
     """
     spans = prefix.spans[0, : len(share.rows)]  # [C_r, 2]
     header = int(prefix.spans[0, 0, 0])

@@ -1,8 +1,8 @@
-"""The text around documents, query and target: plain, the reader's chat template, or one's own.
+"""The text around documents, query and target: plain, the reader's chat template, or a user's own.
 
-A template is rendered with texts that are known, and what it puts around them is cut out. So it
-becomes a :class:`ReaderPrompt`, whose pieces are tokenised one by one: the spans of the documents
-are exact whatever the tokenizer merges, and a document read alone stands as it would beside others.
+A template is rendered with known texts, and what it puts around them is cut out into a
+:class:`ReaderPrompt`. Its pieces are tokenised one by one: the spans of the documents are exact
+whatever the tokenizer merges, and a document has the same tokens alone as beside others.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from dream_training.choices import CHAT, PLAIN, check_reader_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Templates that print today's date would make another prompt of every day.
+# A template that prints today's date would give another prompt every day.
 _DATE = "26 Jul 2024"
 
-# Templates need milliseconds; one that needs more counts to a million, or comes to no end.
+# Templates need milliseconds; one that needs more has a huge loop, or an endless one.
 _SECONDS = 10.0
 # Characters of a template, and of what it makes of a text.
 _MOST_CHARACTERS = 1 << 20
@@ -41,7 +41,7 @@ class ReaderPrompt:
     are exact whatever the tokenizer merges.
 
     Attributes:
-        header: stands before the documents.
+        header: the text before the documents.
         document: one document; must contain ``{document}``.
         query: what follows the documents; must contain ``{query}``.
         target: the text to predict; must contain ``{target}``.
@@ -121,8 +121,8 @@ def template_prompt(
 ) -> ReaderPrompt:
     """Cut a Jinja template with ``documents`` (a list of texts), ``query`` and ``target``.
 
-    The documents come in their order, then the query, then the target; around every document
-    stands the same text. ``bos_token`` and ``eos_token`` are there too; a template that prints no
+    The documents come in their order, then the query, then the target; the text around every
+    document is the same. ``bos_token`` and ``eos_token`` are there too; a template that prints no
     beginning-of-sequence token gets it all the same. What follows the target is left out. As in
     chat templates, a line's block tags leave neither indentation nor line end, and the template
     runs in Jinja's sandbox, for ten seconds at most.
@@ -226,45 +226,45 @@ def cut_prompt(render: Render, name: str, bos: bool = True) -> ReaderPrompt:
         cuts.append(_cut(text, *probe, name))
     first = cuts[0]
     for cut in cuts[1:]:
-        for where in ("before", "after", "behind_query"):
+        for where in ("before", "after", "before_target"):
             own, other = getattr(first, where), getattr(cut, where)
             if own != other:
                 raise ValueError(
-                    f"{name} must not depend on the texts or their number; {_NAMES[where]} stands "
-                    f"once {shortened(own)} and once {shortened(other)}"
+                    f"{name} must not depend on the texts or their number; {_NAMES[where]} it "
+                    f"prints once {shortened(own)} and once {shortened(other)}"
                 )
     between = sorted({text for cut in cuts for text in cut.between})
     if len(between) > 1:
         raise ValueError(
-            f"{name} must put the same text around every document; between two of them stands "
-            f"once {shortened(between[0])} and once {shortened(between[1])}"
+            f"{name} must put the same text around every document; between two of them it "
+            f"prints once {shortened(between[0])} and once {shortened(between[1])}"
         )
-    behind, ahead = _share(first.before, between[0], first.after, name)
-    answer = first.behind_query.rstrip(" ")
+    ending, beginning = _share(first.before, between[0], first.after, name)
+    answer = first.before_target.rstrip(" ")
     return ReaderPrompt(
-        header=first.before[: len(first.before) - len(ahead)],
-        document=f"{ahead}{{document}}{behind}",
-        query=f"{first.after[len(behind) :]}{{query}}{answer}",
+        header=first.before[: len(first.before) - len(beginning)],
+        document=f"{beginning}{{document}}{ending}",
+        query=f"{first.after[len(ending) :]}{{query}}{answer}",
         # A space belongs to the word after it, as tokenizers have it.
-        target=f"{first.behind_query[len(answer) :]}{{target}}",
+        target=f"{first.before_target[len(answer) :]}{{target}}",
         bos=bos,
     )
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """What stands around the texts of a rendered template."""
+    """What is around the texts of a rendered template."""
 
     before: str
     between: tuple[str, ...]
     after: str
-    behind_query: str
+    before_target: str
 
 
 _NAMES = {
     "before": "before the first document",
     "after": "between the last document and the query",
-    "behind_query": "between query and target",
+    "before_target": "between query and target",
 }
 
 
@@ -303,10 +303,10 @@ def _cut(text: str, documents: Sequence[str], query: str, target: str, name: str
 
 
 def _share(before: str, between: str, after: str, name: str) -> tuple[str, str]:
-    """Share what stands between two documents: the end of the first, the beginning of the second.
+    """Share the text between two documents: the end of the first, the beginning of the second.
 
-    The first part must also begin what follows the last document, and the second part end what
-    stands before the first one.
+    The first part must also begin what follows the last document, and the second part end the
+    text before the first one.
     """
     size = next(
         (i for i, (own, other) in enumerate(zip(between, after)) if own != other),
@@ -316,7 +316,7 @@ def _share(before: str, between: str, after: str, name: str) -> tuple[str, str]:
         return between[:size], between[size:]
     raise ValueError(
         f"{name} must put the same text around every document, the first and the last too; "
-        f"{shortened(between)} stands between two of them, {shortened(before)} before the first "
-        f"and {shortened(after)} behind the last: separate documents by what ends each of them, "
-        "not by what stands between them"
+        f"{shortened(between)} is between two of them, {shortened(before)} before the first "
+        f"and {shortened(after)} after the last: separate documents by what ends each of them, "
+        "not by what is between them"
     )

@@ -290,7 +290,7 @@ class Reader(nn.Module):
         total = torch.zeros((), **options)
         by_query = []
         spare = 0 if self._pace is None else self._pace.spare(len(passes))
-        # What a sharded reader runs only because other processes have more to read counts nothing.
+        # Passes that a sharded reader runs because other processes have more to read do not count.
         for index, rows in enumerate([*passes, *[passes[-1]] * spare]):
             losses = self.token_losses(
                 prefix.of_rows(torch.tensor(rows, device=self.device)),
@@ -385,7 +385,7 @@ class Reader(nn.Module):
     def check_context(
         self, prefix: Prefix, query_ids: list[list[int]], target_ids: list[list[int]]
     ) -> None:
-        """Raise ``ValueError`` if a target does not fit behind its documents and query."""
+        """Raise ``ValueError`` if a target does not fit after its documents and query."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is None:
             return

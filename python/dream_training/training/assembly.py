@@ -11,9 +11,8 @@ from dream_training.checkpointing.documents import StoredDocuments
 from dream_training.distributed import world
 from dream_training.history import History
 from dream_training.json_file import write_json
-from dream_training.models.loading import make_retriever
+from dream_training.models.loading import prepared_retriever
 from dream_training.models.precision import train_in_float32
-from dream_training.models.texts import prepare_retriever
 from dream_training.objectives.build import build_objective
 from dream_training.plots import plot_heads
 from dream_training.training.callbacks import (
@@ -102,24 +101,25 @@ def assemble(prepared: Prepared, given: Given) -> Run:
     The folder is changed as late as can be: what fails before costs nothing.
     """
     config, checkpoint, console = prepared.config, prepared.checkpoint, prepared.console
-    model = given.model
-    model = make_retriever(config) if model is None else prepare_retriever(config, model)
+    model = prepared_retriever(given.model, config.retriever, config.lengths, config.run)
     train_in_float32(model)
     if checkpoint is not None:
-        check_mini_batches(checkpoint, config, model)
+        check_mini_batches(checkpoint, config.optimisation.mini_batch_size, model)
     heads, identity = _Heads(), dict(prepared.identity)
-    if config.objective == "dream":
+    if config.objective.name == "dream":
         heads = _resumed_heads(prepared) if checkpoint else _choose_heads(prepared, given.heads)
         identity["heads"] = heads.by_layer
     objective = build_objective(config, model, prepared.steps_data, heads.by_layer, given.verdicts)
     _begin(prepared, heads.file)
     history = given.history or History()
     record = RunRecord(
-        config, model, prepared.data, objective.loss, prepared.evaluator, history,
-        resumed=checkpoint is not None,
+        config.output, config.evaluation, config.run, model, prepared.data, objective.loss,
+        prepared.evaluator, history, resumed=checkpoint is not None,
     )  # fmt: skip
     keeper = KeepBestCallback(model, history, prepared.output_dir, console)
-    guard = StepGuard(objective.loss, prepared.output_dir, config.max_skipped_steps, console)
+    guard = StepGuard(
+        objective.loss, prepared.output_dir, config.optimisation.max_skipped_steps, console
+    )
     trainer = build_trainer(
         config, model, objective, prepared.evaluator,
         evaluate_first=given.evaluate_first and checkpoint is None,
@@ -128,15 +128,14 @@ def assemble(prepared: Prepared, given: Given) -> Run:
     )  # fmt: skip
     run = Run(
         prepared, trainer, history, keeper=keeper, record=record,
-        progress=ProgressCallback(objective.loss, history, console, config.log_steps),
+        progress=ProgressCallback(objective.loss, history, console, config.output.log_steps),
         gradients=GradientWatch(console), memory=MemoryWatch(model.device),
         signals=StopSignals(checkpoints=trainer.writes_checkpoints),
     )  # fmt: skip
     own = (run.memory, run.gradients, run.progress, keeper, record, run.signals)
     for callback in (*own, *given.callbacks):
         trainer.add_callback(callback)
-    if objective.loss.temperature is not None:
-        trainer.add_callback(TemperatureCallback(objective.loss.temperature))
+    trainer.add_callback(TemperatureCallback(objective.loss.temperature))
     return run
 
 
@@ -146,7 +145,7 @@ def _stateful(
     """What a checkpoint keeps beside weights and optimiser, by name, in the order of restoring."""
     parts: dict[str, Stateful] = {"history": history, **others}
     if (store := objective.loss.store) is not None:
-        folder, keep = prepared.output_dir / CHECKPOINTS, prepared.config.keep_checkpoints
+        folder, keep = prepared.output_dir / CHECKPOINTS, prepared.config.output.keep_checkpoints
         parts["documents"] = StoredDocuments(store, folder, keep)
     return parts
 
@@ -170,14 +169,14 @@ def _choose_heads(prepared: Prepared, heads: HeadFile | None) -> _Heads:
     config, chosen = prepared.config, []
 
     def choose() -> list[list[Any]]:
-        if heads is None and config.heads == "auto":
+        if heads is None and config.heads.file == "auto":
             prepared.console.print("selecting the reader's heads ...")
         found = find_heads(config, prepared.data) if heads is None else heads
-        chosen.append(found.choose(config.top_k))
+        chosen.append(found.choose(config.heads.top_k))
         return [[layer, own] for layer, own in chosen[0].by_layer().items()]
 
     # A reader that is cut over the processes needs all of them to run.
-    if config.heads == "auto" and heads is None and config.reader_sharding == "sharded":
+    if config.heads.file == "auto" and heads is None and config.reader.reader_sharding == "sharded":
         by_layer = world.broadcast_json(choose())
     else:
         by_layer = world.on_main(choose)

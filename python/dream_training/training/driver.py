@@ -132,10 +132,10 @@ def _run(run: Run) -> tuple[float, bool]:
         ValueError: there was no step to make.
     """
     config, checkpoint, trainer = run.prepared.config, run.prepared.checkpoint, run.trainer
-    interrupted = False
+    workers, interrupted = config.data.dataloader_workers, False
     start = time.perf_counter()
     try:
-        with run.signals.caught(), workers_end(config.dataloader_workers, trainer.data_collator):
+        with run.signals.caught(), workers_end(workers, trainer.data_collator):
             if checkpoint is None:
                 trainer.train()
             else:
@@ -155,8 +155,8 @@ def _run(run: Run) -> tuple[float, bool]:
     interrupted = interrupted or run.signals.received is not None
     if run.steps_made == 0 and not interrupted:
         raise ValueError(
-            f"no step was made: train_data {config.train_data} gave no batch of "
-            f"{config.batch_size} lines"
+            f"no step was made: train_data {config.data.train_data} gave no batch of "
+            f"{config.optimisation.batch_size} lines"
         )
     return time.perf_counter() - start, interrupted
 
@@ -169,15 +169,16 @@ def _finish(run: Run, seconds: float, interrupted: bool) -> TrainResult:
         write_json(run.prepared.output_dir / HISTORY, history.state())
         plot_curve(history, run.prepared.output_dir / CURVE)
     run.gradients.conclude()
-    if run.steps_made < config.max_steps and not interrupted:
+    if run.steps_made < config.optimisation.max_steps and not interrupted:
         console.print(
-            f"The run ended after {run.steps_made} of {config.max_steps} steps: a callback stopped "
-            "it, or train_data gave no more batches"
+            f"The run ended after {run.steps_made} of {config.optimisation.max_steps} steps: a "
+            "callback stopped it, or train_data gave no more batches"
         )
     if interrupted:
         console.print(f"Interrupted after {len(history.steps)} steps; the retriever is in {path}")
         _say_how_to_resume(run.trainer, console)
-    if config.query_max_len != config.passage_max_len and not library_keeps_lengths():
+    lengths = config.lengths
+    if lengths.query_max_len != lengths.passage_max_len and not library_keeps_lengths():
         console.print(
             "This sentence-transformers has one length for queries and documents, from 6.0 on it "
             "has two: by encode_query both have the longer one, and in dream's commands their own."

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dream_training.choices import MEMORY
 from dream_training.data.jsonl import write_json_lines
 from dream_training.distributed import world
 from dream_training.memory import peak_memory, total_memory, used_memory
@@ -205,7 +206,7 @@ def explained(
     """
     if said := dead_worker(error):
         return ChildProcessError(
-            f"a process of dataloader_workers (there are {config.dataloader_workers}) crashed "
+            f"a process of dataloader_workers (there are {config.data.dataloader_workers}) crashed "
             f"after step {done}: {said}"
         )
     if is_out_of_memory(error):
@@ -246,30 +247,26 @@ def memory_advice(error: BaseException, config: TrainConfig, watch: MemoryWatch,
             f"and the device has {capacity / _GIB:.2f}"
         )
     lines = [f"out of memory in step {step}{figures}. To lower, in this order:"]
-    texts = config.batch_size * (1 + (config.documents_per_query or 1))
-    now = config.mini_batch_size or texts
+    steps, drawn = config.optimisation, config.pools.documents_per_query
+    length, reader = config.lengths.passage_max_len, config.reader
+    texts = steps.batch_size * (1 + (drawn or 1))
+    now = steps.mini_batch_size or texts
     if now > 1:
         lines.append(
-            f"- mini_batch_size={max(1, int(now * share))} (now {config.mini_batch_size or 'all'}"
-            f"{'' if config.mini_batch_size else f', at least {texts} texts'}): changes no result "
+            f"- mini_batch_size={max(1, int(now * share))} (now {steps.mini_batch_size or 'all'}"
+            f"{'' if steps.mini_batch_size else f', at least {texts} texts'}): changes no result "
             "where the retriever has no dropout"
         )
-    if config.documents_per_query is not None and config.documents_per_query > 2:
+    if drawn is not None and drawn > 2:
+        lines.append(f"- documents_per_query={max(2, int(drawn * share))} (now {drawn})")
+    if steps.batch_size > 2:
         lines.append(
-            f"- documents_per_query={max(2, int(config.documents_per_query * share))} "
-            f"(now {config.documents_per_query})"
+            f"- batch_size={max(2, int(steps.batch_size * share))} (now {steps.batch_size})"
         )
-    if config.batch_size > 2:
+    lines.append(f"- passage_max_len={max(1, int(length * share))} (now {length})")
+    if reader.document_store == MEMORY:
         lines.append(
-            f"- batch_size={max(2, int(config.batch_size * share))} (now {config.batch_size})"
-        )
-    lines.append(
-        f"- passage_max_len={max(1, int(config.passage_max_len * share))} "
-        f"(now {config.passage_max_len})"
-    )
-    if config.document_store == "memory":
-        lines.append(
-            f"- document_store_gb, now {config.document_store_gb:g}, of the {resting / _GIB:.2f} "
+            f"- document_store_gb, now {reader.document_store_gb:g}, of the {resting / _GIB:.2f} "
             "GiB before the step; or a folder as document_store"
         )
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dream_kernels import HeadFile
 from dream_kernels.head_file import read_chosen_heads
 from dream_training.config import TrainConfig
+from dream_training.config_groups import DataConfig, EvaluationConfig
 from dream_training.data.jsonl import (
     STREAM_BUFFER,
     read_training_data,
@@ -27,28 +28,31 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 
-def load_training_data(config: TrainConfig, endless: bool = False) -> Dataset | IterableDataset:
+def load_training_data(
+    data: DataConfig, seed: int, endless: bool = False
+) -> Dataset | IterableDataset:
     """Read the training data that a config names; a shuffled stream if it says so.
 
     Args:
-        config: names the data.
-        endless: a stream begins anew, in another order, when it is through.
+        data: names the data.
+        seed: of the order of a stream.
+        endless: a stream that has ended starts again, in another order.
 
     Raises:
         FileNotFoundError: there is no such file, folder or data set.
         ValueError: a line is not valid; the message names file and line.
     """
     options: dict[str, Any] = {
-        "split": config.train_split,
-        "target_from": config.target_from,
-        "positives": config.train_positives,
+        "split": data.train_split,
+        "target_from": data.target_from,
+        "positives": data.train_positives,
     }
-    if config.streaming:
+    if data.streaming:
         if endless:
-            return stream_training_data(config.train_data, **options, endless_seed=config.seed)
-        stream = stream_training_data(config.train_data, **options)
-        return stream.shuffle(seed=config.seed, buffer_size=STREAM_BUFFER)
-    return read_training_data(config.train_data, **options)
+            return stream_training_data(data.train_data, **options, endless_seed=seed)
+        stream = stream_training_data(data.train_data, **options)
+        return stream.shuffle(seed=seed, buffer_size=STREAM_BUFFER)
+    return read_training_data(data.train_data, **options)
 
 
 def find_heads(
@@ -65,23 +69,23 @@ def find_heads(
         FileNotFoundError: there is no such head file.
         ValueError: the file is not valid, or the data lacks what the criterion needs.
     """
-    if config.heads != "auto":
-        return read_chosen_heads(config.heads, config.top_k)
-    criterion = config.head_criterion
+    if config.heads.file != "auto":
+        return read_chosen_heads(config.heads.file, config.heads.top_k)
+    criterion = config.heads.head_criterion
     ranked = select_heads(
-        load_reader(config, {}),
-        head_examples(data, examples, config.seed, labelled=criterion not in WITHOUT_LABELS),
+        load_reader(config.reader, config.lengths, config.run, {}),
+        head_examples(data, examples, config.run.seed, labelled=criterion not in WITHOUT_LABELS),
         criterion=criterion,
-        seed=config.seed,
-        data_name=config.train_data,
-        reader_name=config.reader,
+        seed=config.run.seed,
+        data_name=config.data.train_data,
+        reader_name=config.reader.model,
     )
-    return ranked.choose(config.top_k or min(CHOSEN_HEADS, len(ranked.heads)))
+    return ranked.choose(config.heads.top_k or min(CHOSEN_HEADS, len(ranked.heads)))
 
 
-def make_evaluator(config: TrainConfig) -> RetrievalEvaluator | None:
+def make_evaluator(evaluation: EvaluationConfig, seed: int) -> RetrievalEvaluator | None:
     """Read the BEIR folder that a config evaluates on, if it names one."""
-    if config.eval_data is None:
+    if evaluation.eval_data is None:
         return None
-    task = read_task(config.eval_data, config.eval_split, config.keep_identical_ids)
-    return RetrievalEvaluator(sample_queries(task, config.eval_queries, config.seed))
+    task = read_task(evaluation.eval_data, evaluation.eval_split, evaluation.keep_identical_ids)
+    return RetrievalEvaluator(sample_queries(task, evaluation.eval_queries, seed))

@@ -14,7 +14,6 @@ from pathlib import Path
 from dream_kernels.files import is_stream
 from dream_training.checkpointing.documents import FOLDER as DOCUMENTS
 from dream_training.checkpointing.folder import has_checkpoints, newest_checkpoint
-from dream_training.config import TrainConfig
 from dream_training.evaluation.results import FILE_NAME as EVALUATION
 
 try:
@@ -82,25 +81,28 @@ def results_in(folder: Path) -> list[str]:
     return names
 
 
-def check_inputs(config: TrainConfig) -> None:
+def check_inputs(output_dir: Path, **inputs: str | None) -> None:
     """Raise if a run would replace what it reads, or has no folder to write to.
 
+    Args:
+        output_dir: of the run.
+        inputs: the models and data sets that it reads, by config key; None for none.
+
     Raises:
-        ValueError: a model or data set of the config is one of the folders that the run writes, or
-            ``output_dir`` is standard output, a device or a pipe.
+        ValueError: an input is in one of the folders that the run writes, or ``output_dir`` is
+            standard output, a device or a pipe.
     """
-    if is_stream(config.output_dir):
-        raise ValueError(f"output_dir must be a folder, got {config.output_dir}")
-    folder = Path(config.output_dir).resolve()
+    if is_stream(output_dir):
+        raise ValueError(f"output_dir must be a folder, got {output_dir}")
+    folder = output_dir.resolve()
     written = [folder / name for name in (*_MODELS, CHECKPOINTS, FAULTS)]
-    for key in ("reader", "retriever", "train_data", "eval_data"):
-        value = getattr(config, key)
+    for key, value in inputs.items():
         if value is None or not os.path.exists(value):
             continue
         path = Path(value).resolve()
         if any(path == own or own in path.parents for own in written):
             raise ValueError(
-                f"{key} {value} is what a run in output_dir {config.output_dir} replaces: choose "
+                f"{key} {value} is what a run in output_dir {output_dir} replaces: choose "
                 "another output_dir"
             )
 

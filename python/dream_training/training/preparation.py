@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,7 @@ class Prepared:
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.config.output_dir)
+        return Path(self.config.output.output_dir)
 
 
 @contextmanager
@@ -80,26 +80,36 @@ def prepared(
 
     Raises what :func:`~dream_training.training.driver.train` names.
     """
-    given = asdict(config)
-    config = replace(config, device=world.join(config.device, config.distributed_timeout))
+    given = config.flat()
+    device = world.join(config.run.device, config.distribution.distributed_timeout)
+    config = config.with_changes(device=device)
     console = (console or make_console()) if world.is_main() else Console(quiet=True)
     show_on(console)
-    output_dir = Path(config.output_dir)
-    check_inputs(config)
-    check_models(config)
+    output_dir = Path(config.output.output_dir)
+    check_inputs(
+        output_dir,
+        reader=config.reader.model,
+        retriever=config.retriever.model,
+        train_data=config.data.train_data,
+        eval_data=config.evaluation.eval_data,
+    )
+    needs_reader = config.objective.name != "infonce"
+    check_models(config.reader.model if needs_reader else None, config.retriever.model)
     if not overwrite:
         world.on_main(lambda: check_unused(output_dir, resume))
-    endless = config.streaming and data is None
-    data = load_training_data(config) if data is None else data
-    check_data(config, data)
-    evaluator = make_evaluator(config) if evaluator is None else evaluator
-    check_tasks(config.final_tasks or [])
-    steps_data = load_training_data(config, endless=True) if endless else data
+    endless = config.data.streaming and data is None
+    seed = config.run.seed
+    data = load_training_data(config.data, seed) if data is None else data
+    check_data(data, config.optimisation, config.objective)
+    if evaluator is None:
+        evaluator = make_evaluator(config.evaluation, seed)
+    check_tasks(config.evaluation.final_tasks or [])
+    steps_data = load_training_data(config.data, seed, endless=True) if endless else data
     with _own_folder(output_dir, resume, overwrite):
         identity = identity_of(config, data)
         checkpoint = find_checkpoint(output_dir / CHECKPOINTS, console) if resume else None
         if checkpoint is not None:
-            check_identity(checkpoint, identity, config)
+            check_identity(checkpoint, identity)
         elif resume:
             check_unused(output_dir, resume, checkpoint=False)
         yield Prepared(config, given, data, steps_data, evaluator, identity, checkpoint, console)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,19 +41,19 @@ _ROWS = 10_000
 def identity_of(config: TrainConfig, data: Dataset | IterableDataset) -> dict[str, Any]:
     """What a checkpoint must share with the run that resumes from it."""
     return {
-        "config": asdict(config),
-        "data": data_digest(config, data),
+        "config": config.flat(),
+        "data": data_digest(config.data.train_data, data),
         "processes": world.size(),
     }
 
 
-def data_digest(config: TrainConfig, data: Dataset | IterableDataset) -> str:
+def data_digest(train_data: str, data: Dataset | IterableDataset) -> str:
     """Return a digest of training data: of its rows, or of 10,000 evenly spaced ones.
 
     A file is digested as a whole, and a stream that is not a file by its name alone.
     """
     digest = hashlib.blake2b(digest_size=16)
-    path = Path(config.train_data)
+    path = Path(train_data)
     if path.is_file():
         add_file(digest, path)
     if hasattr(data, "__len__"):
@@ -64,7 +63,7 @@ def data_digest(config: TrainConfig, data: Dataset | IterableDataset) -> str:
         for i in tracked(rows, "digesting the training data", len(rows)):
             digest.update(json.dumps(data[i], sort_keys=True, default=str).encode())
     else:
-        digest.update(config.train_data.encode())
+        digest.update(train_data.encode())
     return digest.hexdigest()
 
 
@@ -84,23 +83,23 @@ def find_checkpoint(folder: Path, console: Console) -> Checkpoint | None:
 
 def has_checkpoint_of(config: TrainConfig) -> bool:
     """Whether ``output_dir`` has a checkpoint that was written with this config."""
-    checkpoint = newest_checkpoint(Path(config.output_dir) / CHECKPOINTS, lambda reason: None)
-    if checkpoint is None or checkpoint.step > config.max_steps:
+    checkpoint = newest_checkpoint(
+        Path(config.output.output_dir) / CHECKPOINTS, lambda reason: None
+    )
+    if checkpoint is None or checkpoint.step > config.optimisation.max_steps:
         return False
-    return not _differing(checkpoint.document("run")["config"], asdict(config))
+    return not _differing(checkpoint.document("run")["config"], config.flat())
 
 
-def check_identity(
-    checkpoint: Checkpoint, identity: Mapping[str, Any], config: TrainConfig
-) -> None:
-    """Raise unless a checkpoint belongs to this run.
+def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Raise unless a checkpoint is one of the run of this :func:`identity_of`.
 
     Raises:
         ValueError: a config key that decides the result differs, or the training data, or the
             checkpoint has more steps than the run.
     """
-    kept = checkpoint.document("run")
-    for key, (before, now) in _differing(kept["config"], identity["config"]).items():
+    kept, config = checkpoint.document("run"), identity["config"]
+    for key, (before, now) in _differing(kept["config"], config).items():
         raise ValueError(
             f"{key} is {now!r}, and {checkpoint.path} was written with {before!r}: resume with "
             "that value, or start a new run in another output_dir"
@@ -112,18 +111,18 @@ def check_identity(
         )
     if kept["data"] != identity["data"]:
         raise ValueError(
-            f"train_data {config.train_data} has changed since {checkpoint.path} was written: "
+            f"train_data {config['train_data']} has changed since {checkpoint.path} was written: "
             "restore the old data, or start a new run in another output_dir"
         )
-    if checkpoint.step > config.max_steps:
+    if checkpoint.step > config["max_steps"]:
         raise ValueError(
             f"max_steps must be at least {checkpoint.step}, the step of {checkpoint.path}, "
-            f"got {config.max_steps}"
+            f"got {config['max_steps']}"
         )
 
 
 def check_mini_batches(
-    checkpoint: Checkpoint, config: TrainConfig, model: SentenceTransformer
+    checkpoint: Checkpoint, mini_batch_size: int | None, model: SentenceTransformer
 ) -> None:
     """Raise if mini-batches of another size would draw other dropout masks.
 
@@ -132,9 +131,9 @@ def check_mini_batches(
             random numbers.
     """
     before = checkpoint.document("run")["config"].get("mini_batch_size")
-    if before != config.mini_batch_size and draws_random_numbers(model):
+    if before != mini_batch_size and draws_random_numbers(model):
         raise ValueError(
-            f"mini_batch_size is {config.mini_batch_size!r}, and {checkpoint.path} was written "
+            f"mini_batch_size is {mini_batch_size!r}, and {checkpoint.path} was written "
             f"with {before!r}: the retriever has dropout, whose masks depend on it. Resume "
             "with that value, or start a new run in another output_dir"
         )

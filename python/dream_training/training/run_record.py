@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dream_training.config import TrainConfig
+from dream_training.config_groups import EvaluationConfig, OutputConfig, RunConfig
 from dream_training.distributed import world
 from dream_training.distributed.sharding import loaded_whole, whole
 from dream_training.environment import describe_environment
@@ -44,7 +44,9 @@ class RunRecord(TrainerCallback):
     evaluates on ``final_tasks``.
 
     Args:
-        config: the run.
+        output: of the run.
+        wanted: its evaluations.
+        run: the seed of the examples, and whether a model's code is trusted.
         model: the retriever, untrained.
         data: training data.
         loss: the objective.
@@ -55,7 +57,9 @@ class RunRecord(TrainerCallback):
 
     def __init__(
         self,
-        config: TrainConfig,
+        output: OutputConfig,
+        wanted: EvaluationConfig,
+        run: RunConfig,
         model: SentenceTransformer,
         data: Iterable[Any],
         loss: TrainingObjective,
@@ -63,9 +67,10 @@ class RunRecord(TrainerCallback):
         history: History,
         resumed: bool = False,
     ) -> None:
-        self.config, self.model, self.loss = config, model, loss
+        self.wanted, self.run = wanted, run
+        self.model, self.loss = model, loss
         self.evaluator, self.history = evaluator, history
-        self.output_dir = Path(config.output_dir)
+        self.output_dir = Path(output.output_dir)
         self._scores: dict[int, dict[str, dict[str, float]]] = {}
         self._taken: Any = None
         if history.evaluations:
@@ -73,12 +78,8 @@ class RunRecord(TrainerCallback):
         if world.is_main():
             write_json(self.output_dir / ENVIRONMENT, describe_environment(model.device))
         self.examples: TrainingExamples | None = None
-        if config.report_queries:
-            self.examples = TrainingExamples(
-                data,
-                config.report_queries,
-                config.seed,
-            )
+        if output.report_queries:
+            self.examples = TrainingExamples(data, output.report_queries, run.seed)
             if not resumed:
                 self._measure("before")
 
@@ -115,11 +116,11 @@ class RunRecord(TrainerCallback):
             return
         if self.examples is not None:
             write_json(self.output_dir / EXAMPLES, self.examples.content())
-        found = self._evaluations(path)
+        found, wanted = self._evaluations(path), self.wanted
         environment = describe_environment(self.model.device)
         if found:
             write_evaluations(self.output_dir / FILE_NAME, found, environment)
-        if interrupted or not self.config.final_tasks:
+        if interrupted or not wanted.final_tasks:
             return
         from dream_training.models.retriever import load_sentence_transformer
 
@@ -127,12 +128,13 @@ class RunRecord(TrainerCallback):
             best = load_sentence_transformer(
                 path,
                 device=str(self.model.device),
-                trust_remote_code=self.config.trust_remote_code,
+                trust_remote_code=self.run.trust_remote_code,
             )
         options = EvaluationOptions(
-            split=self.config.eval_split, keep_identical_ids=self.config.keep_identical_ids
+            split=wanted.eval_split,
+            keep_identical_ids=wanted.keep_identical_ids,
         )
-        for task in expand_tasks(self.config.final_tasks):
+        for task in expand_tasks(wanted.final_tasks):
             evaluation = evaluate_task(best, str(path), task, options)
             console.print(
                 f"{task}: nDCG@10 {evaluation.ndcg_at_10:.4f}  "
@@ -155,16 +157,16 @@ class RunRecord(TrainerCallback):
     def _evaluations(self, path: Path) -> list[Evaluation]:
         if self.evaluator is None:
             return []
-        found = []
+        found, wanted = [], self.wanted
         settings = retrieval_settings(
             self.model,
             self.evaluator.task,
-            split=self.config.eval_split,
-            path=self.config.eval_data,
+            split=wanted.eval_split,
+            path=wanted.eval_data,
         )
         for step, name in ((0, UNTRAINED), (self.history.best_step, str(path))):
             if step in self._scores:
-                task = self.config.eval_data or "evaluation during training"
+                task = wanted.eval_data or "evaluation during training"
                 found.append(
                     Evaluation.from_scores(
                         name,
@@ -182,5 +184,5 @@ class RunRecord(TrainerCallback):
         if reader is not None and not reader.injection.heads:
             reader = None  # no head of it receives the scores
         temperature = self.loss.temperature
-        value = self.config.temperature if temperature is None else temperature.value
+        value = self.config.objective.temperature if temperature is None else temperature.value
         self.examples.measure(name, whole(self.model), reader, value)

@@ -243,31 +243,32 @@ def build_trainer(
         evaluate_first: evaluate before the first step too.
         options: as in :class:`RunTrainer`.
     """
-    set_seed(config.seed)
+    steps, output = config.optimisation, config.output
+    set_seed(config.run.seed)
     arguments: dict[str, Any] = {"save_strategy": "no"}
     if evaluator is not None:
         arguments |= {
             "eval_strategy": "steps",
-            "eval_steps": config.eval_steps,
+            "eval_steps": config.evaluation.eval_steps,
             "eval_on_start": evaluate_first,
         }
-    if config.save_steps != 0:
+    if output.save_steps != 0:
         arguments["save_strategy"] = "steps"
-        arguments["save_steps"] = config.save_steps or config.eval_steps
+        arguments["save_steps"] = output.save_steps or config.evaluation.eval_steps
     args = SentenceTransformerTrainingArguments(
-        output_dir=config.output_dir,
-        max_steps=config.max_steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler,
-        warmup_steps=config.warmup_steps,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        data_seed=config.seed,
+        output_dir=output.output_dir,
+        max_steps=steps.max_steps,
+        per_device_train_batch_size=steps.batch_size,
+        gradient_accumulation_steps=steps.gradient_accumulation_steps,
+        learning_rate=steps.learning_rate,
+        lr_scheduler_type=steps.lr_scheduler,
+        warmup_steps=steps.warmup_steps,
+        max_grad_norm=steps.max_grad_norm,
+        seed=config.run.seed,
+        data_seed=config.run.seed,
         use_cpu=str(model.device) == "cpu",
         dataloader_drop_last=True,
-        dataloader_num_workers=config.dataloader_workers,
+        dataloader_num_workers=config.data.dataloader_workers,
         # Batches of a stream would be cut to as many documents as there are queries.
         accelerator_config={"dispatch_batches": False},
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -276,7 +277,7 @@ def build_trainer(
         disable_tqdm=True,
         batch_sampler="no_duplicates" if objective.no_duplicates else "batch_sampler",
         **arguments,
-        **engine_arguments(config),
+        **engine_arguments(config.distribution),
     )
     # A card without widget examples would have the trainer make some from the training columns.
     model.model_card_data.widget = [{}]
@@ -287,10 +288,10 @@ def build_trainer(
         loss=objective.loss,
         evaluator=evaluator,
         data_collator=objective.collator,
-        keep_checkpoints=config.keep_checkpoints,
+        keep_checkpoints=output.keep_checkpoints,
         **options,
     )
-    check_trainer(config, trainer)
+    check_trainer(config.distribution, trainer, config.objective.learnable_temperature)
     if trainer.is_deepspeed_enabled and trainer.writes_checkpoints:
         trainer.console.print("DeepSpeed: no checkpoints are written, because it would pickle them")
         trainer.args.save_strategy = SaveStrategy.NO
