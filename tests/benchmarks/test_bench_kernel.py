@@ -41,13 +41,13 @@ QUICK = Settings(peers=ON_EVERY_CPU, runs=3, seconds=1.0, memory=False, quick=Tr
 
 
 def label(case: Case) -> str:
-    """What distinguishes a variant."""
+    """The fields in which a case differs from ``SMALL``."""
     own, base = case.record(), SMALL.record()
     return ",".join(f"{k}={v}" for k, v in own.items() if v != base[k]) or "small"
 
 
 def quietly(_: object) -> None:
-    """Shows nothing."""
+    """Print nothing."""
 
 
 @pytest.mark.parametrize("name", ON_EVERY_CPU)
@@ -81,7 +81,7 @@ def test_a_peer_that_cannot_run_here_says_why(name: str) -> None:
 
 
 class _Spoiled(Eager):
-    """Eager attention with one thing made wrong."""
+    """Eager attention with one deliberate error."""
 
     def __init__(self, what: str, factor: float = 1.01) -> None:
         self.what, self.factor = what, factor
@@ -109,7 +109,7 @@ class _Spoiled(Eager):
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("what", ("output", "query", "scores"))
 def test_a_wrong_peer_is_refused_and_gets_no_time(monkeypatch, what: str, dtype: str) -> None:
-    # Plain PyTorch's own few gradients of scores are off by 1 % in bfloat16.
+    # Plain PyTorch's own few score gradients are off by 1 % in bfloat16.
     factor = 1.1 if (what, dtype) == ("scores", "bfloat16") else 1.01
     wrong = _Spoiled(what, factor)
     monkeypatch.setitem(kernel.ADAPTERS, wrong.name, wrong)
@@ -139,7 +139,7 @@ def test_a_peer_that_would_exhaust_the_machine_is_refused(monkeypatch) -> None:
     assert ours["status"] == "ok"
 
 
-def test_the_suite_ends_when_its_time_is_up() -> None:
+def test_the_suite_stops_when_its_time_is_up() -> None:
     settings = replace(QUICK, total_seconds=-1.0)
     records = run_kernel([SMALL], settings, quietly, "kernel")
     assert {r["status"] for r in records} == {"refused"}
@@ -190,7 +190,7 @@ def test_ratios_are_medians_over_common_rounds() -> None:
     assert quantiles([3.0, 1.0, 2.0])["median"] == 2.0 and quantiles([5.0])["upper"] == 5.0
 
 
-def test_out_of_memory_is_called_so() -> None:
+def test_out_of_memory_is_reported_as_such() -> None:
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
     assert describe_failure(error).startswith("out of memory")
     assert describe_failure(ValueError("bad")) == "ValueError: bad"

@@ -37,7 +37,7 @@ def measured() -> list[dict]:
     settings = Settings(peers=PEERS, runs=3, seconds=0.5, memory=False, quick=True)
 
     def quietly(*_: object) -> None:
-        """Shows nothing."""
+        """Print nothing."""
 
     cases = [CASE, replace(CASE, gradients=("scores",)), replace(CASE, dtype="bfloat16")]
     axis = Axis(
@@ -73,13 +73,13 @@ def _steps() -> list[dict]:
     ]  # fmt: skip
 
 
-def test_records_survive_their_file(measured, tmp_path) -> None:
+def test_records_round_trip(measured, tmp_path) -> None:
     path = store.write(tmp_path / "some" / "kernel.jsonl", measured)
     assert store.read(path.parent) == measured
     assert [p.name for p in path.parent.iterdir()] == ["kernel.jsonl"]
 
 
-def test_a_suite_that_is_stopped_leaves_what_it_has(measured, tmp_path) -> None:
+def test_a_stopped_suite_keeps_what_it_measured(measured, tmp_path) -> None:
     keeper = store.Keeper(tmp_path, "kernel")
     assert keeper.add([]) is None
     keeper.add(measured[:2])
@@ -144,7 +144,7 @@ def test_the_report_draws_and_writes_the_same_page_twice(measured, tmp_path) -> 
     assert [path.read_bytes() for path in drawn] == before
 
 
-def test_the_recorded_page_is_that_of_the_records(monkeypatch) -> None:
+def test_the_recorded_page_matches_the_records(monkeypatch) -> None:
     monkeypatch.setattr(plots, "save", lambda figure, path: (plots.plt.close(figure), path)[1])
     results = PACKAGE / "results"
     if not list(results.glob("*.jsonl")):
@@ -157,7 +157,7 @@ def test_the_recorded_page_is_that_of_the_records(monkeypatch) -> None:
 
 
 def _assert_not_blank(path: Path) -> None:
-    """Something is drawn in every quarter, dark enough to be read, and without colour."""
+    """Check that each quarter has something drawn, dark enough to read, and without colour."""
     import matplotlib.image
 
     pixels = torch.from_numpy(matplotlib.image.imread(path)[..., :3].copy())
@@ -169,7 +169,7 @@ def _assert_not_blank(path: Path) -> None:
     assert (pixels.amax(-1) - pixels.amin(-1)).max() < 0.05
 
 
-def test_the_report_replaces_no_page_but_its_own(measured, tmp_path) -> None:
+def test_the_report_replaces_only_its_own_page(measured, tmp_path) -> None:
     with pytest.raises(ValueError, match="no records"):
         write_page(tmp_path)
     store.write(tmp_path / "all.jsonl", measured)
@@ -234,7 +234,7 @@ def test_exponents_of_power_laws() -> None:
     assert fitted_exponent([(1.0, 2.0)]) is None
 
 
-def test_the_committed_floors_are_those_of_the_code() -> None:
+def test_the_committed_floors_match_the_code() -> None:
     text = (PACKAGE / "floors.md").read_text(encoding="utf-8")
     assert floor_table(H100) in text, "run: python -m benchmarks floors, and put it into floors.md"
     assert {c.name for c in gpu_cases()} == {
@@ -261,7 +261,7 @@ def test_a_floor_names_what_binds() -> None:
     assert floor.share == pytest.approx(1.0)
 
 
-def test_a_part_of_a_suite_leaves_the_rest_of_its_record(measured, tmp_path) -> None:
+def test_a_partial_suite_keeps_the_rest_of_its_record(measured, tmp_path) -> None:
     store.Keeper(tmp_path, "kernel").add(measured)
     again = {**measured[0], "note": "measured again"}
     store.Keeper(tmp_path, "kernel", part=True).add([again])
@@ -271,7 +271,7 @@ def test_a_part_of_a_suite_leaves_the_rest_of_its_record(measured, tmp_path) -> 
     assert store.read(tmp_path) == [again]
 
 
-def test_a_wide_table_goes_on_below(capsys) -> None:
+def test_a_wide_table_wraps(capsys) -> None:
     columns = ["peer", *(f"column {i}" for i in range(12))]
     rows = [["flash", *(str(i) * 8 for i in range(12))], ["other", "failed"]]
     console = make_console()

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """For a model this small a second thread only waits, and for long on a busy machine."""
+    """With a model this small a second thread only waits, and for long on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,7 +42,7 @@ def models():
 
 @pytest.fixture
 def setup(models):
-    """Without the gradients of the test before, to which a step would add its own."""
+    """The models without gradients of the previous test, to which a step would add its own."""
     models.optimizer.zero_grad()
     return models
 
