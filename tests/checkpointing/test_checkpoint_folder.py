@@ -1,4 +1,4 @@
-"""Checkpoint folders: whole or absent, verified, and refused by name."""
+"""Checkpoint folders: complete or absent, verified, and refused by name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
 
 
-def test_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
+def test_the_newest_intact_one_is_used(tmp_path: Path) -> None:
     for step in (2, 4, 10):
         write(tmp_path, step)
     refused: list[str] = []
@@ -51,8 +51,8 @@ def test_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "run.json", MANIFEST])
-def test_every_altered_byte_is_noticed(tmp_path: Path, name: str) -> None:
-    """A few hundred places over the file, one bit each; and every cut."""
+def test_every_altered_byte_is_detected(tmp_path: Path, name: str) -> None:
+    """At a few hundred places in the file: one bit flipped, and the file cut there."""
     path = write(tmp_path).path
     whole = (path / name).read_bytes()
     for place in range(0, len(whole), max(1, len(whole) // 200)):
@@ -68,7 +68,7 @@ def test_every_altered_byte_is_noticed(tmp_path: Path, name: str) -> None:
     read_checkpoint(path)
 
 
-def test_files_too_many_and_too_few_are_named(tmp_path: Path) -> None:
+def test_extra_and_missing_files_are_named(tmp_path: Path) -> None:
     path = write(tmp_path).path
     (path / "extra.pt").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"extra.pt: it does not belong there"):
@@ -93,7 +93,7 @@ def test_a_checkpoint_under_another_name_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
-def test_a_failing_disk_leaves_the_old_ones(tmp_path: Path, monkeypatch, call: str) -> None:
+def test_a_failing_disk_keeps_the_old_checkpoints(tmp_path: Path, monkeypatch, call: str) -> None:
     write(tmp_path, 1)
 
     def fail(*args, **kwargs):
@@ -116,8 +116,8 @@ def write_to_a_full_disk(folder: Path) -> None:
         write_checkpoint(folder, 1, {"big": {"a": torch.zeros(10_000)}}, {})
 
 
-def test_a_disk_that_is_full_in_earnest(tmp_path: Path) -> None:
-    """The safetensors writer's own error, under a limit of the system on the size of files."""
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """The safetensors writer's own error, under the system's limit on file sizes."""
     pytest.importorskip("resource")
     in_own_process(write_to_a_full_disk, tmp_path)
     assert list(tmp_path.iterdir()) == []
