@@ -1,4 +1,4 @@
-"""The ``dream`` command as a user meets it."""
+"""The ``dream`` command as a user runs it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_help_lists_the_commands() -> None:
-    """In an interpreter that has loaded nothing before."""
+    """In a fresh interpreter."""
     result = run_command(sys.executable, "-m", "dream_training.cli", "--help")
     assert result.returncode == 0, result.stderr
     for command in ("demo", "doctor", "heads", "train", "evaluate", "bench"):

@@ -1,4 +1,4 @@
-"""``dream data prepare`` as a user meets it."""
+"""``dream data prepare`` as a user runs it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_text_becomes_rows_of_the_asked_lengths(tiny_model: Path, tmp_path: Path
     row = json.loads(output.read_text().splitlines()[0])
     assert (row["query"], row["target"]) == ("w110 w111 w112", "w113 w114 w115 w116")
     assert [len(d.split()) for d in row["documents"]] == [10, 10]
-    # The same numbers in tokens, of which a word has five with its space.
+    # The same lengths in tokens: a word with its space has five.
     lengths = ["--passage-len", 50, "--query-len", 15, "--target-len", 20]
     again = prepare(texts, "--output", output, *lengths, "--tokenizer", tiny_model)
     assert again.exit_code == 0

@@ -41,7 +41,7 @@ MODEL = {
     "device": "cpu",
 }
 LONG = "a-folder-with-a-name-that-is-long [and has brackets]"
-# In this order: some need what others leave.
+# In this order: some need the output of earlier ones.
 COMMANDS = {
     "train": "train c.yaml output_dir=run",
     "train-infonce": "train c.yaml objective=infonce output_dir=infonce",
@@ -63,13 +63,13 @@ COMMANDS = {
     "report": "report run infonce --output report.html",
 }
 VOLATILE = (
-    # What is measured has as many digits as it has, and breaks lines elsewhere.
+    # Measured figures vary in length, and so does where their lines break.
     (r"(?s)(time and memory +|time here +|on an H100 +).*?(?=\n {0,2}\S|\n\n|\Z)", r"\1..."),
     (r"[\d,.]+ tokens/s", "# tokens/s"),
     (r"[\d,.]+ KiB", "# KiB"),
     (r"\b\d+/\d+/\d+\b", "#/#/#"),
     (r"\b\d-\d\b", "#-#"),
-    # Which model is the best is no matter of layout.
+    # Which model is best does not matter to the layout.
     (r"  \(best so far\)", ""),
     (r"(?s)NOT BETTER THAN UNTRAINED.*?trained one\.\n", ""),
     (r'/(best|last)"\)', '/<best or last>")'),
@@ -107,7 +107,7 @@ def write_tiny_data_into(folder: Path) -> None:
 def dream(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Run a command in the workspace, and return what it prints."""
     monkeypatch.chdir(workspace)
-    # However loaded the machine is, no wait is long.
+    # No wait counts as long, however loaded the machine is.
     monkeypatch.setattr(console, "FIRST_LINE", 1e6)
     monkeypatch.setattr("dream_training.training.callbacks.EVERY_LINE", 1e6)
     for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE"):
@@ -146,13 +146,13 @@ def test_the_outputs(dream: Callable[..., str]) -> None:
 
 
 def masked(text: str) -> str:
-    """What a command printed, without what the machine decides."""
+    """What a command printed, without what depends on the machine."""
     for pattern, replacement in VOLATILE:
         text = re.sub(pattern, replacement, text)
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
-def test_every_help_fits_and_is_whole(dream: Callable[..., str]) -> None:
+def test_every_help_fits_and_is_complete(dream: Callable[..., str]) -> None:
     overview = dream("--help")
     assert "..." not in overview.replace("COMMAND [ARGS]...", "")
     commands = re.findall(r"(?m)^  (\S+)  ", overview.split("Commands:")[1])
