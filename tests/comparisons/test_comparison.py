@@ -52,7 +52,7 @@ def test_every_objective_trains_on_the_same_data(run, tmp_path: Path) -> None:
         assert np.asarray(image.convert("L")).std() > 5
 
 
-def test_what_has_its_result_is_not_trained_again(run, tmp_path: Path, monkeypatch) -> None:
+def test_runs_with_a_result_are_not_trained_again(run, tmp_path: Path, monkeypatch) -> None:
     runs = {"a": {"objective": "infonce"}, "b": {"objective": "infonce", "temperature": 0.2}}
     section = {"seeds": [3, 4], "runs": runs}
     config = write_config(run, tmp_path / "c.yaml", section)
@@ -123,7 +123,7 @@ def test_infonce_takes_the_negatives_that_every_line_has() -> None:
         ({"evaluate": "folder"}, "must be a list of folders, got 'folder'"),
     ],
 )
-def test_mistakes_show_before_anything_is_trained(run, tmp_path, section, message) -> None:
+def test_mistakes_are_found_before_anything_is_trained(run, tmp_path, section, message) -> None:
     with pytest.raises(ValueError, match=message):
         load_comparison(write_config(run, tmp_path / "c.yaml", section))
 

@@ -1,4 +1,4 @@
-"""Choices of heads side by side: overlap, losses, trainings, and what is not done twice."""
+"""Choices of heads side by side: overlap, losses, training runs, and what is not done twice."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_picture_shows_every_choice(tmp_path: Path) -> None:
         plot_head_choices({str(i): [] for i in range(5)}, [], (3, 4), path)
 
 
-def test_the_command_compares_trains_and_goes_on(run, tmp_path: Path) -> None:
+def test_the_command_compares_trains_and_resumes(run, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     settings = run(max_steps=1, eval_steps=1)
     config.write_text(yaml.safe_dump(asdict(settings)))
@@ -195,7 +195,7 @@ def test_mistakes_are_named(run, arguments: list[str], message: str) -> None:
     assert isinstance(result.exception, ValueError) and message in str(result.exception)
 
 
-def test_a_training_with_another_reader_is_refused(run, tmp_path: Path) -> None:
+def test_a_run_with_another_reader_is_refused(run, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(asdict(run())))
     result = CliRunner().invoke(
