@@ -170,7 +170,7 @@ TWO_QUERIES = GOOD_QUERIES + '{"_id": "r", "text": "other"}\n'
         "\n\nqid\tdocid\trelevance\nq\td\t2\nr\td\t0\n",
     ),
 )
-def test_no_line_of_qrels_is_lost_whatever_their_form(tmp_path: Path, qrels: str) -> None:
+def test_no_line_of_qrels_is_lost_regardless_of_their_form(tmp_path: Path, qrels: str) -> None:
     path = write_files(tmp_path / "set", GOOD_CORPUS, TWO_QUERIES, "")
     (path / "qrels" / "test.tsv").write_text(qrels)
     assert read_beir_folder(path)[2] == {"q": {"d": 2}, "r": {"d": 0}}
@@ -188,16 +188,14 @@ def test_no_line_of_qrels_is_lost_whatever_their_form(tmp_path: Path, qrels: str
         ("query-id\tcorpus-id\tscore\n\n", r"test\.tsv: has no line with a judgement"),
     ],
 )
-def test_qrels_of_no_form_and_without_a_line_are_an_error(
-    tmp_path: Path, qrels: str, message: str
-) -> None:
+def test_malformed_and_empty_qrels_are_an_error(tmp_path: Path, qrels: str, message: str) -> None:
     path = write_files(tmp_path / "set", GOOD_CORPUS, TWO_QUERIES, "")
     (path / "qrels" / "test.tsv").write_text(qrels)
     with pytest.raises(ValueError, match=message):
         read_beir_folder(path)
 
 
-def test_a_missing_split_or_file_is_named_with_what_there_is(tmp_path: Path, run) -> None:
+def test_a_missing_split_or_file_is_named_with_those_present(tmp_path: Path, run) -> None:
     path = write_files(tmp_path / "set", GOOD_CORPUS, GOOD_QUERIES, "q\td\t0\n")
     with pytest.raises(ValueError, match=r"set: qrels/test\.tsv calls no document relevant"):
         make_evaluator(run(eval_data=str(path)).evaluation, 0)

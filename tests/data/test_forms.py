@@ -1,4 +1,4 @@
-"""The forms that users already have: each becomes the same rows, and says what is wrong with it."""
+"""Forms of data that users already have: each becomes the same rows or a clear error."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_form_becomes_columns(tmp_path: Path, row, target_from, expected) -> N
     assert documents is None or read["documents"] == documents
 
 
-def test_the_positive_does_not_stand_among_the_negatives(tmp_path: Path) -> None:
+def test_the_positive_is_not_among_the_negatives(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "d.jsonl",
         {"query": "q", "pos": ["One  text", "Two"], "neg": ["other", "one text", "TWO", "other"]},
@@ -137,7 +137,9 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
         ("x.jsonl.gz", b"plain", ValueError, "cannot be read as text"),
     ],
 )
-def test_a_file_that_is_none_is_refused(tmp_path: Path, name, content, error, message) -> None:
+def test_missing_and_invalid_files_are_refused(
+    tmp_path: Path, name, content, error, message
+) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -145,7 +147,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, name, content, error, me
         read_training_data(path)
 
 
-def test_an_unreachable_data_set_is_said_so() -> None:
+def test_an_unreachable_data_set_is_named() -> None:
     with pytest.raises(FileNotFoundError, match="no/such-set: "):
         read_training_data("no/such-set")
 

@@ -30,7 +30,7 @@ def write(rows, tokenizer=None, **options):
 
 
 class Recorder:
-    """Stands for a model: notes its prompts and answers with given texts."""
+    """Takes the place of a model: records its prompts and answers with given texts."""
 
     def __init__(self, *answers: str) -> None:
         self.tokenizer, self.answers, self.prompts = make_tokenizer(), list(answers), []

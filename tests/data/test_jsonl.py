@@ -76,7 +76,7 @@ def test_an_empty_file_is_refused(tmp_path) -> None:
         read_training_data(write(tmp_path, ""))
 
 
-def test_of_equal_documents_one_stays_and_it_is_the_relevant_one(tmp_path) -> None:
+def test_of_equal_documents_the_relevant_one_is_kept(tmp_path) -> None:
     path = write(
         tmp_path, {**GOOD, "documents": ["other", "the  Answer", "The answer", "x"], "positive": 2}
     )
@@ -105,7 +105,7 @@ def test_a_stream_has_the_rows_of_the_data_set(tmp_path) -> None:
     ]
 
 
-def test_a_stream_names_the_bad_line_when_it_comes_to_it(tmp_path) -> None:
+def test_a_stream_names_the_bad_line_when_it_reaches_it(tmp_path) -> None:
     lines = iter(stream_training_data(write(tmp_path, GOOD, {**GOOD, "query": ""})))
     assert next(lines)["query"] == "q"
     with pytest.raises(ValueError, match=r"train\.jsonl:2: query must be a text"):

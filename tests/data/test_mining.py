@@ -1,4 +1,4 @@
-"""Mined candidates: which ranks, what is left out, and the same again with the same seed."""
+"""Mined candidates: which ranks, what is left out, and equal results with equal seeds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def words(text: str) -> str:
 
 
 def in_order(queries, corpus, k):
-    """Rank the corpus as it stands, with the equal scores that a search may return unordered."""
+    """Rank the corpus in its own order, with ties, which a search may return in any order."""
     best = list(corpus)[:k]
     return {q: {key: -float(int(key) // 2) for key in reversed(best)} for q in queries}
 
@@ -59,7 +59,7 @@ def test_a_query_that_is_a_document_is_no_candidate_and_has_no_rank() -> None:
     assert mine(rows[1:2], CORPUS, in_order, options)[1].itself == 0
 
 
-def test_a_positive_of_another_line_with_the_query_is_none_here() -> None:
+def test_a_positive_of_another_line_with_the_query_is_no_candidate() -> None:
     rows = [make_row("q", ["document 0"], [0]), make_row("Q", ["document 1"], [0])]
     options = MiningOptions(per_query=9, last_rank=4, choose="best")
     mined, counts = mine(rows, CORPUS, in_order, options)
@@ -67,7 +67,7 @@ def test_a_positive_of_another_line_with_the_query_is_none_here() -> None:
     assert (counts.known_positives, counts.short_rows) == (4, 2)
 
 
-def test_candidates_stay_where_no_positive_is_known_or_on_demand() -> None:
+def test_candidates_stay_if_no_positive_is_known_or_on_request() -> None:
     rows = [make_row("a", ["x", "document 0"]), make_row("b", ["x", "y", "z"], [1])]
     options = MiningOptions(per_query=1, choose="best")
     mined, counts = mine(rows, CORPUS, in_order, options)
@@ -106,7 +106,7 @@ def test_equal_and_blank_texts_of_the_corpus_count_once() -> None:
         mine([make_row("q", ["p"])], [" "], in_order, MiningOptions())
 
 
-def test_a_random_choice_depends_on_seed_and_query_alone() -> None:
+def test_a_random_choice_depends_only_on_seed_and_query() -> None:
     rows = [make_row(f"q{i}", ["p"], [0]) for i in range(4)]
 
     def chosen(rows, seed):

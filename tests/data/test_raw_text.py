@@ -18,7 +18,7 @@ def words(start: int, stop: int) -> str:
     return " ".join(f"w{i}" for i in range(start, stop))
 
 
-def test_documents_and_questions_take_turns() -> None:
+def test_documents_and_questions_alternate() -> None:
     rows = list(rows_of_text([("a.txt", words(0, 28))], SHORT))
     assert [row.as_json() for row in rows] == [
         {
@@ -51,7 +51,7 @@ def test_no_candidate_of_any_row_holds_any_target() -> None:
 
 
 def test_a_candidate_with_the_target_in_it_is_left_out() -> None:
-    # The paragraph before says word for word what is to be predicted.
+    # The previous paragraph has, word for word, the text to be predicted.
     text = "x A B  C y z q r a b c k l m n o p"
     (row,) = rows_of_text([("t", text)], SHORT)
     assert row.target == "a b c" and row.documents == ("k l m n o p",)

@@ -1,4 +1,4 @@
-"""What is said of a data set, against counts made by hand."""
+"""The statistics of a data set, against counts by hand."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ def test_lengths_and_what_is_cut() -> None:
     assert "cut" not in lengths["tokens"]["document"]
 
 
-def test_many_lines_are_measured_in_pieces() -> None:
+def test_many_lines_are_measured_in_chunks() -> None:
     rows = [make_row(f"q {i}", [f"document {'x ' * i}"]) for i in range(1100)]
     lengths = describe(rows)["lengths"]["words"]
     assert lengths["document"]["max"] == 1100 and lengths["document"]["median"] == 550.5
     assert quantiles([1, 2, 3, 4, 90])["p90"] == pytest.approx(55.6)
 
 
-def test_no_line_is_an_error() -> None:
+def test_data_without_a_line_is_an_error() -> None:
     with pytest.raises(ValueError, match="no line to describe; the first fault: x:1: has no query"):
         describe([], bad_lines=["x:1: has no query"])
 
