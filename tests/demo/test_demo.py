@@ -55,7 +55,7 @@ def test_both_parts(
 ) -> None:
     out = tmp_path / "demo"
     metrics = run_demo(out, **models, **SMALL)
-    # What is read once is not read again, in another round or in the other part.
+    # What is read once is not read again, in another epoch or in the other part.
     assert len(readings) == READ
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     adapted = metrics["adapted"]
@@ -120,7 +120,7 @@ def test_without_the_retriever_the_demo_names_the_command(
 
 
 def stop(*arguments: object) -> None:
-    """In place of a training: far enough."""
+    """Replaces the training: the test needs nothing after this point."""
     raise KeyboardInterrupt
 
 
@@ -135,7 +135,7 @@ def test_batches_are_groups_of_neighbours() -> None:
             assert len({texts[row][:5] for row in group}) == 1
     assert batches == group_rows(texts, group=3, groups=2, seed=0)
     assert batches != group_rows(texts, group=3, groups=2, seed=1)
-    # What is left of a batch is left out.
+    # An incomplete batch is left out.
     assert len(group_rows(texts, group=5, groups=2, seed=0)) == 2
 
 

@@ -309,7 +309,7 @@ def test_descriptions_become_test_queries_and_their_functions_leave_training(
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh")
 
 
-def test_a_description_given_of_many_functions_is_no_query(make_package: MakePackage) -> None:
+def test_a_description_shared_by_many_functions_is_no_query(make_package: MakePackage) -> None:
     pointers = "\n".join(f"f{i} : The equivalent of this." for i in range(5))
     package = make_package(
         {
@@ -371,7 +371,7 @@ def test_documents_do_not_hold_their_query(numpy_data: DocumentationData) -> Non
         assert first_line == example.id
         assert ">>>" not in body
     holding = sum(example.query in example.document for example in numpy_data.train)
-    # A few docstrings say their summary again in the body.
+    # A few docstrings repeat their summary in the body.
     assert holding < 0.02 * len(numpy_data.train)
 
 
