@@ -1,4 +1,4 @@
-"""Processes and models that the tests of training in several processes share."""
+"""Processes and models shared by the tests of training in several processes."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def test_two_processes_train_as_one_does(folder, tmp_path: Path, engine: str) ->
 
 @pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.soak)])
 def test_two_processes_resume_where_they_stopped(folder, tmp_path: Path, engine: str) -> None:
-    """From the middle of a run whose last checkpoints are lost, to the same bits."""
+    """From the middle of a run whose last checkpoints are lost, bit for bit."""
     options = {"max_steps": 4, "save_steps": 1, "keep_checkpoints": 4, "batch_size": 2}
     config = make_config(folder, tmp_path, **options)
     done = train_with_two(config, engine=engine, launcher=False)
@@ -184,7 +184,7 @@ def test_one_failing_process_ends_the_others(folder, tmp_path: Path) -> None:
 
 
 def test_an_engine_that_would_not_run_is_refused() -> None:
-    """Accelerate says nothing and trains with DDP."""
+    """Accelerate would train with DDP without a warning."""
     config = TrainConfig(reader="r", train_data="t", fsdp=True)
     trainer = SimpleNamespace(
         is_fsdp_enabled=False, is_deepspeed_enabled=False, args=SimpleNamespace(device="cpu")
@@ -207,7 +207,7 @@ def test_an_engine_that_would_not_run_is_refused() -> None:
         ({"reader_sharding": "split"}, "reader_sharding must be one of"),
     ],
 )
-def test_choices_that_do_not_fit_are_refused(changes: dict, message: str) -> None:
+def test_options_that_do_not_fit_together_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(reader="r", train_data="t", **changes)
 

@@ -61,7 +61,7 @@ def test_each_process_holds_its_part_of_a_sharded_reader(two, folder) -> None:
     assert first + second == whole and abs(first - second) < 0.1 * whole
 
 
-def test_what_process_0_finds_out_is_known_to_all(two) -> None:
+def test_all_processes_learn_what_process_0_finds_out(two) -> None:
     assert two.run("told_by_main", False) == [[0, 7], [0, 7]]
     first, second = two.run("told_by_main", True)
     assert first == "ValueError: no heads here"
