@@ -65,7 +65,7 @@ def test_a_difference_is_an_error_that_names_it(tmp_path: Path, key, value, show
     assert f"warning: task 'beir': {key} is {SETTINGS[key]!r} in the first and" in output
 
 
-def test_what_an_older_file_lacks_is_said_and_not_refused(tmp_path: Path) -> None:
+def test_what_an_older_file_lacks_is_reported_and_not_refused(tmp_path: Path) -> None:
     a = write(tmp_path / "a.json", evaluation())
     b = write(tmp_path / "b.json", evaluation(prompts=None, documents_digest=None))
     output = " ".join(dream("compare-runs", a, b).split())

@@ -108,7 +108,7 @@ def test_one_set_has_one_figure_whichever_command_evaluates(
     assert [e.settings["identical_ids_dropped"] for e in found] == [1] * 4
     assert make_evaluator(run(eval_data=folder).evaluation, 0)(model)["ndcg_at_10"] == 1.0
     assert not caplog.records, "a query that is a document is what the rule is for"
-    # The same on demand with them.
+    # On request they are kept.
     options = EvaluationOptions(keep_identical_ids=True)
     task = mteb_task(corpus, split)
     task.ignore_identical_ids = True
@@ -120,14 +120,14 @@ def test_one_set_has_one_figure_whichever_command_evaluates(
     assert evaluator(model)["ndcg_at_10"] == pytest.approx(0.631, abs=1e-3)
 
 
-def test_ids_that_are_equal_by_chance_are_told_once(model, folder: Path, caplog) -> None:
+def test_ids_that_are_equal_by_chance_are_reported_once(model, folder: Path, caplog) -> None:
     options = EvaluationOptions()
     for _ in range(2):
         assert evaluate_bm25(str(folder), options).settings["identical_ids_dropped"] == 1
     (record,) = caplog.records
     assert "mine: 1 of 3 queries share their id with a document of another text" in record.message
     assert "--keep-identical-ids" in record.message
-    # A document that is relevant is ranked, whatever its id.
+    # A relevant document is ranked regardless of its id.
     numbered = {"1": "one", "2": "two"}
     split = RetrievalSplit({"1": "what is one", "2": "what is two"}, {q: {q: 1} for q in numbered})
     write_beir_folder(folder, numbered, {"test": split})
@@ -214,7 +214,7 @@ def test_what_cannot_be_fetched_leaves_nothing_behind(tmp_path: Path, monkeypatc
 
 
 def mteb_task(corpus: dict[str, str], split: RetrievalSplit):
-    """A task of mteb with data in memory, which stands for what it would fetch."""
+    """A task of mteb with data in memory in place of what it would fetch."""
     task = get_task("NFCorpus")
     task.dataset = {
         "default": {
