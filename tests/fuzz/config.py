@@ -31,7 +31,7 @@ def check(data: bytes) -> None:
     on_command_line = draws.below(2)
     text, overrides = draws.rest(), []
     if on_command_line:
-        # As Python gives arguments that are not UTF-8.
+        # As Python passes arguments that are not UTF-8.
         overrides = [text.decode("utf-8", "surrogateescape")]
         text = b"reader: r\ntrain_data: t\n"
     path = scratch.write("config.yaml", text)

@@ -1,7 +1,7 @@
-"""Files of the store of keys and values: damaged, exchanged, or never ours.
+"""Files of the store of keys and values: damaged, swapped, or not ours.
 
-Their check sum finds damage, not malice: atheris, which sees what is compared, does forge it. So
-what is asked is that nothing else than keys and values for the document's tokens comes back.
+Their checksum detects damage, not malice: atheris, which sees what is compared, does forge it. So
+all that is required is that nothing but keys and values for the document's tokens comes back.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ SEEDS = [
 
 
 def check(data: bytes) -> None:
-    """Raise unless a file gives keys and values for three tokens, or nothing and is gone."""
+    """Raise unless a file gives keys and values for three tokens, or nothing and is removed."""
     _PATH.write_bytes(data)
     found = DiskStore(_FOLDER, "model", 1 << 20).get(_HEADER, _DOCUMENT)
     assert not _PATH.exists() if found is None else found.dim() == 5 and found.shape[3] == 3
 
 
 if __name__ == "__main__":
-    # Every damaged file is a warning, which would cost more time than it takes to read one.
+    # Every damaged file logs a warning, which would take longer than reading one.
     logging.getLogger("dream_training.reading.document_store").setLevel(logging.CRITICAL)
     main(check, SEEDS)

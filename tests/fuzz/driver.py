@@ -1,8 +1,8 @@
-"""Runs a fuzz target: with atheris where it is installed, else with a mutation loop of its own.
+"""Runs a fuzz target: with atheris if it is installed, else with its own mutation loop.
 
 A target is a file with ``SEEDS`` (inputs that are mutated) and ``check(data)``, which raises when
 the code under test does what it must not: anything but a result, or an error that names what is
-wrong. ``FUZZ_SECONDS`` is the time of a run, in seconds.
+wrong. ``FUZZ_SECONDS`` is the length of a run, in seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ except ImportError:
     atheris = None
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "60"))
-# Of the processor: what takes longer is a hang, and not a busy machine.
+# Seconds of CPU time: what takes longer is a hang, not a busy machine.
 TIMEOUT = 20.0
 _INTERESTING = (
     b"\0", b"\xff", b"\xef\xbb\xbf", b"\r", b"\xe2\x80\xa8", b"\xed\xa0\x80", b"\\ud800", b"NaN",
@@ -35,7 +35,7 @@ _INTERESTING = (
 
 
 class Draws:
-    """Numbers taken off the front of some bytes; zeros when there are no more."""
+    """Numbers read from the front of some bytes; zeros when there are no more."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._place = data, 0
@@ -55,7 +55,7 @@ class Draws:
 
 
 def instrumented(*packages: str) -> AbstractContextManager:
-    """Packages that are imported inside tell atheris which of their lines an input reaches."""
+    """Instrument packages imported inside, so that atheris sees which lines an input reaches."""
     if atheris is None or "FUZZ_SECONDS" not in os.environ:
         return nullcontext()
     return atheris.instrument_imports(include=list(packages))
@@ -64,7 +64,7 @@ def instrumented(*packages: str) -> AbstractContextManager:
 def refused(call: Callable[[], Any], *names: str) -> bool:
     """Return whether ``call`` is refused by an error that has one of ``names`` in its message.
 
-    Any other error goes on, with one that names nothing among them.
+    Any other error propagates; one that has none of the names is an AssertionError.
     """
     try:
         call()
@@ -112,7 +112,7 @@ def try_mutations(
 ) -> int:
     """Check the seeds and mutations of them, ``count`` or for :data:`SECONDS`; return how many.
 
-    An input is kept as a seed itself now and then, so that mutations pile up.
+    Now and then an input is kept as a seed itself, so that mutations accumulate.
     """
     generator, pool = random.Random(seed), list(seeds)
     end, done = time.monotonic() + SECONDS, 0
@@ -152,7 +152,7 @@ def main(check: Callable[[bytes], None], seeds: Sequence[bytes]) -> None:
     for i, seed in enumerate(seeds):
         scratch.write(f"seeds/{i}", seed)
     options = [f"-timeout={TIMEOUT:.0f}", "-rss_limit_mb=8192", "-max_len=65536", "-verbosity=0"]
-    # Where an input that finds something is kept.
+    # Where an input with a finding is kept.
     options.append(f"-artifact_prefix={tempfile.gettempdir()}/{name}-")
     corpus = str(scratch.folder / "seeds")
     atheris.Setup([sys.argv[0], *options, *sys.argv[1:], corpus], one_input)

@@ -1,7 +1,7 @@
-"""The native entry points, called with memory of one's own: odd shapes, strides, spans, threads.
+"""The native entry points, called on memory of our own: odd shapes, strides, spans, threads.
 
-Every tensor has its own block of memory with bytes around it that must stay as they are; under
-AddressSanitizer, with ``PYTHONMALLOC=malloc``, reading beyond it is found as well.
+Every tensor has its own block of memory with bytes around it that must not change; under
+AddressSanitizer, with ``PYTHONMALLOC=malloc``, reads beyond it are found as well.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Block:
 
 
 def _distort(draws: Draws, block: Block) -> None:
-    """Change what is said of a tensor, or its place."""
+    """Change a tensor's shape, strides or address."""
     kind = draws.below(7)
     # An earlier distortion may have given it more sizes than strides.
     at = draws.below(max(1, min(len(block.shape), len(block.strides))))
@@ -107,7 +107,7 @@ class _Draws(Draws):
 
 
 class Case:
-    """Everything that one input says: a small valid call with some of it distorted."""
+    """What one input encodes: a small valid call, partly distorted."""
 
     def __init__(self, data: bytes) -> None:
         draws = _Draws(data)

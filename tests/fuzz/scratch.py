@@ -1,4 +1,4 @@
-"""A folder for the files that targets write, in memory where there is such a disk."""
+"""A folder for the files that targets write, in memory if there is such a disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ folder = Path(tempfile.mkdtemp(dir=_SHARED_MEMORY if _SHARED_MEMORY.is_dir() els
 
 @atexit.register
 def remove() -> None:
-    """Remove the folder; needs no call where Python ends as usual."""
+    """Remove the folder; needs no call if Python exits normally."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
