@@ -165,7 +165,7 @@ def test_the_loss_gradient_is_the_derivative_in_the_weight(point: str) -> None:
     assert (found.drop.sum((1, 2)) >= 0).all()
 
 
-def test_the_loss_gradient_in_mode_bias_is_taken_where_the_reader_is_itself() -> None:
+def test_the_loss_gradient_in_mode_bias_is_taken_at_the_unchanged_reader() -> None:
     reader = Reader(make_decoder().double(), make_tokenizer(), {}, mode="bias")
     queries, targets = [e.query for e in EXAMPLES[:2]], [e.target for e in EXAMPLES[:2]]
     documents = [e.gold for e in EXAMPLES]
@@ -175,8 +175,8 @@ def test_the_loss_gradient_in_mode_bias_is_taken_where_the_reader_is_itself() ->
     assert found.drop.shape == (2, 3, 4) and found.drop.abs().max() > 1e-3
 
 
-def test_the_loss_gradient_finds_the_heads_that_the_loss_hears() -> None:
-    """All heads but three are cut off behind the attention."""
+def test_the_loss_gradient_finds_the_heads_that_affect_the_loss() -> None:
+    """All heads but three are cut off after the attention."""
     model = make_decoder()
     heard = {(0, 2), (1, 0), (2, 3)}
     for layer, block in enumerate(model.model.layers):
@@ -203,11 +203,11 @@ def test_random_heads_are_all_heads_in_an_order_of_the_seed() -> None:
     assert orders[0].scores == {} and orders[2].provenance["seed"] == 1
 
 
-def test_a_last_pool_of_one_joins_the_one_before() -> None:
+def test_a_last_pool_of_one_joins_the_previous_one() -> None:
     assert list(map(len, make_pools(EXAMPLES, 2))) == [2, 3]
 
 
-def test_examples_are_drawn_from_the_lines_that_know_their_positive() -> None:
+def test_examples_are_drawn_from_lines_with_a_known_positive() -> None:
     from datasets import Dataset
 
     rows = [
