@@ -1,4 +1,4 @@
-"""How results of an implementation are held against the float64 oracle.
+"""How results of an implementation are compared with the float64 oracle.
 
 ``rounding`` says how much each element may deviate. Of every result three things are checked:
 
@@ -24,17 +24,17 @@ from dream_kernels.validation import build_problem
 from helpers.cases import GRADIENTS, Inputs
 from helpers.rounding import Analysis
 
-# Of the largest error. A million independent normal numbers reach 5.
+# Bound on the largest error. A million independent normal numbers reach 5.
 LARGEST = 6.0
-# Of the root mean square of n vectors of a head (or n scores): rounding errors are common to many
-# elements, so the few independent ones of a small tensor may all be large.
+# Bounds on the root mean square over n vectors of a head (or n scores): rounding errors are common
+# to many elements, so the few independent ones of a small tensor may all be large.
 MEAN, MEAN_OF_FEW = 1.5, 3.0
-# Of a slope, in its standard deviations were all errors independent; and in roundings. The errors
-# of a vector are common, and so are, over all rows, those of the only probability of a document, to
+# Bounds on a slope, in its standard deviations were errors independent; and in roundings. Errors
+# within a vector are common, and so are, over all rows, those of a document's only probability, to
 # which those of the other documents add where their values point the same way.
 SLOPE, SLOPE_OF_SCORES = 12.0, 5.0
 ROUNDINGS, ROUNDINGS_OF_DOCUMENT = 1.5, 2.0
-# Slopes of at most so many documents are looked at.
+# The slopes of at most this many documents are checked.
 DOCUMENTS = 8
 
 
@@ -67,7 +67,7 @@ class Oracle:
     ) -> None:
         wanted = [name for name in GRADIENTS if exact.get(name) is not None]
         self.exact, self.dtype = exact, dtype
-        # The only gradient that may be had from what forward kept of each document.
+        # The only gradient that may be computed from what forward kept of each document.
         self.analysis = Analysis(problem, grad_output, dtype, kept_outputs=wanted == ["scores"])
         self.deviations = self.analysis.deviations()
         self._terms: list[tuple[str, dict[str, Tensor]]] | None = None
@@ -132,7 +132,7 @@ class Oracle:
         return None
 
     def slope(self, name: str, term: Tensor, error: Tensor) -> tuple[float, float]:
-        """How much of a term is in the errors, and how much may be of independent errors."""
+        """How much of a term is in the errors, and how much independent errors may explain."""
         deviation = self.deviations[name].reshape(term.shape)
         term = torch.where(term == 0, 0.0, term / deviation)
         size = term.norm().item()

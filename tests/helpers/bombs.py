@@ -1,4 +1,4 @@
-"""Things that show that they were unpickled or run."""
+"""Payloads that show that they were unpickled or run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class Bomb:
-    """Unpickled, it makes a file."""
+    """Makes a file when unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace

@@ -1,4 +1,4 @@
-"""The cases that every implementation has to pass, as data, and the tensors they stand for."""
+"""The cases that every implementation has to pass, as data, and their tensors."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _long(count: int, width: int, gap: int = 0) -> tuple:
 
 _WITH_ABSENT = (((2, 7), (9, 9), (12, 17)), ((0, 0), (0, 0), (3, 12)))
 
-# Each case is there for one rule of the contract; the name says which.
+# Each case tests one rule of the contract; the name says which.
 BASE_CASES = [
     Case("adjacent_and_separated_documents"),
     Case("absent_documents", spans=_WITH_ABSENT),

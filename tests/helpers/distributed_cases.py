@@ -1,4 +1,4 @@
-"""What the processes of a test run, and one process to compare with."""
+"""What the processes of a test run, and the same in one process to compare with."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def saved_from_shards(folder: str, path: str) -> Tensor:
     sharded = wrap(model, "fsdp2")
     sharded(dict(sharded.preprocess(texts)))["sentence_embedding"].sum().backward()
     save_retriever(sharded, path)
-    # The sharded model goes on as it was.
+    # The sharded model still computes the same.
     after = sharded(dict(sharded.preprocess(texts)))["sentence_embedding"].detach()
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     return before
@@ -269,7 +269,7 @@ def reader_shards(folder: str) -> tuple[int, int]:
 
 
 def refusal(*args: Any, **options: Any) -> str:
-    """What a step is refused for."""
+    """Why a step is refused."""
     try:
         step(*args, **options)
     except ValueError as error:

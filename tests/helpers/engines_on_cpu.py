@@ -1,6 +1,6 @@
 """``dream`` with FSDP or DeepSpeed on CPUs, for which accelerate has no engine but DDP.
 
-The environment variable ``PRETEND`` names the kind of processes that accelerate is to believe in.
+The environment variable ``PRETEND`` names the distributed type that accelerate is to assume.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ original = PartialState.__init__
 
 
 def pretend(self: PartialState, *args: Any, **options: Any) -> None:
-    """Start as on CPUs, then be what accelerate asks for before it lets the engine run."""
+    """Start as on CPUs, then report the type that accelerate requires to run the engine."""
     original(self, *args, **options)
     if self.distributed_type is DistributedType.MULTI_CPU:
         self.distributed_type = DistributedType(os.environ["PRETEND"])

@@ -1,4 +1,4 @@
-"""Kills a run again and again, lets it finish, and compares it with one that was left alone.
+"""Kills a run again and again, lets it finish, and compares it with an uninterrupted one.
 
 Every run is a forked child of the process, so that the imports are paid for once.
 """
@@ -22,9 +22,9 @@ from rich.console import Console
 from dream_training.config import TrainConfig
 from dream_training.training.driver import train
 
-# Calls of the file system that write a checkpoint or a model, or replace one.
+# File system calls that write a checkpoint or a model, or replace one.
 POINTS = ("fsync", "rename", "replace", "mkdir", "unlink")
-# What a run measures of time, and so differs.
+# Measured times, which differ between runs.
 TIMED = ("seconds",)
 
 
@@ -47,7 +47,7 @@ def run(config: TrainConfig, before: Callable[[], None] = lambda: None) -> int:
 
 
 def kill_after(config: TrainConfig, seconds: float) -> bool:
-    """Kill a run after some time; False if it was done before."""
+    """Kill a run after some time; False if it ended before."""
     process = run(config)
     time.sleep(seconds)
     os.kill(process, signal.SIGKILL)
@@ -56,7 +56,7 @@ def kill_after(config: TrainConfig, seconds: float) -> bool:
 
 
 def kill_at(config: TrainConfig, point: str, count: int) -> bool:
-    """Kill a run at a call of the file system; False if there were fewer calls."""
+    """Kill a run at a file system call; False if there were fewer calls."""
 
     def before() -> None:
         original, calls = getattr(os, point), [0]

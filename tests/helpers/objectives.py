@@ -1,4 +1,4 @@
-"""Tiny losses, and the batches that they get."""
+"""Tiny losses, and their batches."""
 
 from __future__ import annotations
 

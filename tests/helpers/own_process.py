@@ -1,4 +1,4 @@
-"""Runs what kills, signals, exhausts or may crash in a process of its own, with a time limit."""
+"""Runs what kills, signals, exhausts memory or may crash in its own process, with a time limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 
 from dream_training.startup import QUIET_LIBRARIES
 
-# For what takes a minute at most on a machine of its own. It ends what hangs, and measures nothing.
+# For what takes a minute at most on an idle machine. It ends what hangs, and measures nothing.
 TIMEOUT_S = float(os.environ.get("DREAM_TEST_TIMEOUT_S", "900"))
 
 _TESTS = Path(__file__).parents[1]
@@ -52,12 +52,12 @@ def in_own_process(function: Callable[..., Any], *args: Any, **options: Any) -> 
     """Return what a function gives in a process of its own.
 
     Args:
-        function: of a module, not of another function; its process finds it by its name.
+        function: of a module, not of another function; its process imports it by name.
         args: what it gets; they are pickled, as is what it returns.
         options: likewise.
 
     Raises:
-        AssertionError: it has raised, its process has crashed, or it took too long.
+        AssertionError: it raised, its process crashed, or it took too long.
     """
     here, there = forkserver().Pipe(duplex=False)
     process = forkserver().Process(target=_answer, args=(there, function, args, options))
@@ -84,7 +84,7 @@ def in_own_process(function: Callable[..., Any], *args: Any, **options: Any) -> 
 
 
 def _answer(pipe: Any, function: Callable[..., Any], args: tuple, options: dict) -> None:
-    # What it starts itself is started as elsewhere, not from the server.
+    # Processes that it starts itself start as elsewhere, not from the server.
     multiprocessing.set_start_method(None, force=True)
     try:
         answer = (function(*args, **options), None)
@@ -114,13 +114,13 @@ def run_dream(
     """Run ``dream`` in a forked process, whose libraries are loaded already, as a shell would.
 
     Variables that libraries read when they are imported have the values of the fork server; all
-    others, also ``CUDA_VISIBLE_DEVICES``, are as they are given.
+    others, also ``CUDA_VISIBLE_DEVICES``, are as given.
 
     Args:
         arguments: of the command.
         cwd: its working directory.
         env: its whole environment; that of this process by default.
-        processes: how many there are of it; several are one group, as ``torchrun`` starts them.
+        processes: how many to start; several form one group, as under ``torchrun``.
 
     Returns:
         As :func:`run_command` does, with the outputs of all processes in one text and the exit

@@ -1,4 +1,4 @@
-"""What a test must leave as it was: the state of the process that the next one runs in."""
+"""What a test must not change: the state of the process that the next one runs in."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ try:
 except ImportError:  # not on Windows
     resource = None  # type: ignore[assignment]
 
-# torch's own, of which there is one to a process. It raises only while a loader has its processes.
+# torch's own, one per process. It raises only while a loader has its processes.
 signal_handling._set_SIGCHLD_handler()
 
 _SIGNALS = tuple(

@@ -10,7 +10,7 @@ from helpers.own_process import TIMEOUT_S, forkserver
 
 
 class Processes:
-    """``size`` processes of one group, which run what they are told from ``distributed_cases``.
+    """``size`` processes of one group, which run named functions of ``distributed_cases``.
 
     Args:
         size: how many.

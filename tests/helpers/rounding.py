@@ -3,7 +3,7 @@ r"""How far the roundings of a correct implementation move each element of its r
 The statistical form of a running error analysis (Higham, Accuracy and Stability of Numerical
 Algorithms, 2nd ed., sections 2.8, 3.3 and 4.5): the formulas of ``dream_kernels.reference`` in
 float64, and beside each intermediate the error that it may carry, to first order, element by
-element. Two kinds of roundings are told apart.
+element. Two kinds of roundings are distinguished.
 
 - *Sums in float32*, of unit roundoff :math:`u`. A sum of :math:`n` products, in any order and in
   any number of parts, has an error of :math:`u \sqrt n / 3 \sum_i |a_i b_i|` in the root mean
@@ -234,7 +234,7 @@ class Analysis:
         return {**result, "mass": ALIGNED * self.mass_error[..., :-1]}
 
     def _memory(self, per_head: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum ``[B, Hq, T, D]`` over what shares a key, and part the prefix from local keys."""
+        """Sum ``[B, Hq, T, D]`` over what shares a key, and split the prefix from local keys."""
         problem = self.problem
         total = per_head.unflatten(1, (problem.key_heads, -1)).sum(2)
         prefix, local = total.tensor_split([problem.prefix_length], 2)

@@ -1,4 +1,4 @@
-"""Where full runs leave their figures: JSON lines in the file that DREAM_SOAK_RECORD names."""
+"""Where full runs record their figures: JSON lines in the file that DREAM_SOAK_RECORD names."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from dream_training.demo.docstrings import RetrievalSplit
 
 
 def quiet(width: int = 300) -> Console:
-    """A console that keeps what it is told, in ``file``."""
+    """A console that keeps its output in ``file``."""
     return Console(file=io.StringIO(), width=width)
 
 
@@ -117,7 +117,7 @@ def retriever_of(config: TrainConfig):
 
 
 def make_config(model: Path, folder: Path, **changes) -> TrainConfig:
-    """A run of a tiny model on tiny data, which are written unless their paths are given."""
+    """The config of a tiny model on tiny data, which are written unless their paths are given."""
     if "train_data" not in changes:
         data, beir = write_tiny_data(folder, 24)
         changes = {"train_data": str(data), "eval_data": str(beir), **changes}
