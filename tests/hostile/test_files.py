@@ -1,4 +1,4 @@
-"""Files that are made to break whatever reads them, each refused by name and in time."""
+"""Files made to break what reads them, each refused by name and in bounded time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dream_training.json_file import read_json
 from dream_training.report.run_folder import read_run
 from helpers.bombs import Bomb
 
-# Of the processor, many times what is needed: what takes longer has no bound.
+# CPU time, many times what is needed: what takes longer has no bound.
 SECONDS = 60.0
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{name}: &{name} [{','.join(['*' + last] * 9)}]\n"
@@ -104,7 +104,7 @@ def test_json_bombs(tmp_path: Path, text: str, reason: str) -> None:
         refuses(lambda: read_beir_folder(tmp_path), "corpus.jsonl:1", reason)
 
 
-def test_aliases_of_an_honest_size_are_read(tmp_path: Path) -> None:
+def test_aliases_of_a_reasonable_size_are_read(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("reader: &name smollm2\nretriever: *name\ntrain_data: t\n")
     assert load_config(path).retriever.model == "smollm2"
@@ -154,7 +154,7 @@ def test_the_command_line_is_no_way_around(tmp_path: Path) -> None:
         ('"1-2"', "scores must map heads"),
     ],
 )
-def test_head_files_of_numbers_that_are_none(tmp_path: Path, content: str, reason: str) -> None:
+def test_malformed_head_files(tmp_path: Path, content: str, reason: str) -> None:
     path = tmp_path / "h.json"
     path.write_text(content)
     refuses(lambda: read_heads(path), str(path), reason)
@@ -178,7 +178,7 @@ LINE = '{"query": "q", "target": "t", "documents": ["a"]}\n'
         (b'{"query_id": "a\\u0000b", ' + LINE[1:].encode(), "contains a NUL"),
     ],
 )
-def test_a_line_that_is_refused_by_its_number(tmp_path: Path, line: bytes, reason: str) -> None:
+def test_a_bad_line_is_refused_by_its_number(tmp_path: Path, line: bytes, reason: str) -> None:
     path = tmp_path / "d.jsonl"
     path.write_bytes(LINE.encode() + line.strip() + b"\n")
     message = refuses(lambda: list(iterate_training_rows(path)), str(path), reason)
@@ -188,8 +188,8 @@ def test_a_line_that_is_refused_by_its_number(tmp_path: Path, line: bytes, reaso
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\n\n", "\n \t\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_marks_and_line_ends_change_nothing(tmp_path: Path, mark: str, ending: str) -> None:
-    # Neither is a line end in JSON, and str.splitlines() takes both for one.
+def test_byte_order_mark_and_line_ends_are_ignored(tmp_path: Path, mark: str, ending: str) -> None:
+    # Neither is a line end in JSON, but str.splitlines() treats both as one.
     row = {"query": "a\u2028b\x85c", "target": "t\x00\x01", "documents": ["d\x0b\x1c", "e\u2029"]}
     path = tmp_path / "d.jsonl"
     text = mark + ending.join([json.dumps(row, ensure_ascii=False)] * 2) + ending
@@ -290,7 +290,7 @@ def test_beir_ids_of_all_kinds_are_names_and_nothing_else(tmp_path: Path, name: 
         (b"q" * 100_000, "whole number"),
     ],
 )
-def test_qrels_that_are_none(tmp_path: Path, qrels: bytes, reason: str) -> None:
+def test_malformed_qrels(tmp_path: Path, qrels: bytes, reason: str) -> None:
     (tmp_path / "qrels").mkdir()
     (tmp_path / "corpus.jsonl").write_text('{"_id": "d", "text": "d"}')
     (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "q"}')
@@ -299,8 +299,8 @@ def test_qrels_that_are_none(tmp_path: Path, qrels: bytes, reason: str) -> None:
     refuses(lambda: read_beir_folder(tmp_path), f"{path}:", reason)
 
 
-def test_grades_below_minus_one_do_not_end_the_process(tmp_path: Path) -> None:
-    """In pytrec_eval they are places in an array."""
+def test_grades_below_minus_one_do_not_crash_the_process(tmp_path: Path) -> None:
+    """In pytrec_eval they are indices of an array."""
     from dream_training.evaluation.retrieval import RetrievalTask, score_queries
 
     task = RetrievalTask({"q": "q"}, {"d": "d", "e": "e"}, {"q": {"d": -7, "e": 1}})
@@ -309,7 +309,7 @@ def test_grades_below_minus_one_do_not_end_the_process(tmp_path: Path) -> None:
     assert scores == score_queries(zero, {"q": {"d": 1.0, "e": 0.5}})
 
 
-def test_text_that_is_none(tmp_path: Path) -> None:
+def test_files_that_are_not_text(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     lengths = TextLengths(4, 2, 2)
     for content, reason in ((b"\xff\xfe\0", "UTF-8"), (b"\0" * 100_000, "no text is long enough")):
@@ -318,7 +318,7 @@ def test_text_that_is_none(tmp_path: Path) -> None:
         refuses(lambda rows=rows: list(rows), str(path), reason)
 
 
-def test_what_a_run_left_behind(tmp_path: Path) -> None:
+def test_damaged_files_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[" * 10_000)
     (tmp_path / "history.json").write_text('{"steps": [], "evaluations": []}')
     refuses(lambda: read_run(tmp_path), "config.json", "nested too deeply")

@@ -1,4 +1,4 @@
-"""Every fuzz target on its seeds and some mutations of them; ``make fuzz`` goes on for longer."""
+"""Every fuzz target on its seeds and some mutations of them; ``make fuzz`` runs longer."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def mutations(name: str) -> int:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_target_finds_nothing(name: str) -> None:
-    """In a process of its own: a finding may be a crash, or all of the memory."""
+    """In its own process: a finding may crash it or exhaust its memory."""
     record(f"mutations {name}", inputs=in_own_process(mutations, name))
 
 
 def seeds_read(name: str) -> tuple[int, int] | None:
-    """How many readings there were, and seeds; None for a target that has no errors to catch."""
+    """How many reads succeeded, and of how many seeds; None if a target catches no errors."""
     target = importlib.import_module(f"fuzz.{name}")
     if not hasattr(target, "refused"):
         return None
@@ -42,7 +42,7 @@ def seeds_read(name: str) -> tuple[int, int] | None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_most_seeds_are_what_the_target_reads(name: str) -> None:
+def test_a_third_of_the_seeds_is_read_by_their_target(name: str) -> None:
     """A target all of whose inputs are refused would test nothing."""
     found = in_own_process(seeds_read, name)
     if found is None:
@@ -51,7 +51,7 @@ def test_most_seeds_are_what_the_target_reads(name: str) -> None:
     assert read >= seeds / 3
 
 
-def test_a_finding_is_told_with_its_input() -> None:
+def test_a_finding_is_reported_with_its_input() -> None:
     def check(data: bytes) -> None:
         if b"needle" in data:
             raise KeyError("found")

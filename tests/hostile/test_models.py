@@ -130,7 +130,7 @@ def run_its_code(path: Path) -> str:
 
 
 def test_it_is_run_when_that_is_allowed(model_with_code: Path, trace: Path) -> None:
-    """In a process of its own: transformers registers what it has run."""
+    """In its own process: transformers registers what it has run."""
     assert in_own_process(run_its_code, model_with_code) == "OwnModel" and trace.exists()
 
 
@@ -203,7 +203,7 @@ def test_every_command_refuses_and_says_how_to_allow(
 
 
 def pickled(path: Path, trace: Path, weights: str = "pytorch_model.bin") -> Bomb:
-    """Put a bomb in the place of the weights."""
+    """Put a bomb in place of the weights."""
     bomb = Bomb(trace)
     for file in path.glob("*.safetensors"):
         file.unlink()
@@ -234,10 +234,10 @@ def test_pickled_weights_of_a_module_are_refused(
     assert not bomb.went_off
 
 
-def test_what_is_not_found_beforehand_the_libraries_refuse(
+def test_the_libraries_refuse_what_is_not_found_beforehand(
     tiny: Path, tmp_path: Path, trace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As for a model of the hub, whose files come while it is loaded."""
+    """As for a model of the hub, whose files are fetched while it is loaded."""
     path = shutil.copytree(tiny, tmp_path / "model")
     bomb = pickled(path, trace)
     monkeypatch.setattr("dream_training.trust.check_model_folder", lambda *a: None)
@@ -282,7 +282,7 @@ def test_a_document_store_of_pickles(tmp_path: Path, trace: Path) -> None:
 
 
 def test_a_data_folder_of_pickles(tmp_path: Path, trace: Path) -> None:
-    """Among them names that libraries have read as pickles at some time."""
+    """Among them names that some versions of libraries read as pickles."""
     from dream_training.data.jsonl import iterate_training_rows
 
     folder = tmp_path / "data"
@@ -298,8 +298,8 @@ def test_a_data_folder_of_pickles(tmp_path: Path, trace: Path) -> None:
     assert not trace.exists()
 
 
-def test_a_bomb_is_one(trace: Path) -> None:
-    """All of the above would pass with what never goes off."""
+def test_a_bomb_goes_off(trace: Path) -> None:
+    """All of the above would pass with a bomb that never goes off."""
     path = trace.parent / "bomb.pkl"
     path.write_bytes(pickle.dumps(Bomb(trace)))
     script = f"import pickle; pickle.load(open({str(path)!r}, 'rb'))"

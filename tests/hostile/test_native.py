@@ -36,7 +36,7 @@ def call(spans: list[list[int]], length: int = 8, dtype: torch.dtype = torch.int
         [2**62, 2**62 + 1], [5, 9], [-1, 3], [4, 3],
     ],
 )  # fmt: skip
-def test_spans_that_leave_the_keys_are_refused_whatever_their_size(span: list[int]) -> None:
+def test_spans_beyond_the_keys_are_refused_regardless_of_their_size(span: list[int]) -> None:
     with pytest.raises(ValueError, match=r"spans must satisfy 0 <= start <= end <= 8"):
         call([span, [0, 2]])
     # 2^32 + 1 must not come out as 1 anywhere.
@@ -44,7 +44,7 @@ def test_spans_that_leave_the_keys_are_refused_whatever_their_size(span: list[in
 
 
 @needs_native
-def test_spans_of_32_bits_at_their_end() -> None:
+def test_32_bit_spans_at_the_end_of_their_range() -> None:
     with pytest.raises(ValueError, match=r"got spans\[0, 0\] = \[0, 2147483647\]"):
         call([[0, BIG - 1]], dtype=torch.int32)
 
@@ -78,7 +78,7 @@ def test_a_hundred_thousand_documents_of_one_token() -> None:
 
 
 def valid_case() -> native.Case:
-    """One that the extension runs, with at least two of everything."""
+    """A call that the extension runs, with at least two of everything."""
     for seed in range(1000):
         case = native.Case(random.Random(seed).randbytes(160))
         several = all(min(block.shape) > 1 for block in case.inputs.values() if block.bytes)
@@ -104,7 +104,7 @@ def valid_case() -> native.Case:
     ],
     ids=("overflow", "lowest", "stride", "behind", "before", "short", "around", "elsewhere"),
 )
-def test_what_may_leave_its_memory_is_refused_by_name(name: str, change) -> None:
+def test_what_may_exceed_its_memory_is_refused_by_name(name: str, change) -> None:
     module, case = native.load_native(), valid_case()
     change(case.inputs[name])
     with pytest.raises(ValueError, match=rf"{name} must"):
@@ -113,7 +113,7 @@ def test_what_may_leave_its_memory_is_refused_by_name(name: str, change) -> None
 
 @needs_native
 @pytest.mark.parametrize("name", ["output", "state", "segment_outputs", "mass"])
-def test_outputs_must_lie_in_their_memory_without_overlap(name: str) -> None:
+def test_outputs_must_be_within_their_memory_without_overlap(name: str) -> None:
     module, case = native.load_native(), valid_case()
     block, strides = case.outputs[name], case.outputs[name].strides
     block.bytes -= 1
@@ -174,7 +174,7 @@ def test_no_threads_are_refused(threads: int) -> None:
 
 
 @needs_native
-def test_two_thousand_million_threads_are_as_many_as_the_machine_has() -> None:
+def test_two_billion_threads_are_as_many_as_the_machine_has() -> None:
     query, key = torch.randn(2, 4, 64, 64), torch.randn(2, 4, 2048, 64)
     arguments = (query, key, key, torch.zeros(2, 1), torch.tensor([[[0, 900]]] * 2))
     expected = document_attention(*arguments, impl="cpu")

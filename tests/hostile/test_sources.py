@@ -1,4 +1,4 @@
-"""What no line of the project may call."""
+"""Calls that no module of the project may make."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-# Loads weights from anywhere; only trust.py may, which refuses pickles and code.
+# These load untrusted models; only trust.py may call them: it refuses pickles and code.
 LOADERS = {"AutoTokenizer", "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoProcessor"}
 
 
@@ -26,7 +26,7 @@ def name_of(node: ast.expr) -> str:
 
 
 def faults(source: str) -> list[str]:
-    """Return what a module does that it must not."""
+    """Return the forbidden imports and calls of a module."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):

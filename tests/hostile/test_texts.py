@@ -1,4 +1,4 @@
-"""Texts that are no prose: control characters, no token, a million tokens, the prompt's markers."""
+"""Texts that are not prose: control characters, no token, a million tokens, prompt markers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dream_training.reading.reader import Reader
 from helpers.templates import CHATML, TAGS, merging_tokenizer, reader_with_prompt
 from helpers.tiny import make_decoder, make_tokenizer
 
-# Of the processor, many times what is needed: what takes longer has no bound.
+# CPU time, many times what is needed: what takes longer has no bound.
 SECONDS = 60.0
 MARKERS = (
     "<|im_start|>", "<|im_end|>", "<bos>", "<eos>", "<pad>", "{document}", "{query}", "{target}",
@@ -38,7 +38,7 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def word_tokenizer(unk_token: str | None = None) -> PreTrainedTokenizerFast:
-    """Knows few words, and drops all others where it has no token for them."""
+    """Knows few words, and drops all others if it has no token for them."""
     words = ["<pad>", "<eos>", "<unk>", "river", "stone", "cloud"]
     tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace("\x01", "")
@@ -84,7 +84,7 @@ def test_markers_in_texts_stay_text_and_spans_exact(tmp_path, kind: str, marker:
 
 
 def test_vocabularies_in_which_a_special_token_is_a_piece_of_text() -> None:
-    """There its name would give it even where special tokens are not looked for."""
+    """There its name would give it even if special tokens are not looked for."""
     tokenizer = word_tokenizer("<unk>")
     tokenizer.backend_tokenizer.encode_special_tokens = True
     assert text_tokens(tokenizer, "river <eos> stone", 8) == [3, 4]
@@ -141,7 +141,7 @@ def test_texts_without_a_token_are_refused_by_place() -> None:
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb", b"bytes", None, 7])
-def test_what_is_no_text_is_refused_by_place(text: object) -> None:
+def test_what_is_not_text_is_refused_by_place(text: object) -> None:
     reader = reader_with_prompt("plain")
     with pytest.raises(ValueError, match="documents"):
         reader.read(["a", text])
@@ -149,7 +149,7 @@ def test_what_is_no_text_is_refused_by_place(text: object) -> None:
 
 @pytest.mark.parametrize("kind", ["byte", "merging"])
 def test_a_cut_text_has_the_tokens_of_the_whole(kind: str) -> None:
-    """One tokenizer splits at words; the other takes the whole text for one."""
+    """One tokenizer splits at words; the other takes the whole text as one."""
     tokenizer = make_tokenizer() if kind == "byte" else merging_tokenizer()
     generator = random.Random(0)
     for _ in range(200):
@@ -237,7 +237,7 @@ def test_templates_that_would_break_out_or_never_end(
 
 
 @pytest.mark.parametrize("context", ["chat"])
-def test_chat_templates_are_held_to_the_same(monkeypatch, context: str) -> None:
+def test_chat_templates_are_held_to_the_same_rules(monkeypatch, context: str) -> None:
     endless = "{% for i in range(99999) %}" * 3 + "{% set x = i %}" + "{% endfor %}" * 3
     for template, reason in (
         (endless, "takes more than 1 seconds"),
