@@ -1,4 +1,4 @@
-"""What every test of the injection gets."""
+"""Fixtures for every test of the injection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 @pytest.fixture(autouse=True)
 def oracle_is_unregistered() -> Iterator[None]:
-    """The oracle of one test knows its heads and mode, and is no other test's."""
+    """Unregister the oracle after each test: it has that test's heads and mode."""
     yield
     for interface in (AttentionInterface, AttentionMaskInterface):
         interface._global_mapping.pop("oracle", None)

@@ -30,7 +30,7 @@ def _inputs(padding: str | None):
 @pytest.mark.parametrize("first_row", (0, 5, 14, 16))
 @pytest.mark.parametrize("name", ("Llama", "Gemma3"))
 def test_rows_before_the_first_attend_plainly(name, first_row, mode, padding) -> None:
-    """Against a loop over rows and documents; all tokens behind the documents are predicted."""
+    """Against a loop over rows and documents; all tokens after the documents are predicted."""
     ids, mask, scores = _inputs(padding)
     is_target = mask.bool() & (torch.arange(ROWS) >= 15)
     model = make_model(name)
@@ -88,7 +88,7 @@ def test_with_a_prefix_rows_count_from_its_end(first_row: int) -> None:
         ).logits
     loss = target_loss(own, ids[:, 14:], is_target[:, 14:])
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
-    if first_row == 6:  # behind the last row: nothing is scored
+    if first_row == 6:  # after the last row: nothing is scored
         assert not loss.requires_grad and not expected.requires_grad
         return
     (gradient,) = torch.autograd.grad(loss, scores)

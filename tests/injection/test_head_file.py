@@ -25,7 +25,7 @@ def test_what_is_written_is_read(tmp_path, name: str, chosen: int | None) -> Non
     assert read_heads(write_heads(tmp_path / "new" / name, file)) == file
 
 
-def test_a_file_names_the_chosen_heads_as_other_readers_of_it_take_them(tmp_path) -> None:
+def test_a_file_names_the_chosen_heads_as_other_projects_expect(tmp_path) -> None:
     path = write_heads(tmp_path / "heads.yaml", FILE.choose(2))
     content = yaml.safe_load(path.read_text())
     assert content["attn_head_set"] == "17-3,2-0" and content["top_k"] == 2
@@ -35,7 +35,7 @@ def test_a_file_names_the_chosen_heads_as_other_readers_of_it_take_them(tmp_path
     with pytest.raises(ValueError, match="top_k must be 3, the number of heads in attn_head_set"):
         read_heads(path)
     del content["top_k"]
-    content["attn_head_set"] = "5-11"  # by hand: what is named is chosen
+    content["attn_head_set"] = "5-11"  # edited by hand: what is named is chosen
     path.write_text(yaml.safe_dump(content))
     assert read_heads(path).by_layer() == {5: [11]}
     assert read_heads(path).heads == [(5, 11), (17, 3), (2, 0)]

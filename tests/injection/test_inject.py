@@ -117,7 +117,7 @@ def test_scores_of_every_layer_act_in_their_own_layer(name: str) -> None:
         assert (gradient[:, ~injected] == 0).all()
         # Scores of a layer without such heads change nothing, those of its own layer do.
         changed = everywhere.detach().clone()
-        changed[:, :, [2, 5]] += torch.tensor([3.0, 0.0, -3.0])  # head 5 of layer 1 alone listens
+        changed[:, :, [2, 5]] += torch.tensor([3.0, 0.0, -3.0])  # read by head 5 of layer 1 alone
         changed[:, 2, 2] = everywhere[:, 2, 2]
         only = everywhere.detach().clone()
         only[:, 1, 5] += torch.tensor([3.0, 0.0, -3.0])

@@ -33,7 +33,7 @@ def _loss_and_gradient(model, ids, is_target, scores, **inputs):
 
 
 def _of_full_sequence(model, documents, mask, ids, is_target, scores, spans):
-    """Loss and gradient when documents and suffix stand in one sequence."""
+    """Loss and gradient when documents and suffix are in one sequence."""
     logits = model(
         torch.cat([documents, ids], 1),
         attention_mask=mask,

@@ -76,7 +76,7 @@ def test_links_to_folders_are_written_through(tmp_path: Path, there: bool) -> No
     assert link.is_symlink() and names(target) == ["new"] and names(tmp_path) == ["far", "link"]
 
 
-def test_a_circle_of_links_is_named(tmp_path: Path) -> None:
+def test_a_cycle_of_links_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(OSError, match="/a: its symbolic links lead in a circle"):
@@ -125,8 +125,8 @@ for name in sys.argv[1:]:
 
 
 @pytest.mark.parametrize("to", ["file", "pipe"])
-def test_standard_output_has_its_names(tmp_path: Path, to: str) -> None:
-    """Standard output of a process of its own: a file, whose link stays, or a pipe."""
+def test_standard_output_is_written_by_every_name(tmp_path: Path, to: str) -> None:
+    """Standard output of a separate process: a file, whose link stays, or a pipe."""
     outputs = ("-", "/dev/stdout", "/dev/fd/1")
     command = [sys.executable, "-c", _WRITE, *outputs]
     if to == "pipe":
@@ -139,7 +139,7 @@ def test_standard_output_has_its_names(tmp_path: Path, to: str) -> None:
     assert names(tmp_path) == (["out"] if to == "file" else [])
 
 
-def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_writer_that_fails_keeps_what_was_there(tmp_path: Path) -> None:
     write_text(tmp_path / "a", "old")
     with pytest.raises(ZeroDivisionError), open_whole(tmp_path / "a") as stream:
         stream.write("half of it" * (1 // 0))
@@ -151,7 +151,7 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a", "f"] and names(tmp_path / "f") == ["old"]
 
 
-def test_a_folder_that_cannot_be_moved_brings_the_old_one_back(tmp_path: Path, monkeypatch) -> None:
+def test_a_folder_that_cannot_be_moved_restores_the_old_one(tmp_path: Path, monkeypatch) -> None:
     with whole_folder(tmp_path / "f") as folder:
         (folder / "old").touch()
     original = os.rename
@@ -167,7 +167,7 @@ def test_a_folder_that_cannot_be_moved_brings_the_old_one_back(tmp_path: Path, m
     assert names(tmp_path) == ["f"] and names(tmp_path / "f") == ["old"]
 
 
-def test_the_first_of_two_writers_stays(tmp_path: Path) -> None:
+def test_the_first_of_two_writers_wins(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "f", replace=False) as late:
         (late / "late").touch()
         with whole_folder(tmp_path / "f", replace=False) as early:
@@ -175,7 +175,7 @@ def test_the_first_of_two_writers_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == ["f"] and names(tmp_path / "f") == ["early"]
 
 
-def test_writers_at_once_leave_one_whole_folder(tmp_path: Path) -> None:
+def test_concurrent_writers_leave_one_complete_folder(tmp_path: Path) -> None:
     def write(_: int) -> None:
         with whole_folder(tmp_path / "model", replace=False) as folder:
             for number in range(20):
@@ -186,7 +186,7 @@ def test_writers_at_once_leave_one_whole_folder(tmp_path: Path) -> None:
     assert names(tmp_path) == ["model"] and len(names(tmp_path / "model")) == 20
 
 
-def test_what_a_killed_writer_left_is_finished_or_goes(tmp_path: Path, monkeypatch) -> None:
+def test_what_a_killed_writer_left_is_finished_or_removed(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "mine.tmp").touch()
     (tmp_path / ".other.01234567.tmp").touch()
     write_text(tmp_path / "a", "old")
