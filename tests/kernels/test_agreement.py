@@ -66,7 +66,7 @@ def test_results_that_are_right_but_for_one_term(case: Case, dtype: torch.dtype)
         for i, case in enumerate(BASE_CASES)
         for j, coefficient in enumerate(COEFFICIENTS)
         if coefficient == "scale" or case.name != "no_head_scored"
-        # whose mass is 1, whatever was asked for
+        # whose mass is 1, regardless of what was asked for
         if coefficient != "document_mass" or case.name != "no_key_outside_documents"
     ],
 )

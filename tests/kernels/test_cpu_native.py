@@ -1,4 +1,4 @@
-"""What is particular to the native CPU implementation: threads, instruction sets, the binding."""
+"""What is specific to the native CPU implementation: threads, instruction sets, the binding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CPU kernel on shapes, spans, masks and strides that nobody thought of.
+"""The CPU kernel on random shapes, spans, masks and strides.
 
 ``DREAM_KERNELS_FUZZ_EXAMPLES`` sets how many are tried; any number but the default draws
 new ones.

@@ -52,7 +52,7 @@ def test_a_compiled_call_equals_the_eager_one(case: Case, names: tuple, impl: st
 
 @needs_triton
 def test_triton_passes_the_same_checks() -> None:
-    """In the interpreter where there is no GPU, and so on the smallest call there is."""
+    """In the interpreter if there is no GPU, and so on the smallest possible call."""
     case = Case("triton", batch=1, query_heads=2, key_heads=1, rows=2, local=6, spans=((0, 3),))
     inputs = make_inputs(case, torch.float32).require_grad(("query", "scores"))
     expected = inputs.run(document_attention, impl="triton")
@@ -60,7 +60,7 @@ def test_triton_passes_the_same_checks() -> None:
     check_operators(inputs, "triton")
 
 
-def test_inductor_compiles_what_stands_around_it() -> None:
+def test_inductor_compiles_the_code_around_it() -> None:
     inputs = make_inputs(CASES[0], torch.float32).require_grad()
 
     def model(query, key, value, scores, spans, **options):

@@ -1,4 +1,4 @@
-"""The Triton kernels: on a GPU where there is one, else in triton's interpreter."""
+"""The Triton kernels: on a GPU if there is one, else in triton's interpreter."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _interpreter_cases(dtype: torch.dtype) -> list[Case]:
 
 
 def _with_one_key_head(case: Case) -> Case:
-    """Half the programs, where the key heads are not what the case is about."""
+    """Half the programs, if the key heads are not what the case is about."""
     if case.heads is not None or (case.query_heads, case.key_heads) != (6, 2):
         return case
     # With so few terms the scores' gradient of a lone document nearly cancels: it is a difference
@@ -340,7 +340,7 @@ def test_document_mass(case: Case) -> None:
     assert Oracle.of(inputs, ()).complaint("mass", mass) is None
 
 
-def test_spans_that_nobody_checked_stay_inside_memory() -> None:
+def test_unchecked_spans_stay_inside_memory() -> None:
     inputs = inputs_of(Case("unchecked", spans=((2, 1000), (-7, 9), (20, 22))))
     set_value_checks(False)
     try:
@@ -417,7 +417,7 @@ def matmul_precision() -> Iterator[None]:
     before = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     yield
     torch.set_float32_matmul_precision("highest")
-    if before is not None:  # the newer switch, which also knows that nobody has set it
+    if before is not None:  # the newer switch, which also has an unset state
         torch.backends.cuda.matmul.fp32_precision = before
 
 
@@ -451,7 +451,7 @@ def test_tf32_follows_the_newer_switch(matmul_precision: None) -> None:
 
 
 @pytest.mark.skipif(ON_GPU, reason="without a GPU only: the interpreter is not for production")
-def test_auto_does_not_take_the_interpreter() -> None:
+def test_auto_does_not_choose_the_interpreter() -> None:
     explanation = inputs_of(Case("auto")).call(dream_kernels.explain)
     assert explanation.chosen != "triton"
     assert "interpreter" in explanation.reasons["triton"]
@@ -462,7 +462,7 @@ def test_importing_the_package_does_not_import_triton() -> None:
     run_command(sys.executable, "-c", code, check=True)
 
 
-def test_the_fastest_configuration_is_taken_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_configuration_is_chosen_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources
 
     slow, fast, huge = (Config(rows, 64, 4, 2) for rows in (32, 64, 128))
@@ -563,7 +563,7 @@ def test_new_sizes_within_a_bucket_do_not_recompile() -> None:
         return [sum(len(c[0]) for c in kernel.device_caches.values()) for kernel in kernels]
 
     before = None
-    # Sizes that are and are not multiples of 16, which triton would tell apart.
+    # Sizes that are and are not multiples of 16, which triton would distinguish.
     for n_rows, local, count in ((48, 300, 13), (33, 511, 16), (64, 270, 9)):
         spans = tuple((i * 9, i * 9 + 8) for i in range(count))
         case = Case("bucket", rows=n_rows, local=local, spans=spans, head_dim=64)

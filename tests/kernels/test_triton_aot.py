@@ -33,7 +33,7 @@ INSTRUCTIONS = {
     "sm_86": {"mma.sync"},
     "sm_89": {"mma.sync"},
     "sm_90": {"wgmma.mma_async"},
-    # Triton takes tcgen05 for some of the products and mma.sync for others.
+    # Triton uses tcgen05 for some of the products and mma.sync for others.
     "sm_100": {"tcgen05.mma", "mma.sync"},
     "gfx942": {"v_mfma"},
 }
@@ -99,7 +99,7 @@ def resources(kept_cache: Path, tmp_path: Path) -> Callable[..., dict]:
 def compile_for(
     cache: Path, report: Path, target: str, head_dim: int, kernels: tuple[str, ...], *more: str
 ) -> dict:
-    # In a process of its own: here the kernels may belong to the interpreter.
+    # In its own process: here the kernels may belong to the interpreter.
     command = [sys.executable, "-m", "dream_kernels.triton.aot", f"--head-dim={head_dim}"]
     command += [f"--target={target}", *more]
     command += [f"--kernel={kernel}" for kernel in kernels]

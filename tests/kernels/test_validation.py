@@ -1,4 +1,4 @@
-"""Bad input is refused with the argument, what was expected and what came."""
+"""Bad input is refused with the argument, the expected and the actual value."""
 
 from __future__ import annotations
 
