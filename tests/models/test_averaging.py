@@ -1,4 +1,4 @@
-"""Weights between the first and the last of a training."""
+"""Averages of a run's first and last weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from dream_training.models.averaging import average_weights, averaged, copy_weights
 
 
-def test_weights_are_averaged_for_good_or_for_a_while() -> None:
+def test_weights_are_averaged_permanently_or_temporarily() -> None:
     model = torch.nn.Linear(2, 1)
     model.bias.requires_grad_(False)
     start = copy_weights(model)

@@ -1,4 +1,4 @@
-"""Where HOME cannot be written: a run continues if it can, or names what to set."""
+"""If HOME cannot be written, a run continues if it can, or names what to set."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dream_training.models import smollm2
 
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Path]:
-    """A file: whoever runs the test, root too, can make no folder in it."""
+    """A file: no user, not even root, can make a folder in it."""
     path = tmp_path / "home"
     path.touch()
-    # A context of its own ends before the check that a test leaves the process as it was.
+    # Its own context ends before the check that a test leaves the process unchanged.
     with pytest.MonkeyPatch.context() as patch:
         for name in ("DREAM_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_DATASETS_CACHE"):
             patch.setenv(name, "x")  # so that its value is restored
@@ -53,7 +53,7 @@ def test_data_sets_get_a_temporary_cache(home: Path, tmp_path: Path, monkeypatch
     text = capsys.readouterr().err
     assert f"{home}/.cache/huggingface/datasets cannot be written" in text
     assert "set HF_DATASETS_CACHE" in text and text.count("\n") == 1
-    # What the user set stays, and a cache that can be written as well.
+    # What the user set stays, and so does a cache that can be written.
     startup.find_datasets_cache()
     assert os.environ["HF_DATASETS_CACHE"] == folder
     del os.environ["HF_DATASETS_CACHE"]

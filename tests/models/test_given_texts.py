@@ -1,4 +1,4 @@
-"""What the retriever is really given, by every objective and command: prompt, length and pooling.
+"""What the retriever is actually given, by every objective and command: prompt, length and pooling.
 
 It must be what ``encode_query`` and ``encode_document`` of the saved model give it.
 """
@@ -194,7 +194,7 @@ def test_training_gives_what_the_folder_gives(
     train(config, heads=HeadFile(heads=[(1, 0), (2, 3)]), console=quiet())
     queries, documents = of_folder(tmp_path / "out" / "last", data, given)
     assert given == queries | documents
-    # The expected itself: own prompts unless the config has others, and both lengths are reached.
+    # The expected texts: own prompts unless the config has others, and both lengths are reached.
     default = {} if retriever == tiny_model else PROMPTS
     for kind, found, length in (("query", queries, 22), ("document", documents, 34)):
         prompt = own.get(f"{kind}_prompt", default.get(kind, ""))
@@ -279,11 +279,11 @@ def test_the_first_figure_is_that_of_the_model_itself(run, base: Path, data, tmp
 def test_the_library_chooses_the_prompt(
     tiny_model: Path, given: Given, tmp_path: Path, options
 ) -> None:
-    """Whatever the prompts are called, also where only the default one is named."""
+    """Regardless of the prompts' names, also if only the default one is named."""
     make_model(tiny_model, **options).save_pretrained(str(tmp_path))
     for keep in (None, "query", "document"):
         model = SentenceTransformer(str(tmp_path), device="cpu")
-        if keep is not None:  # older models have not both names
+        if keep is not None:  # older models do not have both names
             model.prompts.pop(keep)
         for task in ("query", "document"):
             given.clear()
@@ -390,10 +390,10 @@ def test_a_library_of_one_length_has_the_lengths_beside_the_model(
     assert not (save_retriever(retriever_of(equal), folder) / texts.LENGTHS_FILE).exists()
 
 
-def test_a_model_compares_as_it_says(base: Path) -> None:
-    """A model of dot products is searched by them; what is trained compares by cosine."""
+def test_a_model_uses_its_own_similarity(base: Path) -> None:
+    """A dot-product model is searched by dot products; a trained one compares by cosine."""
     model = SentenceTransformer(str(base), device="cpu", similarity_fn_name="dot")
-    del model[2]  # its embeddings have lengths
+    del model[2]  # the normalisation
     queries, corpus = {"a": "Where is it?"}, {str(i): "The stone " * i for i in range(1, 9)}
     found = search(model, RetrievalTask(queries, corpus, {}), k=8)["a"]
     query = model.encode_query(list(queries.values()), convert_to_tensor=True)

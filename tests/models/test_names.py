@@ -1,4 +1,4 @@
-"""Models that are not there, or cannot be loaded: one line with key, name and the way out."""
+"""Models that are missing or cannot be loaded: one line with key, name and remedy."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_a_saved_retriever_loads_and_embeds_the_same(tiny_model, tmp_path, dtype
     path = save_retriever(model, tmp_path / "model")
     loaded = SentenceTransformer(str(path), device="cpu")
     tolerance = 1e-5 if dtype == "float32" else 4e-2
-    # transformers 4.57 loads in float32 whatever is stored
+    # transformers 4.57 loads in float32 regardless of what is stored
     torch.testing.assert_close(
         embed(loaded).float(), before.float(), rtol=tolerance, atol=tolerance
     )

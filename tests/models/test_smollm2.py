@@ -167,7 +167,7 @@ def test_auto_measures_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert len(measured) == 1
 
 
-def test_the_measurement_takes_the_lesser_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faster_dtype_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     def seconds(_: object, inputs: torch.Tensor) -> float:
         return 1.0 if inputs.dtype == torch.bfloat16 else 2.0
 
