@@ -1,7 +1,7 @@
 """Small calls of every entry point of the native extension, without torch, for valgrind.
 
 Run by ``make test-valgrind``. Each tensor is a heap block of its own, so that an access beyond it
-is reported, and every result is looked through for numbers that nobody wrote.
+is reported, and every result is checked for numbers that nobody wrote.
 """
 
 from __future__ import annotations
