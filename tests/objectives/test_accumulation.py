@@ -140,8 +140,8 @@ def test_a_plain_trainer_accumulates_the_gradient_of_one_batch(
     assert metrics["loss"] == pytest.approx((total / terms).item(), rel=1e-9)
 
 
-def test_a_loop_of_ones_own_keeps_its_gradients(tiny_model) -> None:
-    """Nothing tells there which batches make a step: each has the gradient of its mean."""
+def test_a_custom_loop_keeps_its_gradients(tiny_model) -> None:
+    """Nothing says there which batches make a step: each has the gradient of its mean."""
     loss = make_loss(tiny_model, "dream")
     collator = DreamCollator(loss.model, pool="mined")
     expected = 0

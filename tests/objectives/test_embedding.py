@@ -30,7 +30,7 @@ def model(tiny_model):
 
 
 def gradients(model, embeddings: torch.Tensor) -> torch.Tensor:
-    """Of a sum in which every embedding pulls another way."""
+    """Of a sum in which every embedding pulls in another direction."""
     pull = torch.arange(embeddings.numel(), dtype=torch.float64).sin().view_as(embeddings)
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.cat(
@@ -130,7 +130,7 @@ def test_the_objective_has_the_direct_gradient(model, dropout: bool, monkeypatch
     )
     expected_loss, expected = run(2 if dropout else None)
     assert expected.abs().max() > 1e-5
-    # scores and losses are float32 whatever the retriever computes in
+    # scores and losses are float32 regardless of the retriever's dtype
     torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
 

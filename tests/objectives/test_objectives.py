@@ -1,4 +1,4 @@
-"""The objectives beside DREAM: hand-computed values, plain readings, and what they refuse."""
+"""The objectives other than DREAM: hand-computed values, plain readings, and what they refuse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Temperatures that stay, change over a run, or are learned."""
+"""Temperatures that are constant, change over a run, or are learned."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_another_text_is_another_question(tiny_model, column: str) -> None:
     ),
     ids=lambda changes: "_".join(changes),
 )
-def test_another_reader_is_asked_anew(changes: dict) -> None:
+def test_another_reader_is_asked_again(changes: dict) -> None:
     changes = dict(changes)
     heads = changes.pop("heads", HEADS)
     reader = make_reader(HEADS)
