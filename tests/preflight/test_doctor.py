@@ -38,7 +38,7 @@ def contrast(right: float, uniform: float, wrong: float, noise: float = 0.1) -> 
 
 @pytest.fixture
 def reader_that_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random reader cannot tell documents apart: the losses of one that can take its place."""
+    """A random reader cannot tell documents apart: use the losses of one that can."""
     monkeypatch.setattr(reader_checks, "measure_contrast", lambda *_: contrast(1.0, 2.0, 3.0))
 
 
@@ -171,7 +171,7 @@ def test_a_pool_without_its_candidates_is_a_fault(run) -> None:
     assert "at least two candidates" in checks[-1].figure
 
 
-def test_the_temperature_that_is_named_gives_what_is_said() -> None:
+def test_the_suggested_temperature_gives_the_stated_entropy() -> None:
     similarity = 0.3 * torch.randn(6, 12)
     named = float(of_similarity(similarity, 1e-6).advice.split()[-1])
     weights = torch.softmax(similarity / named, -1)
@@ -209,7 +209,7 @@ def test_heads_that_do_not_exist_are_a_fault(run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("context", ("joint", "independent"))
-def test_spans_beside_the_documents_are_a_fault(context: str, monkeypatch) -> None:
+def test_spans_that_miss_the_documents_are_a_fault(context: str, monkeypatch) -> None:
     reader = Reader(make_decoder(), make_tokenizer(), {}, context=context, passage_max_len=9)
     documents = ["Ünïcödé stands here", "The second one", "x"]
     assert reader_checks.spans(reader, documents).status == OK

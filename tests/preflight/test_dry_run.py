@@ -23,7 +23,7 @@ def test_the_papers_three_sizes_have_recipes() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
-def test_a_recipe_runs_in_small(recipe: Path) -> None:
+def test_a_recipe_runs_at_small_scale(recipe: Path) -> None:
     console = quiet(160)
     plan = dry_run(load_config(recipe, ["device=cpu"]), console)
     printed = console.file.getvalue()
@@ -43,7 +43,7 @@ def test_a_recipe_runs_in_small(recipe: Path) -> None:
         ("meta-llama/Llama-3.1-70B", 70553.7),
     ],
 )
-def test_weights_are_as_many_as_the_models_have(name: str, millions: float) -> None:
+def test_parameter_counts_are_those_of_the_models(name: str, millions: float) -> None:
     """Against the parameter counts that the model pages give."""
     assert sum(parameter_count(model_config(name)).values()) / 1e6 == pytest.approx(
         millions, rel=1e-3
