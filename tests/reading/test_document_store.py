@@ -1,4 +1,4 @@
-"""The store of documents that were read: same reading, bounded, atomic, suspicious of files."""
+"""The document store: same results, bounded, atomic, and no trust in its files."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_reading_from_the_store_is_the_same_bit_for_bit(choice, pools, dtype) ->
         assert (reader.store.hits, reader.store.misses) == (hits, 4)
 
 
-def test_documents_read_in_other_company_differ_by_rounding_alone(choice) -> None:
+def test_documents_read_in_other_batches_differ_only_by_rounding(choice) -> None:
     """Matrix products of other shapes round differently; nothing else may differ."""
     reader = make_reader(torch.float64, document_store=choice)
     reader.read(DOCUMENTS[:1])
@@ -84,7 +84,7 @@ def test_a_later_run_finds_what_an_earlier_one_read(tmp_path) -> None:
     assert (later.store.hits, later.store.misses) == (4, 0)
 
 
-def test_the_header_alone_is_read_again_when_it_went(tmp_path) -> None:
+def test_only_a_missing_header_is_read_again(tmp_path) -> None:
     reader = make_reader(document_store=tmp_path)
     expected = reader.read(DOCUMENTS)
     reader.store._path(reader.store._name(reader.tokens.header, ())).unlink()
@@ -120,7 +120,7 @@ def test_the_identity_is_of_what_the_model_computes() -> None:
     assert model_identity(make_decoder().double()) != identity
 
 
-def test_what_was_not_used_longest_goes_first(make_store) -> None:
+def test_the_least_recently_used_is_evicted_first(make_store) -> None:
     store = make_store(3 * STATES.nbytes + 1200)  # a file has a header of about 200 bytes
     for token in range(3):
         store.put([1], [token] * 5, STATES + token)
@@ -195,7 +195,7 @@ def test_a_killed_writer_leaves_no_file_that_counts(tmp_path, monkeypatch) -> No
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", replace)
-    # A killed one clears nothing away.
+    # A killed writer cleans nothing up.
     monkeypatch.setattr(Path, "unlink", lambda *args, **kwargs: None)
     with pytest.raises(KeyboardInterrupt):
         store.put([1], DOCUMENT, STATES)

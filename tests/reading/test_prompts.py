@@ -42,7 +42,7 @@ def test_a_template_of_the_plain_prompt_is_the_plain_prompt() -> None:
     assert template_prompt(PLAIN, make_tokenizer()) == ReaderPrompt()
 
 
-def test_tags_stand_around_every_document() -> None:
+def test_tags_surround_every_document() -> None:
     assert template_prompt(TAGS, make_tokenizer()) == ReaderPrompt(
         header="<bos>", document="<doc>{document}</doc>\n", query="Q {query} A", target="{target}"
     )
@@ -82,7 +82,7 @@ def test_a_template_that_trims_and_dates_its_messages() -> None:
     ),
     ids=("plain", "tags", "chatml", "trimmed"),
 )
-def test_spans_are_the_documents_whatever_the_tokenizer_merges(
+def test_spans_are_the_documents_regardless_of_what_the_tokenizer_merges(
     tmp_path, monkeypatch, prompt, template, header, document, context
 ) -> None:
     (tmp_path / "tags.jinja").write_text(TAGS)

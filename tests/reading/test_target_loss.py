@@ -41,7 +41,7 @@ def test_without_a_gradient_nothing_is_recorded() -> None:
 
 
 @pytest.mark.parametrize("cap", (None, 0.5))
-def test_a_head_whose_logits_are_capped_behind_it_is_not_plain(cap: float | None) -> None:
+def test_a_head_whose_logits_are_capped_after_it_is_not_plain(cap: float | None) -> None:
     sizes = make_decoder().config.to_dict()
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     config = transformers.Gemma2Config(
