@@ -1,4 +1,4 @@
-"""The report: what stands in it, that it needs nothing else, and mistakes."""
+"""The report: its content, that it is self-contained, and mistakes."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def read(path: Path) -> tuple[str, Page]:
     return text, Page(text)
 
 
-def test_a_lone_run(tmp_path: Path) -> None:
+def test_a_single_run(tmp_path: Path) -> None:
     run = make_run(tmp_path / "mine")
     result = CliRunner().invoke(app, ["report", str(run)], env={"COLUMNS": "300"})
     assert result.exit_code == 0, result.output
@@ -123,13 +123,13 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path / name)) for name in ("a", "b")]
     text, page = read(write_report(runs, tmp_path / "new" / "report.html"))
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
-    # Namespaces name the web and fetch nothing; a map of heads carries its own picture.
+    # Namespaces are URLs but fetch nothing; a map of heads embeds its own picture.
     text = re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
     assert "http" not in text
     assert not re.findall(r'(?:href|src)="(?!#|data:)', text)
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
     assert "&lt;wrote&gt; &amp; Emma" in text and "<b>first" not in text
-    # Colours that stand for others are all replaced, and clip paths do not share a name.
+    # Placeholder colours are all replaced, and clip paths do not share a name.
     assert not re.search(r"#0102[01]", text)
     ids = re.findall(r' id="([^"]*)"', text)
     assert len(ids) == len(set(ids)) > 0
@@ -151,7 +151,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert "var(--series-1)" in text
 
 
-def test_a_run_of_little(tmp_path: Path) -> None:
+def test_a_minimal_run(tmp_path: Path) -> None:
     """No reader, no evaluation, no examples, one step: as InfoNCE without eval_data leaves it."""
     path = make_run(tmp_path / "bare", objective="infonce", examples=False)
     for name in ("heads.yaml", "evaluation.json", "environment.json"):
