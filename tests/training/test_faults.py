@@ -1,4 +1,4 @@
-"""What goes wrong during a run: bad numbers, full disks, too little memory, dead processes."""
+"""What goes wrong during a run: bad numbers, full disks, too little memory, crashed processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def words(console: Console) -> str:
 
 @pytest.fixture
 def broken_steps(monkeypatch):
-    """Make the loss of chosen steps what one says, or its gradient."""
+    """Set the loss of chosen steps, or its gradient, to given values."""
 
     def install(steps: dict[int, float], gradient_only: bool = False) -> None:
         original, calls = DistilledDreamLoss.forward, []
@@ -143,7 +143,7 @@ def test_a_folder_that_cannot_be_written_is_named_at_once(run, tmp_path: Path) -
             train(run(output_dir=str(place)), console=quiet())
 
 
-def test_a_file_that_ends_in_mid_line_is_named(run) -> None:
+def test_a_file_that_ends_mid_line_is_named(run) -> None:
     data = Path(run().train_data)
     data.write_text(data.read_text()[:-20])
     with pytest.raises(ValueError, match=r"train.jsonl:24: .*ends in the middle of the line"):
@@ -198,7 +198,7 @@ def test_memory_advice_follows_the_measurement(run) -> None:
     assert "document_store_gb, now 2, of the 2.00 GiB" in text
 
 
-def test_allocations_are_understood() -> None:
+def test_allocation_errors_are_parsed() -> None:
     assert faults._asked(RuntimeError("Tried to allocate 1.50 GiB")) == int(1.5 * 2**30)
     cpu = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."
     assert faults._asked(RuntimeError(cpu)) == 4096
@@ -214,7 +214,7 @@ def test_the_process_knows_its_memory() -> None:
     assert 2**26 < watch.resting <= 1.1 * watch.highest() <= watch.capacity()
 
 
-def test_a_system_that_tells_no_memory_is_no_obstacle(run, monkeypatch, tmp_path: Path) -> None:
+def test_a_system_that_reports_no_memory_is_no_obstacle(run, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows: importing it fails
     monkeypatch.delattr(os, "sysconf")
     monkeypatch.setattr(memory, "Path", lambda name: tmp_path / "absent")
@@ -232,7 +232,7 @@ def test_a_system_that_tells_no_memory_is_no_obstacle(run, monkeypatch, tmp_path
 
 
 def stop_twice(config: TrainConfig) -> tuple[int, bool, str]:
-    """Steps done, whether the handler is the one of before, and what was printed."""
+    """Steps done, whether the handler is the previous one, and what was printed."""
     original, calls = DistilledDreamLoss.forward, []
 
     def forward(self, *args, **kwargs):

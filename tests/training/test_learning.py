@@ -1,4 +1,4 @@
-"""A run or a loss from which nothing can come says so, beforehand where that can be known."""
+"""A run or a loss that cannot train anything says so, before the run if that can be known."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ def test_a_stream_without_a_batch_is_an_error(on) -> None:
         ("revela", {"pool": "in_batch"}),
     ],
 )
-def test_gradients_that_are_all_zero_are_said(on, objective: str, changes: dict) -> None:
-    """Two queries a batch, which share one document; to Revela's two texts each has one other."""
+def test_gradients_that_are_all_zero_are_reported(on, objective: str, changes: dict) -> None:
+    """Two queries a batch share one document; each of Revela's two texts has one other."""
     rows = make_rows(24) if objective == "revela" else PAIRS
     console = quiet()
     config = on(rows, objective=objective, batch_size=2, max_steps=6, **changes)
@@ -184,7 +184,7 @@ def test_a_plain_trainer_fills_its_batches(tiny_model, tmp_path: Path, sampler: 
 
 
 @pytest.mark.parametrize("dtype, warned", [(torch.bfloat16, True), (torch.float32, False)])
-def test_a_plain_trainer_is_told_of_weights_in_16_bits(tiny_model, dtype, warned: bool) -> None:
+def test_a_plain_trainer_is_warned_of_weights_in_16_bits(tiny_model, dtype, warned: bool) -> None:
     loss = make_loss(tiny_model, dtype)
     batch = DreamCollator(loss.model)(make_rows(4))
     features = [
@@ -205,7 +205,7 @@ def test_a_plain_trainer_is_told_of_weights_in_16_bits(tiny_model, dtype, warned
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 def test_every_weight_is_trained_in_float32(run, dtype: str) -> None:
-    """At a rate of 1e-5, which a weight in bfloat16 does not see."""
+    """At a learning rate of 1e-5, whose steps a weight in bfloat16 rounds away."""
     config = run(
         lora_r=0, dtype=dtype, learning_rate=1e-5, warmup_steps=0, max_steps=10, eval_steps=10,
         objective="infonce",
@@ -239,7 +239,7 @@ def test_passes_of_training_compute_in_bfloat16(tiny_model) -> None:
     torch.testing.assert_close(training, evaluated, rtol=0.05, atol=0.05)
 
 
-def test_mini_batches_of_another_size_resume_without_dropout_alone(run, monkeypatch) -> None:
+def test_mini_batches_of_another_size_resume_only_without_dropout(run, monkeypatch) -> None:
     config = run(max_steps=2, mini_batch_size=2, eval_data=None)
     train(config, console=quiet())
     more = {"max_steps": 3, "eval_data": None}

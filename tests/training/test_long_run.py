@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 class Watch(TrainerCallback):
-    """Notes what the process holds and spends, step by step."""
+    """Records what the process holds and spends at every step."""
 
     def __init__(self) -> None:
         self.memory: list[int] = []
@@ -29,7 +29,7 @@ class Watch(TrainerCallback):
         self._begin = 0.0
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        # A clock is good for a long run only. Calls are the same on a busy machine, and slow.
+        # A clock is reliable in a long run only. Counts of calls are on any machine, but are slow.
         if not SOAK and state.global_step % 4 == 0:
             self.calls.append(0)
             sys.setprofile(self._count)
@@ -40,7 +40,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         sys.setprofile(None)
-        # Of the processor, for other processes shall not count.
+        # CPU time, so that other processes do not count.
         self.seconds.append(time.process_time() - self._begin)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         self.memory.append(pages * os.sysconf("SC_PAGE_SIZE"))

@@ -26,7 +26,7 @@ from helpers.tiny import quiet
 
 @pytest.fixture
 def scored(monkeypatch):
-    """Evaluations give scores from outside, one after the other."""
+    """Evaluations return given scores, one after the other."""
 
     def use(*scores: float) -> None:
         left = list(scores)
@@ -120,7 +120,7 @@ def test_a_linked_folder_is_written_through(run, tmp_path: Path) -> None:
 
 
 def test_two_runs_in_one_folder(run, tmp_path: Path) -> None:
-    """The second is refused, in this process and in another; a killed one is in nobody's way."""
+    """The second is refused, in this process and in another; a killed one blocks nobody."""
     out = tmp_path / "out"
     script = (
         "import os, signal, sys, time; from pathlib import Path\n"
@@ -214,7 +214,7 @@ def test_a_comparison_keeps_the_results_of_other_settings(run, tmp_path: Path) -
     assert json.loads(result.read_text())["seconds"] != first["seconds"]
 
 
-def test_the_demo_replaces_demos_alone(run, tmp_path: Path) -> None:
+def test_the_demo_replaces_only_demos(run, tmp_path: Path) -> None:
     train(run(max_steps=1, eval_data=None), console=quiet())
     before = files(tmp_path / "out")
     with pytest.raises(FileExistsError, match="has results of another run than the demo's"):

@@ -62,7 +62,7 @@ def stop_and_resume(config: TrainConfig, stop: int, number: int) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_resumes(run, tmp_path: Path, objective: str) -> None:
-    # Six batches to a round: the eighth step is in the second one.
+    # Six batches an epoch: the eighth step is in the second one.
     first, second = both(run, tmp_path, 5, objective=objective)
     assert first == second
     assert len(first["history"]["steps"]) == 8 and len(first["files"]) >= 1
@@ -81,7 +81,7 @@ def test_every_objective_resumes(run, tmp_path: Path, objective: str) -> None:
     ids=lambda changes: next(iter(changes)),
 )
 def test_what_changes_over_a_run_resumes(run, tmp_path: Path, changes: dict) -> None:
-    """Stopped in the second round of the data."""
+    """Stopped in the second epoch."""
     first, second = both(run, tmp_path, 7, signal.SIGINT, **changes)
     assert first == second
 
@@ -118,7 +118,7 @@ def test_dropout_draws_the_same_masks(run, tmp_path: Path, monkeypatch) -> None:
     assert len(set(losses)) == 8
 
 
-def test_killed_runs_equal_one_left_alone(run, tmp_path: Path) -> None:
+def test_killed_runs_equal_an_uninterrupted_one(run, tmp_path: Path) -> None:
     kills = 20 if SOAK else 4
     config = run(
         max_steps=10, eval_steps=3, save_steps=2, document_store="memory", report_queries=2
@@ -250,7 +250,7 @@ def test_the_command_resumes(run, tmp_path: Path) -> None:
     assert [step["loss"] for step in steps] == [step["loss"] for step in alone.history.steps]
 
 
-def test_a_model_folder_that_was_half_moved_is_mended(run, tmp_path: Path) -> None:
+def test_a_model_folder_that_was_half_moved_is_repaired(run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     train(run(), console=quiet())
     # As a kill between the two renames leaves it.

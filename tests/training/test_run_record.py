@@ -1,4 +1,4 @@
-"""What a run leaves for the report: examples, geometry, every query's score, final tasks."""
+"""What a run records for the report: examples, geometry, every query's score, final tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The driver end to end on tiny models, and on real data when asked for."""
+"""The driver end to end on tiny models, and on real data on request."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_other_forms_are_trained_on(run, tmp_path: Path, streaming: bool) -> Non
     data.write_text("\n".join(map(json.dumps, lines)))
     config = run(train_data=str(data), streaming=streaming, eval_data=None, target_from="positive")
     result = train(config, console=quiet())
-    # Two batches of four in nine lines: the fourth step is in the second round.
+    # Two batches of four in nine lines: the fourth step is in the second epoch.
     assert [s["step"] for s in result.history.steps] == [1, 2, 3, 4]
     assert all(s["weight_on_positive"] > 0 for s in result.history.steps)
     assert read_heads(tmp_path / "out" / "heads.yaml").provenance["examples"] == 9

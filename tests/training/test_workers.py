@@ -1,4 +1,4 @@
-"""Processes of ``dataloader_workers`` that die, are told to stop, or meet bad data."""
+"""Processes of ``dataloader_workers`` that crash, are told to stop, or meet bad data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from helpers.killed_run import outcome
 from helpers.own_process import in_own_process
 from helpers.tiny import make_config, quiet
 
-# Steps before the death: after them come an evaluation and a checkpoint.
+# Steps before the kill: after them come an evaluation and a checkpoint.
 DONE = 3
 
 
@@ -35,7 +35,7 @@ def config(run) -> TrainConfig:
 
 
 def kill_a_worker() -> None:
-    """Kill a process that makes batches; where it is a child, torch's handler raises from here."""
+    """Kill a process that makes batches; if it is a child, torch's handler raises from here."""
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     for _ in range(1000):
         time.sleep(0.01)
@@ -82,7 +82,7 @@ def run_with_a_death(config: TrainConfig, when: str) -> str:
     try:
         train(config, console=quiet(), callbacks=[death])
     except ChildProcessError as error:
-        # While the error, and with it every frame of the run, is there.
+        # While the error, and with it every frame of the run, is alive.
         nothing_can_raise()
         return str(error)
     raise AssertionError("the run has not noticed it")
@@ -90,7 +90,7 @@ def run_with_a_death(config: TrainConfig, when: str) -> str:
 
 @pytest.fixture(scope="module")
 def alone(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """The outcome of a run that nothing happens to."""
+    """The outcome of an undisturbed run."""
     config = make_config(tiny_model, tmp_path_factory.mktemp("alone"), **CHANGES)
     train(config, console=quiet())
     return outcome(Path(config.output_dir))
@@ -158,7 +158,7 @@ def run_to_its_error(config: TrainConfig) -> tuple[str, str]:
     raise AssertionError("it has found nothing")
 
 
-def test_bad_data_in_a_worker_is_named_as_without(config: TrainConfig) -> None:
+def test_bad_data_in_a_worker_is_named_as_without_workers(config: TrainConfig) -> None:
     data = Path(config.train_data)
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     rows[-1] = {"query": "q", "target": "t", "documents": []}

@@ -111,7 +111,7 @@ def write_all(tiny_model: Path, folder: Path, monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """A run that has ended."""
+    """A finished run."""
     config = settings(tiny_model, tmp_path_factory.mktemp("trained"), objective="infonce")
     train(config, console=quiet())
     return config
@@ -134,7 +134,7 @@ def commands(config: TrainConfig) -> dict[str, tuple[object, ...]]:
 
 
 def check(name: str, text: str) -> None:
-    """That a text is the whole of what a command writes, and nothing else."""
+    """Check that a text is all that a command writes, and nothing else."""
     if name == "evaluate":
         assert [e["model"] for e in json.loads(text)["evaluations"]][-1] == "BM25"
     elif name == "report":
