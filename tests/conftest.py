@@ -1,4 +1,4 @@
-"""Fixtures that every test gets."""
+"""Fixtures for every test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Nothing in the suite may reach for a model hub: real models come from installed packages.
+# No test may contact a model hub: real models come from installed packages.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -20,13 +20,13 @@ import torch
 
 from helpers.process_state import kept
 
-# Without a GPU the Triton kernels run in triton's interpreter, which has to be asked for before
-# triton is imported. It is taken only where a test names impl="triton".
+# Without a GPU the Triton kernels run in triton's interpreter, which must be requested
+# before triton is imported. It is used only where a test names impl="triton".
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# As a context torch.device("meta") learns at its first use which functions make tensors; were
-# they poisoned by then, it would let the real ones through.
+# When first used as a context, torch.device("meta") records which functions make tensors; were they
+# poisoned by then, it would not intercept the original ones.
 with torch.device("meta"):
     torch.empty(0)
 
@@ -41,9 +41,9 @@ def _poison(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(test_keeps_the_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill ``torch.empty`` with NaN, so that an element that nobody wrote shows.
+    """Fill ``torch.empty`` with NaN, so that an unwritten element shows.
 
-    What looks after the process comes first, so that all that is patched is back when it looks.
+    The check of the process's state is set up first, so that it runs after all patches are undone.
     """
     for name in ("empty", "empty_like", "empty_strided"):
         original = getattr(torch, name)
@@ -62,7 +62,7 @@ def poisoned_empty(test_keeps_the_process: None, monkeypatch: pytest.MonkeyPatch
 
 
 def pytest_collection_finish() -> None:
-    """Keep what the imports made out of every later collection, which trainers ask for by hand."""
+    """Freeze what the imports made, so that the collections that trainers force skip it."""
     gc.collect()
     gc.freeze()
 
@@ -80,7 +80,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def module_keeps_the_process(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What fixtures of a module change is back when its last test is done."""
+    """What a module's fixtures change is restored after its last test."""
     with kept(request.node.nodeid):
         yield
 
@@ -95,7 +95,7 @@ def test_keeps_the_process(
 
 @pytest.fixture(scope="session")
 def nq_oracle() -> Path:
-    """The real test set in BEIR layout, where it is present beside the checkout."""
+    """The real test set in BEIR layout, if it is next to the checkout."""
     path = SHARED_DATA / "nq_oracle"
     if not path.is_dir():
         pytest.skip(f"{path} is not present")

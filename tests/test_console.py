@@ -102,7 +102,7 @@ def work_on(console: Console, until: threading.Event | None = None) -> None:
 
 
 class Said(io.StringIO):
-    """Sets an event as soon as a line was printed."""
+    """Sets an event as soon as a line is printed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class Said(io.StringIO):
         return count
 
 
-def test_without_a_terminal_a_wait_has_lines(monkeypatch) -> None:
+def test_without_a_terminal_a_wait_prints_lines(monkeypatch) -> None:
     monkeypatch.setattr(consoles, "FIRST_LINE", 0.01)
     monkeypatch.setattr(consoles, "EVERY_LINE", 0.01)
     file = Said()
@@ -127,7 +127,7 @@ def test_without_a_terminal_a_wait_has_lines(monkeypatch) -> None:
     assert not any(thread.name == "progress" for thread in threading.enumerate())
 
 
-def test_a_short_wait_a_quiet_console_and_a_library_say_nothing(monkeypatch) -> None:
+def test_a_short_wait_a_quiet_console_and_a_library_print_nothing(monkeypatch) -> None:
     monkeypatch.setattr(consoles, "FIRST_LINE", 1e6)
     file = io.StringIO()
     work_on(OutputConsole(file=file, width=80))

@@ -1,4 +1,4 @@
-"""Imports run one way: no circles, and none against the order of layers in CONTRIBUTING.md."""
+"""Imports run one way: no cycles, and none against the order of layers in CONTRIBUTING.md."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def graph() -> Graph:
 
 
 def circle(graph: Graph) -> list[str]:
-    """The modules of a circle in the order of their imports; none if there is none."""
+    """The modules of a cycle in the order of their imports; empty if there is none."""
     done: set[str] = set()
 
     def walk(name: str, above: list[str]) -> list[str]:
@@ -106,7 +106,7 @@ def upward(graph: Graph, heights: dict[str, int]) -> list[str]:
     )
 
 
-def test_there_is_no_circle(graph: Graph) -> None:
+def test_there_is_no_cycle(graph: Graph) -> None:
     found = circle(graph)
     assert not found, " imports ".join(found)
 
@@ -121,7 +121,7 @@ def test_imports_run_down(graph: Graph) -> None:
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_the_packages_lie_on_each_other(graph: Graph, name: str) -> None:
+def test_the_packages_are_layered(graph: Graph, name: str) -> None:
     order = list(PACKAGES)
     above = order[order.index(name) + 1 :]
     assert not [
