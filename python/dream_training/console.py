@@ -1,4 +1,4 @@
-"""What commands print: one kind of console, and how far something is that takes long."""
+"""What commands print: one kind of console, and the progress of long operations."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from rich.table import Table
 from rich.text import Text
 
 WIDTH = 80
-# Without a terminal, a wait has a line after so many seconds, and then as often.
+# Seconds to the first line of progress and between the next ones, without a terminal.
 FIRST_LINE, EVERY_LINE = 5.0, 20.0
-# Characters of a bar, and of what it is a bar of: figures and time need the rest of 80 columns.
+# Characters of a bar and of its label: figures and time need the rest of 80 columns.
 _BAR, _SHOWN = 16, 28
 
 P = ParamSpec("P")
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class OutputConsole(Console):
-    """Breaks text between words alone, so that a path or a command can be copied."""
+    """Breaks text only between words, so that a path or a command can be copied."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         if "soft_wrap" not in options and all(isinstance(part, str) for part in objects):
@@ -50,10 +50,10 @@ class OutputConsole(Console):
 
 
 def make_console(beside: str | os.PathLike[str] | None = None) -> Console:
-    """Make the console of a command, on standard error where ``beside`` names standard output.
+    """Make the console of a command, on standard error if ``beside`` names standard output.
 
-    Text is printed as it is: brackets are no markup, and figures get no colours. Without a terminal
-    it is as wide as COLUMNS says, and 80 by default.
+    Text is printed as it is: brackets are no markup, and figures are not coloured. Without a
+    terminal its width is COLUMNS, 80 by default.
     """
     console = OutputConsole(
         markup=False, highlight=False, emoji=False, stderr=beside is not None and _is_stdout(beside)
@@ -72,7 +72,7 @@ def _is_stdout(path: str | os.PathLike[str]) -> bool:
 
 
 def wrapped(text: str, width: int) -> str:
-    """Break the lines of a text between words, each to its own indentation; words stay whole."""
+    """Wrap the lines of a text between words, keeping each one's indentation; words stay whole."""
     lines = []
     for line in text.split("\n"):
         words = line.lstrip()
@@ -89,25 +89,25 @@ def wrapped(text: str, width: int) -> str:
 
 
 def print_entry(console: Console, head: str, text: str, style: str = "") -> None:
-    """Print a head and a text beside it, whose further lines begin below its first."""
+    """Print a head and a text beside it, the lines of the text aligned."""
     beside = wrapped(" " * len(head) + text, console.width)[len(head) :]
     console.print(Text.assemble((head, style), beside), soft_wrap=True)
 
 
 def print_paths(console: Console, paths: Mapping[str, str | os.PathLike[str]]) -> None:
-    """Print where files are, each whole on a line of its own."""
+    """Print the paths of files, each unbroken on its own line."""
     width = max((len(name) for name, path in paths.items() if path), default=0)
     for name, path in paths.items():
         console.print(f"{name:<{width}}  {os.fspath(path)}".rstrip(), soft_wrap=True)
 
 
 def make_table(*columns: str, texts: int = 1) -> Table:
-    """Make a table of figures that is as narrow as it can be.
+    """Make a table of figures that is as narrow as possible.
 
     Args:
-        columns: their heads.
-        texts: how many of them, from the first on, hold text; it is cut where there is no room,
-            and figures never are.
+        columns: their headers.
+        texts: how many of them, from the first on, hold text, which is cut if there is no room;
+            figures never are.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     for i, name in enumerate(columns):
@@ -119,7 +119,7 @@ def make_table(*columns: str, texts: int = 1) -> Table:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """The shortest ends of paths that tell them apart; what is no folder or file keeps its name."""
+    """The shortest ends that tell paths apart; a name that is no folder or file is kept."""
     paths = {name: Path(name).resolve().parts for name in names if Path(name).exists()}
     shown = {}
     for name in names:
@@ -132,9 +132,9 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     return shown
 
 
-# Where progress is shown; nowhere unless a command or a run says so.
+# Where progress is shown; nowhere unless a command or a run sets it.
 _console: ContextVar[Console | None] = ContextVar("console", default=None)
-# What is being done on a console, the innermost last, and the bars of a terminal.
+# The work in progress on a console, the innermost last, and the bars of a terminal.
 _doing: WeakKeyDictionary[Console, list[Work]] = WeakKeyDictionary()
 _bars: WeakKeyDictionary[Console, Bars] = WeakKeyDictionary()
 
@@ -146,7 +146,7 @@ def show_on(console: Console) -> Console:
 
 
 def shows_progress(function: Callable[P, R]) -> Callable[P, R]:
-    """Mark a function that calls :func:`show_on`: what it sets does not outlast it."""
+    """Mark a function that calls :func:`show_on`: the setting ends with the call."""
 
     @functools.wraps(function)
     def inner(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -156,15 +156,15 @@ def shows_progress(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class Work:
-    """Something that takes long.
+    """A long operation.
 
     Args:
-        what: is done, such as ``"encoding documents"``.
-        total: how many things there are; None if that is not known.
+        what: what is done, such as ``"encoding documents"``.
+        total: the number of items; None if it is not known.
 
     Attributes:
         done: how many of them are done.
-        detail: more to be said of it.
+        detail: further text to show.
     """
 
     def __init__(self, what: str, total: int | None = None) -> None:
@@ -187,7 +187,7 @@ class Work:
         return f"{self.done:,}" if self.done else ""
 
     def line(self) -> str:
-        """How far it is, and what is left of the time."""
+        """The progress so far, and the time left."""
         seconds = time.monotonic() - self._begin
         parts = [
             f"{self.what} ... {self.count}".rstrip(),
@@ -202,13 +202,13 @@ class Work:
 
 @contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[Work]:
-    """Show how far something is: a bar on a terminal, elsewhere a line now and then.
+    """Show progress: a bar on a terminal, otherwise a line now and then.
 
-    Shown on the console of :func:`show_on`; without one, or on a quiet one, nothing is.
+    It appears on the console of :func:`show_on`; without one, or on a quiet one, nothing is shown.
 
     Args:
-        what: is done.
-        total: how many things there are; None if that is not known.
+        what: what is done.
+        total: the number of items; None if it is not known.
     """
     work, console = Work(what, total), _console.get()
     if console is None or console.quiet:
@@ -225,7 +225,7 @@ def progress(what: str, total: int | None = None) -> Iterator[Work]:
 
 @contextmanager
 def loading_libraries() -> Iterator[None]:
-    """Import inside what takes seconds; of several processes, the first one says so."""
+    """Show progress while slow imports run inside; with several processes, in the first."""
     first = os.environ.get("RANK", "0") == "0"
     token = _console.set(make_console() if first else None)
     try:
@@ -236,7 +236,7 @@ def loading_libraries() -> Iterator[None]:
 
 
 def tracked(things: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Yield the things, and show how many of them there were."""
+    """Yield the items, and show how many are done."""
     with progress(what, total) as work:
         for thing in things:
             yield thing
@@ -251,12 +251,12 @@ def duration(seconds: float) -> str:
 
 
 def shortened(text: str, length: int = _SHOWN) -> str:
-    """A text of at most so many characters, its end left off."""
+    """Cut a text to at most ``length`` characters."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 class _Time(ProgressColumn):
-    """What is left, or what has passed where that is not known."""
+    """The time left, or the time passed if that is not known."""
 
     max_refresh = 0.5
 

@@ -20,7 +20,7 @@ class History:
 
     @property
     def best_step(self) -> int:
-        """The step of the best evaluation, the first of equal ones; -1 if there is none."""
+        """The step of the best evaluation, the first one on ties; -1 if there is none."""
         best = max(self.evaluations, key=lambda e: e["ndcg_at_10"], default={"step": -1.0})
         return int(best["step"])
 
@@ -38,7 +38,7 @@ class History:
 
 
 def describe(metrics: dict[str, float], brief: bool = False) -> str:
-    """One line of a step's metrics for people; a brief one has loss and pace alone."""
+    """A step's metrics as one line of text; a brief one has only loss and speed."""
     if "loss" not in metrics:
         return "skipped" if "skipped" in metrics else ""
     parts = [f"loss {metrics['loss']:.3f}"]
@@ -59,7 +59,7 @@ def describe(metrics: dict[str, float], brief: bool = False) -> str:
 
 
 def describe_best(history: History) -> str:
-    """What to know of ``best/`` at the end of a run, where it is not the best of trained models."""
+    """A note on ``best/`` at the end of a run, if it is not the best of the trained models."""
     if history.not_improved:
         before, *after = (e["ndcg_at_10"] for e in history.evaluations)
         return (

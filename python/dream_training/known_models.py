@@ -1,4 +1,4 @@
-"""Models known by name, and names that lead nowhere: found early, said plainly."""
+"""Models known by name, and early, plain errors for wrong names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGED_MODEL, PACKAGED_RETRIEVER = "smollm2", "minilm"
 PACKAGED = (PACKAGED_MODEL, PACKAGED_RETRIEVER)
 
-# As their public configuration files say, so that a plan needs no network and no licence click.
+# From their public configuration files, so that a plan needs no network and no accepted licence.
 _QWEN = {"model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 32768}
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072}
 _QWEN_05B = {
@@ -73,14 +73,14 @@ KNOWN = {
 
 
 def check_name(path: str | os.PathLike[str], what: str) -> None:
-    """Refuse a name that is no folder and that the hub cannot have.
+    """Refuse a name that is neither a folder nor a valid name of the hub.
 
-    The hub is asked for minutes where there is no network, and its answer is of no use for a
-    misspelt path.
+    Without a network, asking the hub takes minutes, and its answer does not help with a misspelt
+    path.
 
     Args:
         path: folder or name.
-        what: the argument or config key that it is the value of, such as ``reader``.
+        what: the argument or config key that has this value, such as ``reader``.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -98,7 +98,7 @@ def check_name(path: str | os.PathLike[str], what: str) -> None:
         validate_repo_id(name)
     except HFValidationError:
         raise FileNotFoundError(f"{what}: there is no folder {name!r}{_nearest(name)}") from None
-    # No model of the hub without an owner has such a name.
+    # No hub model without an owner has such a name.
     if "/" not in name and difflib.get_close_matches(name, PACKAGED, cutoff=0.75):
         raise FileNotFoundError(
             f"{what}: there is neither a folder nor a known model {name!r}{_nearest(name)}"
@@ -106,7 +106,7 @@ def check_name(path: str | os.PathLike[str], what: str) -> None:
 
 
 def not_found(path: str | os.PathLike[str], what: str, error: OSError) -> FileNotFoundError:
-    """What to raise where the hub gave no model of a name that is no folder either."""
+    """The error for a name that is not a folder and that the hub gave no model for."""
     name = os.fspath(path)
     return FileNotFoundError(
         f"{what}: there is no folder {name!r} here, and it could not be fetched from the hub: "
@@ -120,7 +120,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _nearest(name: str) -> str:
-    """The known model or the folder beside it whose name is nearest, as the end of a message."""
+    """The closest name of a known model or a neighbouring folder, as the end of a message."""
     parent = Path(name).parent
     beside = []
     if parent.is_dir():

@@ -11,7 +11,7 @@ import torch
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes that there are; 0 where the system does not tell."""
+    """Total memory in bytes; 0 if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     try:
@@ -21,7 +21,7 @@ def total_memory(device: torch.device) -> int:
 
 
 def used_memory(device: torch.device) -> int:
-    """Bytes that are in use now; on a CPU, where the system does not tell, 0."""
+    """Memory in use now, in bytes; on a CPU 0 if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
@@ -33,9 +33,9 @@ def used_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that were in use: since the peak was reset, or on a CPU, since the start.
+    """Peak memory in bytes: since the peak was reset, or on a CPU, since the start.
 
-    0 where the system does not tell: ``resource`` is a module of Unix alone.
+    0 if the system does not tell: ``resource`` exists on Unix only.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -1,4 +1,4 @@
-"""Pictures: the training curve, and the map of the reader's heads."""
+"""Plots: training curves, comparisons of runs, and the map of the reader's heads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HEAD_SCORES = {
     ),
 }
 
-# Mark, colour and place within the cell of each criterion.
+# Marker, colour and place within the cell of each criterion.
 _MARKS = (
     ("o", "#1b4f8a", -0.22, 0.22),
     ("^", "#d08a3a", 0.22, 0.22),
@@ -40,10 +40,10 @@ def plot_heads(head_file: HeadFile, path: str | os.PathLike[str]) -> Path:
     """Draw the score of every head as a layer x head map, the chosen ones outlined.
 
     Raises:
-        ValueError: the file carries no scores.
+        ValueError: the file has no scores.
     """
     if not head_file.scores:
-        raise ValueError("the head file carries no scores to draw")
+        raise ValueError("the head file has no scores to draw")
     layers = 1 + max(layer for layer, _ in head_file.scores)
     heads = 1 + max(head for _, head in head_file.scores)
     grid = np.full((heads, layers), np.nan)
@@ -76,10 +76,10 @@ def plot_head_choices(
     shape: tuple[int, int],
     path: str | os.PathLike[str],
 ) -> Path:
-    """Draw who chose which head: a mark for every criterion, a shade for random draws.
+    """Draw which criterion chose which heads: a marker for each, a shade for random draws.
 
     Args:
-        choices: by the name of the criterion, ``(layer, head)`` pairs; at most four.
+        choices: ``(layer, head)`` pairs by the name of the criterion; at most four.
         draws: the same for random draws, without names.
         shape: (layers, heads) of the reader.
         path: PNG file.
@@ -216,8 +216,8 @@ def plot_comparison(
     """Draw nDCG@10 of every run and seed, one panel for each data set; the bar is the mean.
 
     Args:
-        scores: by run and data set, one figure for each seed.
-        untrained: by data set, what the retrievers had before training.
+        scores: by run and data set, one figure per seed.
+        untrained: by data set, the figures before training.
         path: PNG file.
 
     Raises:

@@ -15,7 +15,7 @@ import typer
 # Variables that libraries read when they are imported.
 QUIET_LIBRARIES = {
     "TOKENIZERS_PARALLELISM": "false",
-    # Backbones with fewer layers than their file would report every layer left out.
+    # Loading fewer layers than a checkpoint has would report every layer left out.
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -31,7 +31,7 @@ def quieten_libraries() -> None:
 
 
 def find_datasets_cache() -> None:
-    """Give ``datasets`` a temporary cache where its own is not writable, and say so.
+    """Give ``datasets`` a temporary cache if its own is not writable, and say so.
 
     The library creates its cache folder even for data that it streams.
     """
@@ -46,7 +46,7 @@ def find_datasets_cache() -> None:
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     os.environ["HF_DATASETS_CACHE"] = temporary
     typer.echo(
-        f"dream: the cache {cache} cannot be written: data sets of the hub are downloaded again "
+        f"dream: the cache {cache} cannot be written: data sets from the hub are downloaded again "
         "in every run; set HF_DATASETS_CACHE to a writable folder",
         err=True,
     )

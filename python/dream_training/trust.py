@@ -1,7 +1,7 @@
-"""Models from anybody: no code that comes with one is run unless allowed, and no pickle is read.
+"""Untrusted models: code that comes with one is not run unless allowed, and no pickle is read.
 
-Weights come as safetensors. The libraries that load models ask for permission in most places; here
-is what they leave open, and errors that say what to do in this project's own words.
+Weights come as safetensors. The libraries that load models ask for permission in most places; this
+module covers the rest, with errors that name this project's own options.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _LIBRARY_CLASS = re.compile(r"sentence_transformers(\.[A-Za-z_]\w*)+")
 
 
 def check_model_folder(path: str | os.PathLike[str], trust_remote_code: bool = False) -> None:
-    """Refuse a folder whose weights are pickled, or which brings code that nobody allowed.
+    """Refuse a folder whose weights are pickled, or that comes with code that is not allowed.
 
-    Names of the hub pass: their files are not here yet, and the libraries' own checks stand.
+    Names of the hub pass: their files are not here yet, and the libraries check them.
 
     Raises:
         ValueError: for either; the message names the file.
@@ -49,7 +49,7 @@ def check_model_folder(path: str | os.PathLike[str], trust_remote_code: bool = F
         return
     modules = folder / "modules.json"
     if modules.is_file():
-        # Before 6.0, sentence-transformers ran the code of any folder that is there.
+        # Before 6.0, sentence-transformers ran the code of any local folder.
         listed = parse_json(read_text(modules), str(modules))
         for module in listed if isinstance(listed, list) else [listed]:
             name = module.get("type") if isinstance(module, dict) else module
@@ -75,7 +75,7 @@ def check_model_folder(path: str | os.PathLike[str], trust_remote_code: bool = F
 def guarded(
     path: str | os.PathLike[str], trust_remote_code: bool = False, what: str = "model"
 ) -> Iterator[None]:
-    """Load a model inside: its folder is checked, and refusals of the libraries are put plainly.
+    """Load a model inside: its folder is checked, and errors of the libraries are made plain.
 
     Args:
         path: folder or hub name.
@@ -85,7 +85,7 @@ def guarded(
     Raises:
         FileNotFoundError: there is no such model.
         ModuleNotFoundError: the model needs a package that is missing, such as a quantiser.
-        ValueError: the model brings code that nobody allowed, or pickled weights.
+        ValueError: the model comes with code that is not allowed, or pickled weights.
     """
     check_name(path, what)
     check_model_folder(path, trust_remote_code)
@@ -99,7 +99,7 @@ def guarded(
     except OSError as error:
         if "safetensors" in str(error):
             raise ValueError(
-                f"{path} has no weights in safetensors; what else there may be {_PICKLED}"
+                f"{path} has no weights in safetensors; any other file of weights {_PICKLED}"
             ) from error
         if not Path(path).is_dir():
             raise not_found(path, what, error) from error
@@ -111,7 +111,7 @@ def guarded(
 
 
 def weight_options(trust_remote_code: bool = False) -> dict[str, Any]:
-    """Return what ``from_pretrained`` of a model needs besides: permission, and safetensors."""
+    """Return the options of ``from_pretrained`` for permission and safetensors."""
     return {"trust_remote_code": trust_remote_code, "use_safetensors": True}
 
 
@@ -122,7 +122,7 @@ def load_tokenizer(
 
     Raises:
         OSError: there is no such model.
-        ValueError: the tokenizer brings code that nobody allowed.
+        ValueError: the tokenizer comes with code that is not allowed.
     """
     from transformers import AutoTokenizer
 
@@ -141,7 +141,7 @@ def load_language_model(
 
     Raises:
         OSError: there is no such model.
-        ValueError: the model brings code that nobody allowed, or pickled weights.
+        ValueError: the model comes with code that is not allowed, or pickled weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -158,7 +158,7 @@ def load_model_config(
 
     Raises:
         OSError: there is no such model.
-        ValueError: the configuration needs code that nobody allowed.
+        ValueError: the configuration needs code that is not allowed.
     """
     from transformers import AutoConfig
 

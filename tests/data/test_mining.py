@@ -122,7 +122,7 @@ def test_a_random_choice_depends_only_on_seed_and_query() -> None:
     "options, message",
     [
         ({"per_query": 0}, "per_query must be at least 1"),
-        ({"first_rank": 9, "last_rank": 3}, "the first at most the last, got 9 and 3"),
+        ({"first_rank": 9, "last_rank": 3}, "the first not after the last, got 9 and 3"),
         ({"choose": "worst"}, r"choose must be one of .* got 'worst'"),
     ],
 )

@@ -406,7 +406,7 @@ def test_a_model_uses_its_own_similarity(base: Path) -> None:
 def test_training_refuses_and_says_what_it_does_not_keep(run, base: Path) -> None:
     config = run(retriever=str(base), retriever_layers=None)
     model = SentenceTransformer(str(base), device="cpu", truncate_dim=8)
-    with pytest.raises(ValueError, match="truncate_dim 8, which training does not know"):
+    with pytest.raises(ValueError, match="truncate_dim 8, which training does not use"):
         train(config, model=model, console=quiet())
     model = SentenceTransformer(str(base), device="cpu", similarity_fn_name="dot")
     with pytest.warns(UserWarning, match="similarity is 'dot'; it is trained with 'cosine'"):

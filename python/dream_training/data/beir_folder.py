@@ -27,7 +27,7 @@ _TRAIN = "train.jsonl"
 _QRELS_HEADER = "query-id\tcorpus-id\tscore"
 # A grade; the evaluation counts gains in 32 bits.
 _MOST_RELEVANT = 2**20
-# Stands in every folder written here: such a folder may be replaced.
+# In every folder written here: such a folder may be replaced.
 _MARKER = ".dream-beir-folder"
 
 
@@ -57,7 +57,7 @@ def write_beir_folder(
     splits: Mapping[str, Split],
     train: Iterable[Example] = (),
 ) -> Path:
-    """Write a BEIR folder, complete or not at all.
+    """Write a BEIR folder, completely or not at all.
 
     Args:
         path: the folder. If it exists it is replaced, provided that it is empty or was written by
@@ -73,7 +73,7 @@ def write_beir_folder(
 
     Raises:
         FileExistsError: if ``path`` is a file, or a folder with other content.
-        ValueError: if an id cannot stand in a tsv file, two splits give one query id different
+        ValueError: if an id cannot be written to a TSV file, two splits give one query id different
             texts, or a relevant document is not in the corpus.
     """
     folder = Path(path)
@@ -115,16 +115,16 @@ def read_beir_folder(
         split: name of the file in ``qrels``, without ``.tsv``.
 
     Returns:
-        corpus: text by document id; the title, if there is one, precedes the text with a space
-            between, as ``beir`` joins them.
+        corpus: text by document id; a title, if there is one, comes before the text and a space, as
+            in ``beir``.
         queries: text by query id, in the order of the file, only those with a line in the qrels;
             the number of the others is logged.
         qrels: relevance by query id and document id; 0 means judged and not relevant.
 
     Raises:
-        FileNotFoundError: if one of the three files is missing; the message names the splits there
-            are.
-        ValueError: for a line that cannot be read, qrels without a line, an id that appears twice,
+        FileNotFoundError: if one of the three files is missing; the message names the splits
+            that exist.
+        ValueError: for a line that cannot be read, empty qrels, an id that appears twice,
             or qrels that name unknown queries or documents.
     """
     folder = Path(path)
@@ -161,7 +161,7 @@ def _merged_queries(splits: Mapping[str, Split]) -> Queries:
     for name, split in splits.items():
         for key, text in split.queries.items():
             if queries.setdefault(key, text) != text:
-                raise ValueError(f"split {name!r}: query {key!r} has another text in another split")
+                raise ValueError(f"split {name!r}: query {key!r} has other text in another split")
     return queries
 
 
@@ -221,7 +221,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each row with its place; empty lines are passed over."""
+    """Yield each row with its place; empty lines are skipped."""
     for where, text in _lines(path):
         if not text.strip():
             continue
@@ -271,7 +271,7 @@ def _read_qrels(path: Path) -> Qrels:
 
 
 def _is_header(fields: list[str]) -> bool:
-    """Whether these are names of columns; the first line of data must not be lost as such."""
+    """Whether these are column names; a first line of data must not be taken for them."""
     named = re.search("id|query", fields[0], re.IGNORECASE)
     return len(fields) == 3 and named is not None and not _is_number(fields[2])
 
@@ -295,7 +295,7 @@ def _is_number(text: str) -> bool:
 
 
 def _qrels_file(folder: Path, split: str) -> Path:
-    """The file of a split; where there is none, the error names the splits that there are."""
+    """The file of a split; if there is none, the error names the splits that exist."""
     path = folder / "qrels" / f"{split}.tsv"
     if path.is_file():
         return path

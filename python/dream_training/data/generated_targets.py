@@ -1,4 +1,4 @@
-"""Targets that a language model writes, where data has a query and a passage and no answer."""
+"""Targets written by a language model, for data with queries and passages but no answers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _PLAIN = "{instruction}\nAnswer:"
 
 @dataclass
 class GenerationCounts:
-    """What became of the lines.
+    """Counts of rows by outcome.
 
     Attributes:
-        kept: they had a target already.
-        written: they got one.
-        empty: the model wrote nothing, and the line was left out.
+        kept: rows that had a target already.
+        written: rows that got one.
+        empty: rows dropped because the model wrote nothing.
     """
 
     kept: int = 0
@@ -49,26 +49,26 @@ def write_targets(
     overwrite: bool = False,
     progress: Callable[[GenerationCounts], None] | None = None,
 ) -> Iterator[TrainingRow]:
-    """Yield the rows with a target: their own, or what the model writes to query and positive.
+    """Yield the rows with a target: their own, or what the model writes from query and positive.
 
-    Generation is greedy whatever the model's own generation config says, so the same rows in the
+    Generation is greedy regardless of the model's own generation config, so the same rows in the
     same batches give the same targets. The instruction goes through the tokenizer's chat template
-    if it has one. What follows the first line of an answer is left off.
+    if it has one. Only the first line of an answer that is not blank is kept.
 
     Args:
-        rows: rows; one without a target or an answer must know its positive.
+        rows: rows; one without a target or an answer needs a known positive.
         model: a transformers decoder.
         tokenizer: its tokenizer.
-        counts: is added to.
+        counts: updated in place.
         instruction: must contain ``{document}`` and ``{query}``.
-        passage_max_len: tokens of the passage that the model is shown.
+        passage_max_len: tokens of the passage shown to the model.
         max_new_tokens: tokens of a target.
-        batch_size: rows that are generated at once.
-        overwrite: write targets of rows that have one, too, if they know their positive.
+        batch_size: rows per generation batch.
+        overwrite: replace existing targets too, in rows with a known positive.
         progress: called after every batch.
 
     Raises:
-        ValueError: a row has neither target nor positive, or the instruction lacks a part.
+        ValueError: a row has neither target nor positive, or the instruction lacks a placeholder.
     """
     for part in ("{document}", "{query}"):
         if part not in instruction:
@@ -106,13 +106,13 @@ def _needs_target(row: TrainingRow) -> bool:
 
 
 def _prompt(row: TrainingRow, instruction: str, tokenizer: Any, passage_max_len: int) -> str:
-    # The chat template's own tokens must be the only ones.
+    # Special tokens may come from the chat template only.
     document = without_special_tokens(tokenizer, row.documents[row.positives[0]])
     query = without_special_tokens(tokenizer, row.query)
     ids = text_tokens(tokenizer, document, passage_max_len + 1)
     if len(ids) > passage_max_len:
         document = tokenizer.decode(ids[:passage_max_len], skip_special_tokens=True)
-    # Not str.format: passages have braces of their own, and questions too.
+    # Not str.format: passages and questions may contain braces.
     around = [part.replace("{query}", query) for part in instruction.split("{document}")]
     text = document.strip().join(around)
     if not getattr(tokenizer, "chat_template", None):
@@ -129,15 +129,15 @@ def _generate(prompts: Sequence[str], model: Any, tokenizer: Any, max_new_tokens
         return []
     import torch
 
-    # A chat template has put the special tokens there already.
+    # A chat template has already added the special tokens.
     special = not getattr(tokenizer, "chat_template", None)
     ids = [tokenizer(prompt, add_special_tokens=special)["input_ids"] for prompt in prompts]
     width = max(map(len, ids))
-    # The same token serves as padding whatever the tokenizer has: the mask hides it.
+    # Any token will do for padding: the mask hides it.
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     padding = padding or 0
     device = model.get_input_embeddings().weight.device
-    # Padding stands on the left, so that what is generated follows the prompt.
+    # Padding on the left, so that the generated tokens follow the prompt.
     inputs = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
     with torch.no_grad(), _neutral_generation(model, max_new_tokens, padding) as settings:
@@ -148,10 +148,10 @@ def _generate(prompts: Sequence[str], model: Any, tokenizer: Any, max_new_tokens
 
 @contextmanager
 def _neutral_generation(model: Any, max_new_tokens: int, padding: int) -> Iterator[Any]:
-    """Settings of plain greedy decoding: of the model's own, only where a text ends.
+    """Settings of plain greedy decoding, with only the special tokens of the model's own.
 
     Beams, penalties, minimal lengths, forced and suppressed tokens would change the targets.
-    transformers takes what a given config leaves open from the model's, so that is put aside.
+    transformers fills what a given config leaves unset from the model's, which is replaced here.
     """
     from transformers import GenerationConfig
 

@@ -22,7 +22,7 @@ from dream_training.data.training_row import TrainingRow, text_of
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-# Rows that become one Arrow table: Python objects of more would outweigh the text.
+# Rows per Arrow table: until then they are Python objects, which take more memory than text.
 _CHUNK = 10_000
 # Rows of a stream that are shuffled together.
 STREAM_BUFFER = 1000
@@ -43,11 +43,11 @@ def read_training_data(
         split: of a BEIR folder's qrels, or of a data set.
         target_from: where the target comes from; by default the row's own ``target``, or its
             first answer. See :func:`~dream_training.data.targets.choose_targets`.
-        positives: of several relevant documents keep the ``first``, or make one row of ``each``.
-            The others leave the row: beside the first they would count as irrelevant.
+        positives: of several relevant documents keep the ``first``, or make one row for ``each``.
+            The others are dropped from the row, where they would count as irrelevant.
 
     Returns:
-        A ``datasets.Dataset`` with ``query``, ``target``, ``documents`` and ``positive`` (-1 where
+        A ``datasets.Dataset`` with ``query``, ``target``, ``documents`` and ``positive`` (-1 if
         it is not known).
 
     Raises:
@@ -77,19 +77,19 @@ def stream_training_data(
     positives: str = "first",
     endless_seed: int | None = None,
 ) -> IterableDataset:
-    """Read training data row by row while it is trained on; arguments and errors as above.
+    """Read training data row by row during training; arguments and errors as above.
 
     An error in a line is raised when the line is reached. A trainer's arguments need
-    ``accelerator_config={"dispatch_batches": False}``: batches that are dispatched lose the
-    documents beyond the number of queries.
+    ``accelerator_config={"dispatch_batches": False}``: dispatched batches lose the documents beyond
+    the number of queries.
 
     Args:
         source: as in :func:`read_training_data`.
         split: as there.
         target_from: as there.
         positives: as there.
-        endless_seed: go through the data again and again, each time shuffled differently within a
-            buffer of 1,000 rows, so that a number of rows alone says where a run is.
+        endless_seed: repeat the data endlessly, shuffled differently in each round within a buffer
+            of 1,000 rows, so that a row count alone gives a run's position.
 
     Returns:
         A ``datasets.IterableDataset`` with the columns of :func:`read_training_data`.
@@ -147,13 +147,13 @@ def iterate_training_rows(
             texts, or one that ``datasets`` loads; or the name of a data set on the hub,
             ``name:subset`` if it has subsets.
         split: of a BEIR folder's qrels, or of a data set.
-        target_from: as in :func:`~dream_training.data.targets.choose_targets`. A BEIR folder that
-            holds ``targets.jsonl`` takes it by default.
+        target_from: as in :func:`~dream_training.data.targets.choose_targets`. A BEIR folder with
+            ``targets.jsonl`` uses it by default.
         need_target: rows without a target are an error.
         streaming: do not download a data set before reading it.
-        text_lengths: how ``text`` alone is cut.
-        on_bad_line: called with what is wrong with a line, which is then passed over; by default
-            that is raised. Lines that are not JSON are raised in any case.
+        text_lengths: how plain ``text`` is cut.
+        on_bad_line: called with the error of a line, which is then skipped; by default it is
+            raised. Lines that are not JSON always raise.
 
     Raises:
         FileNotFoundError: there is no such file, folder or data set.
@@ -184,7 +184,7 @@ def to_training_data(rows: Iterable[tuple[str, str, str]]) -> Dataset:
 def write_training_rows(path: str | os.PathLike[str], rows: Iterable[TrainingRow]) -> int:
     """Write rows in the project's own form, whole or not at all, and return their number.
 
-    The file takes its name when it is complete; on an error there is none, or the old one stays.
+    The file is renamed into place when complete; on an error there is none, or the old one stays.
     """
     return write_json_lines(path, (row.as_json() for row in rows))
 
@@ -264,7 +264,7 @@ def _columns(
         irrelevant = [d for i, d in enumerate(row.documents) if i not in row.positives]
         known = [row.documents[i] for i in row.positives]
         if len(known) <= 1:
-            # As written, for a reader of the file to find what is trained on.
+            # In the order of the file, so that the data is recognised in it.
             positive = row.positives[0] if known else -1
             yield _column_row(row, list(row.documents), positive)
             continue
@@ -273,7 +273,7 @@ def _columns(
 
 
 def _again_and_again(source: str, seed: int, **options: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a stream without end, in an order that seed and round decide."""
+    """Yield the rows of a stream endlessly, in an order that depends on seed and round."""
     stream = stream_training_data(source, **options).shuffle(seed=seed, buffer_size=STREAM_BUFFER)
     first = _version_of(source)
     for round_number in itertools.count():
@@ -284,7 +284,7 @@ def _again_and_again(source: str, seed: int, **options: Any) -> Iterator[dict[st
 
 
 def _version_of(source: str) -> tuple[int, int] | None:
-    """Size and time of change of a file; None for what is no file."""
+    """Size and modification time of a file; None if it is not a file."""
     path = Path(source)
     if not path.is_file():
         return None

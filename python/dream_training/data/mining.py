@@ -1,4 +1,4 @@
-"""Candidates for training rows: what a retriever ranks high and is not known to be relevant."""
+"""Mined candidates for training rows: ranked high by a retriever, not known to be relevant."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class MiningOptions:
     """What is mined.
 
     Attributes:
-        per_query: candidates that a row gets, at most.
-        first_rank: of the ranks that they come from, counted from 1; the very first ones are
-            often relevant without being labelled so.
-        last_rank: of those ranks.
-        choose: ``random`` ones of these ranks, or the ``best``.
+        per_query: at most so many new candidates for a row.
+        first_rank: the first rank they are taken from, counted from 1; the top ranks are often
+            relevant but not labelled so.
+        last_rank: the last rank they are taken from.
+        choose: ``random`` documents of these ranks, or the ``best``.
         exclude_answers: leave out documents in which an answer, or the target, occurs.
-        keep_candidates: keep a row's other candidates beside its known positives. Where no
-            positive is known they are always kept: one of them may be it.
+        keep_candidates: keep a row's other candidates, not only its known positives. If no
+            positive is known they are always kept: one of them may be relevant.
         seed: of the random choice, which for a query does not depend on the other queries.
 
     Raises:
@@ -52,7 +52,7 @@ class MiningOptions:
         check_at_least("per_query", self.per_query, 1)
         if not 1 <= self.first_rank <= self.last_rank:
             raise ValueError(
-                "first_rank and last_rank must be ranks from 1 on, the first at most the last, "
+                "first_rank and last_rank must be ranks from 1 on, the first not after the last, "
                 f"got {self.first_rank} and {self.last_rank}"
             )
         check_choice("choose", self.choose, MINED_CHOICES)
@@ -60,12 +60,12 @@ class MiningOptions:
 
 @dataclass
 class MiningCounts:
-    """What became of the ranked documents.
+    """Counts of the ranked documents by outcome.
 
     Attributes:
         rows: training rows.
         mined: candidates that were added.
-        itself: left out because they are the query itself: its text, or a document of its id.
+        itself: left out because they are the query itself: its text, or the document with its id.
         known_positives: left out because they are known to be relevant to the query.
         with_answer: left out because an answer occurs in them.
         repeated: left out because the row has an equal text already.
@@ -89,11 +89,11 @@ def mine(
 ) -> tuple[list[TrainingRow], MiningCounts]:
     """Give every row candidates from a corpus.
 
-    A document is known to be relevant to a query when any row with that query says so; texts are
-    compared as :func:`~dream_training.data.training_row.normalised` makes them. Blank and equal
-    texts of the corpus are searched once or not at all. Where a query is a document too, as in
-    duplicate questions, that document has no rank: neither one of the query's text nor, where the
-    corpus has ids, the one of the query's id.
+    A document is known to be relevant to a query if any row with that query says so; texts are
+    compared after :func:`~dream_training.data.training_row.normalised`. Equal texts of the corpus
+    are searched once, blank ones not at all. If a query is a document too, as in duplicate
+    questions, that document has no rank: neither one with the query's text nor, if the corpus has
+    ids, the one with the query's id.
 
     Args:
         rows: training rows.
@@ -131,7 +131,7 @@ def mine(
     paired = zip(rows, itself)
     for row, own in tracked(paired, "choosing candidates", len(rows)):
         scores = ranking.get(row.query, {})
-        # Equal scores in the order of the corpus, whatever order the search found them in.
+        # Ties in the order of the corpus, regardless of the order of the search.
         found = sorted(scores, key=lambda key: (-scores[key], int(key)))
         order = [key for key in found if keys[key] not in own]
         counts.itself += len(found) - len(order)
@@ -165,7 +165,7 @@ def read_documents(
 
     Args:
         corpus: a BEIR folder, or a file of lines with ``text`` and perhaps ``title``; None for
-            the corpus of ``data`` if that is a BEIR folder, or else the documents of its lines.
+            the corpus of ``data`` if that is a BEIR folder, otherwise the documents of its rows.
         data: the training data.
         rows: its rows.
 
@@ -181,27 +181,27 @@ def read_documents(
     documents: dict[str, str] = {}
     for where, row in read_rows(corpus or data):
         key = str(row.get("_id", where))
-        # Nothing is lost where lines share an id.
+        # No line is lost if several share an id.
         documents[where if key in documents else key] = document_text(row, "text", where)
     return documents
 
 
 def holds_answer(document: str, answers: Iterable[str]) -> bool:
-    """Whether one of the answers occurs in the document, word by word, whatever the case."""
+    """Whether one of the answers occurs in the document as whole words, ignoring case."""
     words = _words(document)
     return any(_words(answer) in words for answer in answers if _words(answer).strip())
 
 
 def _itself(row: TrainingRow, corpus: Mapping[str, str]) -> set[str]:
-    """What texts are the query itself, normalised."""
+    """The texts that count as the query itself, normalised."""
     texts = {normalised(row.query)}
     if row.query_id is not None and row.query_id in corpus:
         texts.add(normalised(corpus[row.query_id]))
     return texts
 
 
-def _own_documents(row: TrainingRow, keep_candidates: bool) -> list[str]:
-    """The row's own documents that remain candidates, the relevant ones first."""
+def _kept(row: TrainingRow, keep_candidates: bool) -> list[str]:
+    """The row's own documents that are kept, the relevant ones first."""
     known = [row.documents[i] for i in row.positives]
     if known and not keep_candidates:
         return known

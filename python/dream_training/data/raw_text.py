@@ -1,4 +1,4 @@
-"""Training rows from text without any questions: a beginning asks, its continuation answers."""
+"""Training rows from plain text: the beginning of a passage is the query, the rest the target."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class TextLengths:
         passage: of a candidate document.
         query: of the beginning that is the query.
         target: of the continuation that is the target.
-        count: returns the length of each of some words; None counts words. A tokenizer's tokens
-            are counted word by word, which is what tokenizers that split at spaces give.
+        count: returns the length of each word; None counts words. A tokenizer's tokens are counted
+            word by word, which is exact for tokenizers that split at spaces.
     """
 
     passage: int = 90
@@ -76,21 +76,21 @@ def count_tokens(tokenizer: Any) -> Callable[[Sequence[str]], Sequence[int]]:
 def rows_of_text(
     texts: Iterable[tuple[str, str]], lengths: TextLengths | None = None
 ) -> Iterator[TrainingRow]:
-    """Yield training rows made of texts alone.
+    """Yield training rows made from plain texts.
 
-    Every text is cut into pieces that are by turns a *document* and a *question*::
+    Every text is cut into pieces that are alternately a *document* and a *question*::
 
         | document 0 | query 1 target 1 | document 2 | query 3 target 3 | document 4 | ...
 
     The beginning of a question is the query, the rest its target, and the documents before and
     after it are the candidates; the one before counts as the known positive. So what the reader
-    predicts is between the two passages that may help, and is in neither of them: text is
-    either a question or a document, never both, and no candidate of any row, in whatever batch,
-    is a passage that some target was taken from. Because texts repeat themselves and each other,
-    a question whose text was seen before is left out, a document that was a question before is no
-    candidate, and neither is one in which the row's own target occurs literally.
+    predicts is between the two passages that may help, and in neither of them: text is either a
+    question or a document, never both, and no candidate of any row, in any batch, is a passage
+    that a target was taken from. Because texts repeat themselves and each other, a question whose
+    text was seen before is left out, and a document that was a question before, or in which the
+    row's own target occurs verbatim, is not a candidate.
 
-    Pieces end at the end of a sentence where one ends in their last third.
+    Pieces end with a sentence if one ends in their last third.
 
     Args:
         texts: place (for messages) and content of each text.
@@ -105,7 +105,7 @@ def rows_of_text(
     for where, text in texts:
         first = first or where
         pieces = _pieces(text, lengths)
-        # A digest by piece, since all texts of a source share the memory of what was seen.
+        # Digests save memory: those of all texts of a source are kept.
         for piece in pieces[::2]:
             seen.setdefault(_digest(piece), False)
         for place in range(1, len(pieces), 2):
@@ -139,7 +139,7 @@ def _read_file(path: Path) -> str:
 
 
 def _pieces(text: str, lengths: TextLengths) -> list[str]:
-    """Cut into documents and questions by turns; a last piece that is too short is left out."""
+    """Cut into documents and questions alternately; a last piece that is too short is left out."""
     cutter = _Cutter(text, lengths.count)
     pieces: list[str] = []
     while not cutter.done:
@@ -154,7 +154,7 @@ def _pieces(text: str, lengths: TextLengths) -> list[str]:
 
 
 def _split(question: str, lengths: TextLengths) -> tuple[str, str] | None:
-    """Split a question into query and target; None where nothing is left for the target."""
+    """Split a question into query and target; None if nothing is left for the target."""
     cutter = _Cutter(question, lengths.count)
     query, _ = cutter.take(lengths.query)
     target = cutter.rest()
@@ -179,7 +179,7 @@ class _Cutter:
         return self.next == len(self.spans)
 
     def take(self, size: int) -> tuple[str, int]:
-        """Return the next words, at least one and else at most ``size`` long, and their length."""
+        """Return the next words, up to ``size`` long but at least one, and their length."""
         first, length, stop = self.next, 0, self.next
         best = None
         while stop < len(self.spans) and (stop == first or length + self.costs[stop] <= size):
@@ -193,7 +193,7 @@ class _Cutter:
         return self.text[self.spans[first][0] : self.spans[stop - 1][1]], length
 
     def rest(self) -> str:
-        """Return all that is left."""
+        """Return the rest of the text."""
         if self.done:
             return ""
         return self.text[self.spans[self.next][0] : self.spans[-1][1]]

@@ -1,4 +1,4 @@
-"""Rows of files and data sets, each with its place: JSON lines, JSON, Parquet, names of the hub."""
+"""Rows of files and data sets, each with its place: JSON lines, JSON, Parquet, the hub."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dream_kernels.parsing import parse_json
 PlacedRow = tuple[str, dict[str, Any]]
 
 _LINES = (".jsonl", ".ndjson", ".json")
-# A packed line of zeros unpacks to a thousand times its size; no document comes near this.
+# A compressed line of zeros expands to a thousand times its size; no document is near this.
 MAX_LINE = 64 << 20
-# Characters among which the first that is no white space tells a list from lines.
+# Characters searched for the first that is not white space: it tells a list from lines.
 _BEGINNING = 1 << 16
 _UNREADABLE = (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error)
 _FILE_SUFFIXES = (*_LINES, ".gz", ".parquet", ".txt", ".md")
@@ -29,8 +29,8 @@ def read_rows(
 
     Args:
         source: a ``.jsonl``, ``.json`` (lines, or one list of objects) or ``.parquet`` file, the
-            first two also with ``.gz`` behind; a folder that ``datasets`` can load or has saved;
-            or the name of a data set on the hub, with ``:subset`` behind if it has subsets.
+            first two also with ``.gz``; a folder that ``datasets`` can load or has saved; or the
+            name of a data set on the hub, followed by ``:subset`` if it has subsets.
         split: of a folder or a data set.
         streaming: do not download a data set before reading it.
 
@@ -61,7 +61,7 @@ def read_rows(
 
 
 def open_text(path: str | os.PathLike[str]) -> Any:
-    """Open a text file for reading, unpacked if its name ends in ``.gz``.
+    """Open a text file for reading, decompressed if its name ends in ``.gz``.
 
     In UTF-8, with or without a byte order mark.
     """
@@ -102,7 +102,7 @@ def _parse_line(line: str, where: str) -> Any:
     except ValueError as error:
         if line.endswith("\n"):
             raise
-        # Whoever wrote the file was cut off, or is still writing.
+        # The writer was interrupted, or is still writing.
         raise ValueError(f"{where}: the file ends in the middle of the line ({error})") from error
 
 
@@ -136,7 +136,7 @@ def _load(builder: str, split: str, label: str, **options: Any) -> Iterator[Plac
     except ConnectionError as error:
         raise FileNotFoundError(f"{label}: the data set cannot be reached: {error}") from error
     except Exception as error:
-        # Of datasets, which refuses code that a data set brings, of Arrow, or of whatever unpacks.
+        # From datasets, which refuses code of a data set, from Arrow, or from decompression.
         raise ValueError(f"{label}: cannot be loaded: {type(error).__name__}: {error}") from error
 
 
@@ -145,7 +145,7 @@ def _load_saved(path: Path, split: str) -> Iterator[PlacedRow]:
 
     try:
         data: Any = load_from_disk(str(path))
-    except Exception as error:  # each of datasets, json and Arrow raises its own
+    except Exception as error:  # datasets, json and Arrow each raise their own
         raise ValueError(f"{path}: cannot be loaded: {type(error).__name__}: {error}") from error
     if isinstance(data, DatasetDict):
         if split not in data:
@@ -155,7 +155,7 @@ def _load_saved(path: Path, split: str) -> Iterator[PlacedRow]:
     for index in range(len(data)):
         try:
             row = dict(next(rows))
-        except Exception as error:  # the rows lie in files that may be damaged
+        except Exception as error:  # the rows are in files that may be corrupt
             raise ValueError(
                 f"{path}[{index}]: cannot be loaded: {type(error).__name__}: {error}"
             ) from error

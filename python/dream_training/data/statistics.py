@@ -1,4 +1,4 @@
-"""What a data set is like, before anything is trained on it."""
+"""Statistics of a data set, to look at before training on it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from dream_training.data.training_row import TrainingRow, normalised
 
 FIELDS = ("query", "target", "document")
-# Places that are named for each kind of suspicious line.
+# Places reported for each kind of suspicious line.
 _PLACES = 3
-# Texts that a tokenizer gets at once.
+# Texts per call of a tokenizer.
 _BATCH = 512
 _FEW_WORDS = 3
 
@@ -23,14 +23,14 @@ CountLengths = Callable[[Sequence[str]], Sequence[int]]
 
 @dataclass(frozen=True)
 class Lengths:
-    """A unit of length, and where texts are cut in it.
+    """A unit of length, and the limits at which texts are cut.
 
     Attributes:
         unit: its name.
-        count: returns the lengths of some texts.
-        limits: for each of ``query``, ``target`` and ``document`` that is cut, the length that
-            is left.
-        fields: those of the three that are measured.
+        count: returns the length of each text.
+        limits: the length that ``query``, ``target`` and ``document`` are cut to, for those that
+            are cut.
+        fields: which of the three are measured.
     """
 
     unit: str
@@ -45,7 +45,7 @@ def count_words(texts: Sequence[str]) -> list[int]:
 
 
 def token_lengths(tokenizer: Any, special_tokens: int = 0) -> CountLengths:
-    """Return what counts a transformers tokenizer's tokens, ``special_tokens`` more for each."""
+    """Return a function that counts a tokenizer's tokens, plus ``special_tokens`` per text."""
 
     def count(texts: Sequence[str]) -> list[int]:
         ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -59,13 +59,13 @@ def describe(
     lengths: Sequence[Lengths] = (),
     bad_lines: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Describe training rows, which are read once.
+    """Describe training rows in one pass over them.
 
     Args:
         rows: the rows.
-        lengths: units besides words.
-        bad_lines: what was wrong with lines that could not be read; looked at in the end, so
-            reading ``rows`` may add to it.
+        lengths: units in addition to words.
+        bad_lines: errors of lines that could not be read; used at the end, so reading ``rows`` may
+            add to them.
 
     Returns:
         Values for JSON:
@@ -74,15 +74,15 @@ def describe(
           ``with_answers``: numbers of lines;
         - ``candidates``: quantiles of the number of documents in a line;
         - ``documents``: number of distinct documents;
-        - ``lengths``: by unit and field the quantiles, and ``cut``, the share beyond the limit;
-          of equal documents one is measured;
+        - ``lengths``: quantiles by unit and field, and ``cut``, the share beyond the limit; equal
+          documents are measured once;
         - ``repeated_queries``, ``repeated_lines`` (query and target), ``shared_documents`` (in
           more than one line), ``repeated_candidates`` (in one line, where they count once);
         - ``target_in_positive`` and ``target_in_other``: of the lines with a known positive and a
-          target, the share whose target occurs literally in a positive, or in another candidate;
+          target, the share whose target occurs verbatim in a positive, or in another candidate;
           ``target_in_candidate``: of the lines with a target but no known positive;
         - ``query_begins_candidate``: share of lines in which a candidate begins with the query;
-        - ``suspicious``: by kind the number, and the places of the first.
+        - ``suspicious``: number by kind, and the first few places.
 
     Raises:
         ValueError: there is no row.
@@ -123,7 +123,7 @@ class _State:
         self.measured = {(unit.unit, name): array("l") for unit in lengths for name in FIELDS}
         self.pending: dict[str, list[str]] = {name: [] for name in FIELDS}
         self.candidates = array("l")
-        # Hashes of texts: a text's own would make the data stand in memory as a whole.
+        # Hashes, not texts: those would keep the whole data set in memory.
         self.queries: set[int] = set()
         self.pairs: set[int] = set()
         self.documents: dict[int, bool] = {}
@@ -249,7 +249,7 @@ class _State:
 
 
 def quantiles(values: Sequence[int]) -> dict[str, float]:
-    """Return least, median, 90th percentile, greatest and mean."""
+    """Return minimum, median, 90th percentile, maximum and mean."""
     numbers = np.asarray(values)
     return {
         "min": int(numbers.min()),

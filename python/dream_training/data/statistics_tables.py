@@ -1,4 +1,4 @@
-"""What a data set is like, as tables."""
+"""The statistics of a data set as tables."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
 
 
 def suspicions(result: dict[str, Any]) -> Iterator[str]:
-    """Yield lines of text: places are often too long for the cells of a table."""
+    """Yield lines of text: places are often too long for table cells."""
     for kind, found in result["suspicious"].items():
         yield f"{found['count']:,} {'line' if found['count'] == 1 else 'lines'}: {kind}"
         yield from (f"    {place}" for place in found["first"])

@@ -1,4 +1,4 @@
-"""What the reader predicts, where a form of data leaves a choice."""
+"""The target of a row: which text the reader predicts, if a form of data leaves a choice."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CHOICES_IN_WORDS = f"{', '.join(TARGET_CHOICES)} or the path of a file of targe
 # A target, and the answers if the file has them.
 _Target = tuple[str, tuple[str, ...]]
 
-# A shorter sentence is a heading or a list's number.
+# A shorter sentence is a heading or a list number.
 _WORDS_OF_A_SENTENCE = 4
 
 
@@ -41,17 +41,17 @@ def choose_targets(
         target_from: what the target is:
 
             - None: the row's own ``target``, or else its first answer;
-            - ``answers``: the first answer, even where there is a target;
-            - ``positive``: the first relevant document from its beginning; the reader predicts as
-              much of it as ``target_max_len`` allows;
-            - ``positive_sentence``: the sentence of the first relevant document that has most of
-              the query's words;
-            - the path of a JSONL file, of which each line has ``query_id`` (or ``_id``) or
-              ``query``, and ``target``, ``answers`` or both. A row that the file does not name
-              keeps its own target; one that then has none is left out, and their number is logged.
+            - ``answers``: the first answer, even if there is a target;
+            - ``positive``: the first relevant document, of which the reader predicts the first
+              ``target_max_len`` tokens;
+            - ``positive_sentence``: the sentence of the first relevant document that shares the
+              most words with the query;
+            - the path of a JSONL file whose lines have ``query_id`` (or ``_id``) or ``query``, and
+              ``target``, ``answers`` or both. A row that is not in the file keeps its own target;
+              rows without any are dropped, and their number is logged.
 
     Raises:
-        ValueError: ``target_from`` is neither a choice nor a file, or a row has not what it needs.
+        ValueError: ``target_from`` is neither a choice nor a file, or a row lacks what it needs.
     """
     if target_from is None or str(target_from) in TARGET_CHOICES:
         return (
@@ -64,10 +64,10 @@ def choose_targets(
 
 
 def sentence_nearest(query: str, document: str) -> str:
-    """Return the sentence of ``document`` with most of the words of ``query``, the first of equals.
+    """Return the first sentence of ``document`` that shares the most words with ``query``.
 
-    Words of three letters and less do not count; nor do sentences of fewer than four words, if
-    there are others.
+    Words of up to three letters do not count, nor do sentences of fewer than four words if there
+    are longer ones.
     """
     sentences = [part.strip() for part in re.split(r"(?<=[.!?])\s+|\n+", document) if part.strip()]
     long = [part for part in sentences if len(part.split()) >= _WORDS_OF_A_SENTENCE]
@@ -90,7 +90,7 @@ def _chosen(row: TrainingRow, choice: str | None) -> str:
         return row.answers[0]
     if not row.positives:
         raise ValueError(
-            f"{row.where}: has no known positive, which target_from={choice!r} takes the target of"
+            f"{row.where}: has no known positive, whose text target_from={choice!r} takes"
         )
     document = row.documents[row.positives[0]]
     return document if choice == "positive" else sentence_nearest(row.query, document)

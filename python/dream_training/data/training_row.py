@@ -1,4 +1,4 @@
-"""One line of training data, whatever form it came in, and the checks that all forms share."""
+"""One row of training data, the same for every form, and the checks that all forms share."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dream_kernels.parsing import shortened, why_not_name, why_not_text
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """A query, what the reader shall predict, and candidate documents.
+    """A query, what the reader is to predict, and candidate documents.
 
     Attributes:
         query: text, not blank.
         documents: candidate texts, at least one, no two of them equal under :func:`normalised`.
-        target: the text to predict, or None where the form has none.
-        answers: accepted answers, the first of which is the target where there is no other.
-        positives: indices of the documents known to be relevant, the first one before all.
-        query_id: the query's id, where the form has one.
-        repeated: documents that were left out because they equal another one.
+        target: the text to predict, or None if there is none.
+        answers: accepted answers, the first of which is the target if there is no other.
+        positives: indices of the documents known to be relevant, the main one first.
+        query_id: the query's id, if there is one.
+        repeated: number of documents left out because they equal another one.
         where: file and line, for messages.
     """
 
@@ -58,10 +58,10 @@ def make_row(
     query_id: str | None = None,
     where: str = "",
 ) -> TrainingRow:
-    """Build a row, each document once.
+    """Build a row without repeated documents.
 
-    Of documents that are equal under :func:`normalised` the first stays, and it is relevant when
-    one of them is: a relevant document never stands among the others as well.
+    Of documents that are equal under :func:`normalised` the first is kept, and it is relevant if
+    any of them is: no document is both relevant and among the others.
     """
     places: dict[str, int] = {}
     kept: list[str] = []
@@ -85,7 +85,7 @@ def make_row(
 
 
 def normalised(text: str) -> str:
-    """Return ``text`` without differences in case and white space: what makes two texts equal."""
+    """Return ``text`` with case and white space normalised; two texts are equal if this is."""
     return " ".join(text.casefold().split())
 
 
@@ -93,7 +93,7 @@ def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
     """Return the text under ``key``.
 
     Raises:
-        ValueError: there is no such key, or what it holds is no text or blank.
+        ValueError: there is no such key, or its value is not text or is blank.
     """
     if key not in row:
         raise ValueError(f"{where}: has no {key}; its keys are {keys_of(row)}")
@@ -101,10 +101,10 @@ def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def check_text(value: Any, name: str, where: str) -> str:
-    """Return ``value`` if it is a text that is not blank.
+    """Return ``value`` if it is text and not blank.
 
     Raises:
-        ValueError: it is not, or has half a surrogate pair; the message has ``where`` and ``name``.
+        ValueError: it is not, or has a lone surrogate; the message has ``where`` and ``name``.
     """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(
@@ -116,14 +116,14 @@ def check_text(value: Any, name: str, where: str) -> str:
 
 
 def target_of(row: Mapping[str, Any], where: str) -> str | None:
-    """Return the text under ``target``, or None where the row has no such key or null in it."""
+    """Return the text under ``target``, or None if the key is missing or null."""
     return None if row.get("target") is None else text_of(row, "target", where)
 
 
 def answers_of(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """Return the texts under ``answers``; none where the row has no such key or null in it.
+    """Return the texts under ``answers``; none if the key is missing or null.
 
-    An empty list is an error only where there is no target beside it.
+    An empty list is an error unless there is a target.
     """
     answers = row.get("answers")
     if answers is None or (answers == [] and row.get("target") is not None):
@@ -135,7 +135,7 @@ def answers_of(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
 
 
 def query_id_of(row: Mapping[str, Any], where: str) -> str | None:
-    """Return the id under ``query_id``, as text, or None where the row has none.
+    """Return the id under ``query_id``, as text, or None if the row has none.
 
     Raises:
         ValueError: it is neither text nor a number.
@@ -144,10 +144,10 @@ def query_id_of(row: Mapping[str, Any], where: str) -> str | None:
 
 
 def id_text(value: Any, name: str, where: str) -> str | None:
-    """Return an id as text: ``value`` itself, the digits of a number, or None of None.
+    """Return an id as text: ``value`` itself, the digits of a number, or None for None.
 
     Raises:
-        ValueError: it is neither, or no text; the message has ``where`` and ``name``.
+        ValueError: it is neither, or not valid text; the message has ``where`` and ``name``.
     """
     if value is None:
         return None

@@ -37,7 +37,7 @@ _READ_MORE = re.compile(r"Read more in the [\w ]+\.\s*")
 
 @dataclass(frozen=True)
 class SeeAlso:
-    """One entry of a See Also section: the names as written, and what is said of them."""
+    """One entry of a See Also section: the names as written, and their description."""
 
     names: tuple[str, ...]
     description: str
@@ -77,7 +77,7 @@ def parse_docstring(docstring: str) -> ParsedDocstring | None:
     """Split a docstring into plain-text parts.
 
     numpydoc's underlined sections are parsed with ``numpydoc``; sections such as ``Args:`` by their
-    header and indentation. A malformed See Also section is given up alone.
+    header and indentation. A malformed See Also section alone is dropped.
 
     Args:
         docstring: as in ``__doc__``; indentation does not matter.
@@ -177,7 +177,7 @@ def _parse_google(text: str) -> ParsedDocstring | None:
 
 
 def _google_sections(lines: list[str]) -> list[tuple[str, list[str]]]:
-    """Cut at the headers that stand at the margin; the first part has the header ``""``."""
+    """Split at the headers at the margin; the first part has the header ``""``."""
     sections: list[tuple[str, list[str]]] = [("", [])]
     for line in lines:
         if _GOOGLE_HEADER.fullmatch(line.rstrip()):

@@ -25,7 +25,7 @@ DEFAULT_PACKAGES = ("numpy", "scipy", "sklearn", "networkx", "torch")
 REPEAT_OVERLAP = 0.8
 MIN_QUERY_WORDS = 3
 MIN_BODY_WORDS = 10
-# A description given of more functions than this ("equivalent function") determines none of them.
+# A description of more functions than this ("equivalent function") identifies none of them.
 MAX_RELEVANT = 4
 # About 24 tokens of a current tokenizer; formulas make more tokens than their words suggest.
 MAX_TARGET_CHARACTERS = 80
@@ -70,7 +70,7 @@ class DocumentationData:
             ``test`` or ``repeats``, and none has the text of one of their queries as its query.
         corpus: document text by qualified name; shared by both splits.
         test: See Also descriptions in other words than the summary of the function they describe.
-        repeats: See Also descriptions that repeat that summary, to be reported apart.
+        repeats: See Also descriptions that repeat that summary, to be reported separately.
         counts: how many objects and descriptions were found, used, and left out for which reason.
         versions: version of each package that was read; a missing package is absent.
     """
@@ -97,7 +97,7 @@ class _Documented:
 
 @dataclass(frozen=True)
 class _Description:
-    """A See Also description, after the same words from several docstrings were joined."""
+    """A See Also description, merged from all docstrings that have the same words."""
 
     text: str
     relevant: tuple[str, ...]
@@ -144,13 +144,13 @@ def load_documentation(
     The same package versions, arguments and seed give the same data, in the same order. A package
     that is absent is skipped: it is missing in ``versions``, and counted.
 
-    The test takes ``test_size`` of the usable See Also descriptions. The functions they are
-    relevant to leave the training set entirely, and occur as documents of the test corpus only.
+    The test takes ``test_size`` of the usable See Also descriptions. The functions they describe
+    are removed from the training set, and occur as documents of the test corpus only.
     The corpus is filled up to ``corpus_size`` with other documents. These *may be documents of
     training examples*: a retriever that favours what it was trained on is then penalised.
 
     A description is left out if it has fewer than three words besides the names of the functions
-    it points to, if it is given of more than four functions, or if it points to no document. It is
+    it points to, if it describes more than four functions, or if it points to no document. It is
     a repeat if at least 0.8 of its distinct words occur in the summary of a function it describes.
 
     Args:

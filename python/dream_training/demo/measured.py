@@ -46,7 +46,7 @@ class Measured:
         return bootstrap_interval(list(self.ndcg.values()))
 
     def ranked(self, query: str) -> list[str]:
-        """The ids of the documents that are found, best first."""
+        """The ids of the documents found, best first."""
         found = self.ranking.get(query, {})
         return sorted(found, key=lambda document: -found[document])
 

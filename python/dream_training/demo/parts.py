@@ -1,4 +1,4 @@
-"""The two trainings of the demo, over the same batches and with the same teacher."""
+"""The two training runs of the demo, on the same batches and with the same reader."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 DATA = "documentation of the installed packages"
 RETRIEVER_LAYERS = 10
 HEADS = 64
-# Of a batch: groups of neighbours, and the queries of one.
+# Groups of neighbours in a batch, and queries in a group.
 GROUPS, GROUP = 4, 7
-# How often a retriever sees what was read once, and what the trained one keeps of what it learns.
+# Passes over the batches that are read once, and the share of its update that part 2 keeps.
 ROUNDS, SHARE = 2, 0.5
 
 
@@ -48,11 +48,11 @@ class Setup:
         repeats: those that only repeat a summary.
         both: all of them, ranked in one pass.
         rows: training data.
-        batches: its rows that come together.
+        batches: the indices of the rows of each batch.
         settings: of the config: the reader, how it reads, the seed.
         steps: of each part.
         console: where to print.
-        verdicts: what the reader said.
+        verdicts: what the reader said, kept for the second part.
     """
 
     test: RetrievalTask
@@ -69,7 +69,7 @@ class Setup:
     def of(
         cls, data: DocumentationData, reader: str, steps: int, seed: int, console: Console
     ) -> Setup:
-        """Lay out data, batches and reading."""
+        """Prepare data, batches and settings."""
         test, repeats = _task(data, data.test), _task(data, data.repeats)
         both = RetrievalTask(
             {**test.queries, **repeats.queries}, data.corpus, {**test.qrels, **repeats.qrels}
@@ -94,7 +94,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Part:
-    """What one training did.
+    """What one training run did.
 
     Attributes:
         before: the retriever before its first step.
@@ -112,7 +112,7 @@ class Part:
 
 
 def train_from_nothing(setup: Setup, output_dir: Path) -> Part:
-    """The first layers of the reader's own backbone, which are not a retriever yet."""
+    """Train the first layers of the reader's own backbone, which is not a retriever yet."""
     reader = str(setup.settings["reader"])
     config = TrainConfig(
         **setup.settings,
@@ -132,9 +132,9 @@ def train_from_nothing(setup: Setup, output_dir: Path) -> Part:
 def adapt_trained(
     setup: Setup, output_dir: Path, retriever: str, heads: HeadFile | None = None
 ) -> Part:
-    """A retriever that others have trained, on documents without labels.
+    """Adapt a trained retriever to documents without labels.
 
-    What it learns is averaged with what it knew, and every figure is that of the average.
+    Its weights are averaged with those it began with, and every figure is that of the average.
 
     Args:
         setup: what both parts share.
@@ -160,7 +160,7 @@ def adapt_trained(
 def _train(
     setup: Setup, config: TrainConfig, heads: HeadFile | None = None, share: float = 1.0
 ) -> Part:
-    """Train, and measure at the begin, in the middle and at the end.
+    """Train, and measure at the start, halfway and at the end.
 
     Args:
         setup: what both parts share.
@@ -185,8 +185,8 @@ def _train(
     measure(0)
     before = evaluator.measured
     options: dict[str, Any] = {"evaluator": evaluator, "evaluate_first": False}
-    if share < 1:  # what the run itself evaluates and keeps is no average
-        options = {"callbacks": [_Halfway(steps // 2, measure)]}
+    if share < 1:  # the run itself evaluates and saves the model, not the average
+        options = {"callbacks": [_Halfway(config.max_steps // 2, measure)]}
     result = train(
         config,
         data=stream_batches(setup.rows, setup.batches, steps, config.run.seed),
@@ -214,7 +214,7 @@ def _train(
 
 
 class _Halfway(TrainerCallback):
-    """Measures once, after a step in the middle."""
+    """Measures once, after the step halfway."""
 
     def __init__(self, step: int, measure: Callable[[int], None]) -> None:
         self.step, self.measure = step, measure

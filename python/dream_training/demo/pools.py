@@ -1,4 +1,4 @@
-"""Which documents the queries of a step compete over: near ones and far ones."""
+"""The demo's batches, in which each query competes with similar documents and with random ones."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def group_rows(texts: Sequence[str], group: int, groups: int, seed: int) -> list[list[int]]:
-    """Cut texts into batches of a few groups of neighbours each.
+    """Split texts into batches of a few groups of neighbours each.
 
-    Among texts drawn at random nearly every wrong one is easy to tell from the right one. So a
-    group holds a text drawn at random and those with the most similar words (cosine of TF-IDF) of
-    the texts that are left; a batch holds several groups.
+    Among random texts nearly every wrong one is easy to tell from the right one. So a group holds
+    a random text and its nearest neighbours (cosine of TF-IDF) among the texts that are left; a
+    batch holds several groups.
 
     Args:
-        texts: to be cut; those of an incomplete batch are left out.
+        texts: to be split; those of an incomplete batch are left out.
         group: texts per group.
         groups: groups per batch.
         seed: of the order.
@@ -48,7 +48,7 @@ def group_rows(texts: Sequence[str], group: int, groups: int, seed: int) -> list
             break
         left[nearest] = False
         found.append(nearest)
-    # The groups that are made last have what nobody else wanted.
+    # The groups made last hold the leftovers.
     generator.shuffle(found)
     return [
         [row for own in found[i : i + groups] for row in own]
@@ -61,8 +61,8 @@ def stream_batches(
 ) -> IterableDataset:
     """Return the rows of ``steps`` batches, one after the other.
 
-    The trainer takes a stream as it comes, so the batches stay what they are. They come in the
-    given order at first, and in another one in every later round.
+    The trainer does not shuffle a stream, so the batches stay as they are. They come in the given
+    order at first, and in another one in every later round.
     """
     rows = [row for batch in _rounds(batches, steps, seed) for row in batch]
     return data.select(rows).to_iterable_dataset()

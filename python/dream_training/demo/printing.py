@@ -28,7 +28,7 @@ def print_data(console: Console, data: DocumentationData) -> None:
         f"{len(data.test.queries)} test queries over {len(data.corpus)} documents: See Also lines "
         "that someone wrote about a function in the docstring of another one. None of these "
         f"functions is trained on. {len(data.repeats.queries)} more lines only repeat the "
-        "function's own summary and are reported apart."
+        "function's own summary and are reported separately."
     )
 
 
@@ -77,7 +77,7 @@ def print_examples(
 ) -> None:
     """Print some queries, the rank of the relevant document, and what is found first.
 
-    The queries are evenly spread, not chosen by what became of them.
+    The queries are evenly spread, not chosen by their results.
     """
     width = max(map(len, rows))
     for query in queries[:: max(1, len(queries) // SHOWN_QUERIES)][:SHOWN_QUERIES]:
@@ -96,12 +96,12 @@ def print_examples(
 def print_files(
     console: Console, files: Mapping[str, str], metrics: Mapping[str, Any], missing: str | None
 ) -> None:
-    """Print what there is now, and how long it took."""
-    console.rule("what there is now")
+    """Print what was written, and how long it took."""
+    console.rule("output")
     print_paths(console, files)
     parts = [metrics, metrics.get("adapted", {})]
     training = sum(part.get("training_seconds", 0.0) for part in parts)
-    console.print(f"{metrics['seconds']:.0f} s in all, {training:.0f} s of them training")
+    console.print(f"{metrics['seconds']:.0f} s in total, {training:.0f} s of it training")
     if missing is not None:
         print_left_out(console, missing)
 

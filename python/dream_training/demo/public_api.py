@@ -1,4 +1,4 @@
-"""The documented public objects of an installed package, and what a name in a docstring means."""
+"""The documented public objects of a package, and what a name in a docstring refers to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-# Submodules that are shipped but are no public interface.
+# Submodules that are shipped but not public.
 _NOT_PUBLIC = frozenset(
     {"tests", "conftest", "setup", "core", "distutils", "f2py", "externals", "typing"}
 )
@@ -59,7 +59,7 @@ class PublicApi:
         # The objects are kept alive by `objects`, so an id stays valid.
         self._name_of: dict[int, str] = {}
         found: dict[str, PublicObject] = {}
-        # Old names warn when they are touched; nobody here is calling them.
+        # Deprecated names warn on access; nothing here calls them.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for package in packages:
@@ -68,7 +68,7 @@ class PublicApi:
         self.objects = self._without_copies(found.values())
 
     def resolve(self, name: str, source: PublicObject) -> str | None:
-        """Find the object that ``name`` means in the docstring of ``source``.
+        """Find the object that ``name`` refers to in the docstring of ``source``.
 
         Tried in turn: a full name, then the class of ``source``, then the module that defines
         ``source`` and the modules of its public name, each with their parents.
@@ -207,5 +207,5 @@ def _own_docstring(value: object) -> str:
 
 
 def _unwrap(value: Any) -> Any:
-    """The function behind a class or static method, which is created anew at each access."""
+    """The function behind a class or static method, which is created at each access."""
     return getattr(value, "__func__", value)

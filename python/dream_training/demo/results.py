@@ -1,4 +1,4 @@
-"""What came out of the demo: its metrics, its picture and what is said of it."""
+"""The results of the demo: metrics, plot and examples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dream_training.demo.parts import Part, Setup
 from dream_training.evaluation import Comparison, compare_queries, score_ranking, search_bm25
 from dream_training.plots import plot_curves
 
-# In the demo's folder, that of part 2.
+# The subfolder of part 2.
 ADAPTED = "adapted"
 
 
@@ -39,7 +39,7 @@ class Results:
 
     @cached_property
     def comparison(self) -> Comparison | None:
-        """Of the adapted retriever with what it was before."""
+        """The adapted retriever against what it was before."""
         if self.second is None:
             return None
         return compare_queries(self.second.before.ndcg, self.second.after.ndcg)
@@ -58,18 +58,18 @@ class Results:
         return {**rows, "BM25": self.bm25}
 
     def examples(self) -> tuple[dict[str, Measured], list[str], str]:
-        """The retrievers to show on single queries, the queries, and what these are."""
+        """The retrievers to show on single queries, the queries, and a title for them."""
         if self.second is None:
             queries = sorted(self.setup.test.queries)
             return {k: v for k, v in self.rows.items() if k != "BM25"}, queries, "some queries"
         before, after = self.second.before, self.second.after
-        # Most queries are found by both: what changed tells more.
+        # Both rank most queries alike: those that changed tell more.
         changed = [q for q in sorted(before.ndcg) if before.ndcg[q] != after.ndcg[q]]
         rows = {self.trained: before, f"{self.trained} + DREAM": after}
-        return rows, changed, f"some of the {len(changed)} queries with another result"
+        return rows, changed, f"some of the {len(changed)} queries with a different result"
 
     def metrics(self) -> dict[str, Any]:
-        """What ``metrics.json`` says of the retrievers."""
+        """What ``metrics.json`` has about the retrievers."""
         setup = self.setup
         named = {"bm25": self.bm25}
         if self.first is not None:
@@ -115,7 +115,7 @@ class Results:
         plot_curves(histories, path, {"BM25": self.bm25.means["ndcg_at_10"]})
 
     def files(self, output_dir: Path) -> Mapping[str, str]:
-        """What the demo leaves, by what it is."""
+        """What the demo writes, by name."""
         found = {}
         if self.first is not None:
             found["from nothing"] = f'SentenceTransformer("{self.first.path}")'

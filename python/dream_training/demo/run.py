@@ -36,7 +36,7 @@ def run_demo(
     test_size: int = 500,
     corpus_size: int = 1100,
 ) -> dict[str, Any]:
-    """Train on documentation without relevance labels, and show how much better retrievers became.
+    """Train on documentation without relevance labels, and show how much retrievers improve.
 
     Part 1 trains a retriever from nothing: the first layers of the reader's own backbone. Part 2
     adapts a trained retriever to these documents. The reader reads every batch once for both.
@@ -60,11 +60,11 @@ def run_demo(
         What ``metrics.json`` holds.
 
     Raises:
-        ValueError: there is no such part, or ``output_dir`` is no folder.
+        ValueError: there is no such part, or ``output_dir`` is not a folder.
         FileNotFoundError: there is no such model.
-        FileExistsError: ``output_dir`` has another run than the demo's.
+        FileExistsError: ``output_dir`` has results of another run than the demo's.
         ModuleNotFoundError: a packaged model that is needed is not installed; the message names
-            the command that brings it.
+            the command that installs it.
     """
     if part not in (None, 1, 2):
         raise ValueError(f"part must be 1 or 2, or None for both, got {part!r}")
@@ -128,7 +128,7 @@ def _check_folder(output_dir: Path) -> None:
 
 
 def _why_missing(trained: str) -> str | None:
-    """Why the retriever of part 2 is not there, with the command that brings it."""
+    """Why the retriever of part 2 is missing, with the command that installs it."""
     try:
         resolve_model(trained)
     except ModuleNotFoundError as error:

@@ -1,1 +1,1 @@
-"""Training in several processes: who is who, one pool for all of them, and what is sharded."""
+"""Training in several processes: ranks, one pool for all of them, and sharding."""

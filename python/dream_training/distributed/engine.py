@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from dream_training.config_groups import DistributionConfig
 
 
-def engine_arguments(distribution: DistributionConfig) -> dict[str, Any]:
-    """Return the trainer's arguments that choose the engine; DDP where nothing is chosen.
+def engine_arguments(config: TrainConfig) -> dict[str, Any]:
+    """Return the trainer's arguments that choose the engine; DDP by default.
 
     ``accelerate launch`` may choose it instead, by its own options or file.
     """
@@ -56,6 +56,6 @@ def _fsdp_config(distribution: DistributionConfig) -> dict[str, Any]:
     if isinstance(given, str):
         with open(given, encoding="utf-8") as file:
             given = json.load(file)
-    # Both spellings of a key are the trainer's.
+    # The trainer accepts both spellings of a key.
     given = {key.removeprefix("fsdp_"): value for key, value in given.items()}
     return {"version": 2, "reshard_after_forward": True, **given}

@@ -15,9 +15,9 @@ from dream_training.distributed import world
 def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
     """Join the rows of all processes, in their order.
 
-    The gradient of a row is the sum over the processes of what their losses make of it. Where the
-    trainer then averages the parameters' gradients over ``W`` processes, as DDP and FSDP do, the
-    losses' *mean* over the processes is what is descended.
+    The gradient of a row is the sum of its gradients over the processes. If the trainer then
+    averages the parameters' gradients over ``W`` processes, as DDP and FSDP do, it minimises the
+    *mean* of the processes' losses.
 
     Args:
         rows: ``[N_r, ...]`` of this process, any ``N_r`` and equal other sizes.
@@ -40,10 +40,9 @@ def gather_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def replicated(parameter: Tensor) -> Tensor:
-    """A parameter that every process holds and that no engine looks after.
+    """A parameter that every process holds and that no engine keeps in sync.
 
-    Its gradient is the mean over the processes, as DDP makes it for those of the model; so the
-    copies stay equal.
+    Its gradient is the mean over the processes, as with DDP, so the copies stay equal.
     """
     return parameter if world.size() == 1 else _Replicated.apply(parameter)
 

@@ -1,4 +1,4 @@
-"""What the launcher of several processes says, read without torch."""
+"""The number of processes that were launched, read without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def launched() -> int:
 
 
 def refuse_several(command: str) -> None:
-    """Raise ``ValueError`` where a launcher has started several processes of a command for one."""
+    """Raise ``ValueError`` if a launcher has started several processes of a command for one."""
     if launched() > 1:
         raise ValueError(
             f"only dream train runs in several processes, got {launched()} for {command!r}"

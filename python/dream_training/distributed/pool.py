@@ -30,21 +30,21 @@ class Share:
 
     @property
     def rows(self) -> range:
-        """Their places in the pool; none where all texts of this process are another's too."""
+        """Their places in the pool; none if earlier processes have all texts of this one."""
         begin = sum(self.counts[: world.rank()])
         return range(begin, begin + self.counts[world.rank()])
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Join the processes' rows; the stand-in for an empty share is left out."""
+        """Join the processes' rows; the placeholder of an empty share is left out."""
         return gather_rows(rows[: len(self.rows)], self.counts)
 
 
 def gather_pool(
     query: dict[str, Any], pool: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Make one pool of those of all processes, every text once.
+    """Merge the pools of all processes into one, every text once.
 
-    A text that several processes bring belongs to the first of them. So the pool has the order in
+    A text of several processes belongs to the first of them. So the pool has the order in
     which one process with the rows of all of them would build it.
 
     Args:
@@ -53,7 +53,7 @@ def gather_pool(
 
     Returns:
         The features of the queries, positives pointing into the whole pool; and those of the pool:
-        ``texts`` of all processes, ``share``, and the tokens of this process's share alone. An
+        ``texts`` of all processes, ``share``, and the tokens of this process's share only. An
         empty share has the tokens of one text, which :meth:`Share.gather` leaves out.
 
     Raises:
@@ -63,7 +63,7 @@ def gather_pool(
         return query, pool
     if query.get("pools") is not None:
         raise ValueError(
-            "gather_across_devices must be false where each query has a pool of its own: no "
+            "gather_across_devices must be false if each query has a pool of its own: no "
             "query would get another candidate"
         )
     place: dict[str, int] = {}
@@ -92,7 +92,7 @@ def gather_pool(
 
 
 def share_of(count: int, process: int | None = None) -> range:
-    """Which of ``count`` things fall to a process when they are shared out in order."""
+    """Which of ``count`` items belong to a process when they are divided in order."""
     process = world.rank() if process is None else process
     return range(count * process // world.size(), count * (process + 1) // world.size())
 
@@ -104,12 +104,12 @@ def mean_over_ranks(
 
     Args:
         metrics: of this process.
-        weights: for means, of how many things this process took the mean; a metric without a
-            weight is summed.
+        weights: for means, the number of items in this process's mean; a metric without a weight
+            is summed.
         names: of all metrics that any process may have, the same in all of them.
 
     Returns:
-        Means over all things and sums over all processes; a metric that no process has is missing.
+        Means over all items and sums over all processes; a metric that no process has is missing.
     """
     sums = {}
     for name in names:

@@ -13,12 +13,12 @@ from dream_training.distributed.sharding import shard_retriever
 class Trainer(SentenceTransformerTrainer):
     """Shards the retriever by its layers, and runs the evaluator in every process.
 
-    Accelerate knows no layers of a sentence-transformers model, and takes its ``Normalize`` for the
-    last norm of a language model, which it cannot shard; what is sharded already it leaves alone.
+    Accelerate does not know the layers of a sentence-transformers model, and takes ``Normalize``
+    for the final norm of a language model, which it cannot shard; it leaves alone what is sharded.
 
-    The library runs the evaluator in process 0 and has the others encode what that sends them, at
-    the length that their own copy of the model has, and not at that of queries or documents. With
-    FSDP and ZeRO it lets every process encode everything.
+    The library runs the evaluator in process 0 and has the others encode what it sends them, at the
+    length that their own copy of the model has, not at that of queries or documents. With FSDP and
+    ZeRO every process encodes everything.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,5 +38,5 @@ class Trainer(SentenceTransformerTrainer):
         return output
 
     def evaluated(self) -> Any:
-        """What the evaluator gets; every process calls it."""
+        """The model for the evaluator; every process calls it."""
         return self.model

@@ -1,4 +1,4 @@
-"""The frozen reader over all processes, and whole copies of a retriever that is sharded."""
+"""Sharding of reader and retriever (FSDP2), and whole copies of a sharded retriever."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Pace:
     """Keeps the processes' passes through a sharded model in step.
 
     Each layer's weights are fetched from all processes when it runs, so all of them must run it
-    equally often. Before every pass a process says that it has one to make; those that have
-    nothing left go through the model for nothing until nobody has.
+    equally often. Before every pass a process announces it; those that have none left run dummy
+    passes until all are done.
 
     Args:
         model: the sharded model.
@@ -36,15 +36,15 @@ class Pace:
         model.base_model.register_forward_pre_hook(self._announce)
 
     def spare(self, passes: int) -> int:
-        """How many passes more the process makes that has the most; all processes call it.
+        """How many more passes the process with the most makes; all processes call it.
 
-        Passes with a backward cannot be made up for by :meth:`catch_up`.
+        :meth:`catch_up` cannot make up for passes with a backward.
         """
         return world.max_over_ranks(passes) - passes
 
     @torch.no_grad()
     def catch_up(self) -> None:
-        """Go along with the processes that have passes left; all of them call it in the end."""
+        """Run dummy passes while other processes have passes left; all call it at the end."""
         embeddings: Any = self.model.get_input_embeddings()
         ids = torch.zeros(1, 1, dtype=torch.long, device=embeddings.weight.device)
         self._for_nothing = True
@@ -63,16 +63,16 @@ def shard_model(model: PreTrainedModel, device: str | torch.device) -> Pace | No
     Embeddings, last norm and head stay whole in each process.
 
     Args:
-        model: a frozen decoder, whole in each process; best on the CPU, for each layer goes to
-            ``device`` and is cut before the next one does.
-        device: where the shards live.
+        model: a frozen decoder, whole in each process; best on the CPU, since each layer is
+            moved to ``device`` and sharded before the next.
+        device: where the shards are.
 
     Returns:
-        What keeps the passes in step, or None where there is one process and nothing to do.
+        What keeps the passes in step, or None if there is only one process.
 
     Raises:
         ValueError: torch is older than 2.7, or the decoder's layers are not where transformers
-            has them.
+            puts them.
     """
     if world.size() == 1:
         model.to(device)  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ def shard_model(model: PreTrainedModel, device: str | torch.device) -> Pace | No
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     inside = {id(p) for layer in layers for p in layer.parameters()}
     whole = {p for p in decoder.parameters() if id(p) not in inside}
-    # What is left moves as it is; the root only orders the layers.
+    # The rest is moved unsharded; the root only orders the layers.
     for module in (decoder, model):
         for child in module.children():
             if child is not layers and child is not decoder:
@@ -110,7 +110,7 @@ def shard_retriever(model: SentenceTransformer, plugin: Any) -> None:
 
     Args:
         model: the retriever, whole and equal in each process.
-        plugin: accelerate's settings of FSDP; layers that they name are taken instead.
+        plugin: accelerate's settings of FSDP; layers that they name are used instead.
 
     Raises:
         ValueError: the settings are those of FSDP1.
@@ -143,7 +143,7 @@ def _layer_classes(model: SentenceTransformer) -> set[str]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds a part only of some parameters (FSDP2, ZeRO-3)."""
+    """Whether this process holds only a part of some parameters (FSDP2, ZeRO-3)."""
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
@@ -171,16 +171,16 @@ def whole_copy(model: SentenceTransformer) -> SentenceTransformer:
 
 
 def whole(model: SentenceTransformer) -> SentenceTransformer:
-    """The retriever itself, or a whole copy of it where it is sharded; all processes call it."""
+    """The retriever itself, or a whole copy of it if it is sharded; all processes call it."""
     return whole_copy(model) if is_sharded(model) else model
 
 
 @contextmanager
 def loaded_whole() -> Iterator[None]:
-    """Load models whole in each process, whatever engine will train.
+    """Load models whole in each process, regardless of the engine that will train.
 
-    Launched for FSDP or ZeRO-3, transformers would leave all weights but those of process 0, or
-    of one part of each, for the engine to fill in. The reader is not the engine's.
+    Launched for FSDP or ZeRO-3, transformers would load the weights only in process 0, or only a
+    part of each, and leave the rest to the engine, which does not manage the reader.
     """
     from transformers.integrations import deepspeed
 
@@ -203,9 +203,9 @@ def loaded_whole() -> Iterator[None]:
 
 
 def _whole_module(module: nn.Module, copied: dict[int, Any]) -> nn.Module:
-    """Copy a module without what an engine has made of it: its class, hooks and shards.
+    """Copy a module without an engine's changes to its class, hooks and parameters.
 
-    ``deepcopy`` is refused by FSDP2, and would copy shards.
+    FSDP2 refuses ``deepcopy``, which would copy shards.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -219,9 +219,9 @@ def _whole_module(module: nn.Module, copied: dict[int, Any]) -> nn.Module:
     nn.Module.__init__(result)
     fresh = set(vars(result))
     for name, value in vars(module).items():
-        # Engines and accelerate replace a module's forward by one of their own.
+        # Engines and accelerate replace a module's forward with their own.
         if name not in fresh and name != "forward":
-            # What an adapter notes of itself, such as whether it is merged, is the copy's own.
+            # The copy has its own adapter state, such as whether it is merged.
             own = copy.copy(value) if isinstance(value, (dict, list, set)) else value
             object.__setattr__(result, name, own)
     result.training = module.training

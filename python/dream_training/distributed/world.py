@@ -1,6 +1,6 @@
-"""The processes of a run: which one this is, and what they tell each other.
+"""The processes of a run: rank, size and what they exchange.
 
-In one process everything here costs nothing and changes nothing.
+With one process nothing here communicates.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def is_main() -> bool:
 def join(device: str | None = None, timeout_s: float = 600.0) -> str | None:
     """Join the processes that ``torchrun`` or ``accelerate launch`` has started.
 
-    Does nothing where there is one process only, or where they are joined already.
+    Does nothing if there is only one process, or if they have joined already.
 
     Args:
-        device: ``cpu``, ``cuda`` or None for a GPU where there is one.
+        device: ``cpu``, ``cuda`` or None for a GPU if there is one.
         timeout_s: how long a process waits for the others before it fails, in seconds.
 
     Returns:
-        The device of this process, ``device`` itself where there is one process.
+        The device of this process, ``device`` itself if there is only one.
 
     Raises:
         ValueError: ``device`` names one GPU, which all processes of a machine would share.
@@ -70,7 +70,7 @@ def join(device: str | None = None, timeout_s: float = 600.0) -> str | None:
 
 
 def leave() -> None:
-    """End the group of processes; all of them call it."""
+    """Leave the group of processes; all of them call it."""
     if _joined():
         dist.destroy_process_group()
 
@@ -82,14 +82,14 @@ def barrier() -> None:
 
 
 def on_main(run: Callable[[], Result]) -> Result:
-    """Run something in process 0 alone and tell all processes what came out.
+    """Run a function in process 0 only and return its result in all processes.
 
     Args:
-        run: returns what JSON can hold.
+        run: returns a value that JSON can hold.
 
     Raises:
-        Exception: what ``run`` raises, in process 0.
-        RuntimeError: ``run`` has failed in process 0, in the others.
+        Exception: in process 0, what ``run`` raises.
+        RuntimeError: in the others, that ``run`` has failed.
     """
     if size() == 1:
         return run()
@@ -109,7 +109,7 @@ def on_main(run: Callable[[], Result]) -> Result:
 
 
 def gather_json(value: Any) -> list[Any]:
-    """Return what every process gave, in their order; JSON, so that nothing is unpickled."""
+    """Return the values of all processes by rank; as JSON, so that nothing is unpickled."""
     if size() == 1:
         return [value]
     own = _encoded(value)
@@ -122,7 +122,7 @@ def gather_json(value: Any) -> list[Any]:
 
 
 def broadcast_json(value: Any) -> Any:
-    """Return what process 0 gave."""
+    """Return the value of process 0."""
     if size() == 1:
         return value
     own = _encoded(value)

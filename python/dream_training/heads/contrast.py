@@ -1,4 +1,4 @@
-"""What the reader's loss makes of the weights: all on the right document, uniform, on a wrong one.
+"""How the reader's loss depends on the weights: all on the right document, uniform, on a wrong one.
 
 A retriever can learn from the loss only what the loss can tell apart.
 """
@@ -66,7 +66,7 @@ def measure_contrast(
     pools = make_pools(examples, pool_size)
     for pool in tracked(pools, "measuring the losses: pools", len(pools)):
         if any(example.positive < 0 for example in pool):
-            raise ValueError("every example must know its positive")
+            raise ValueError("every example must have a known positive")
         documents = list(dict.fromkeys(example.gold for example in pool))
         if len(documents) < 2:
             raise ValueError("a pool must hold at least 2 different documents, got 1")

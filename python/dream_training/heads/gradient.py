@@ -1,7 +1,7 @@
 """A criterion without labels: which heads lower the loss when they read what the loss prefers.
 
 In training the scores move weight between documents in the chosen heads, and the reader's loss
-answers. Here every head of every layer gets weights ``w`` over the documents, one set for each
+responds. Here every head of every layer gets weights ``w`` over the documents, one set for each
 query, and one backward pass gives the derivative of the loss ``L`` in every one of them. The
 operator returns it in the logits, ``ds_d = w_d (dw_d - Σ_e w_e dw_e)`` for a head, so
 
@@ -14,12 +14,12 @@ the weight of head ``h`` moves from uniform to ``d*``, the loss drops, to first 
 
 summed over the tokens of the target. The criterion is this project's own.
 
-Where to take the derivative: in training a few heads are scored and the others read as ever, so
-the reader should stay near itself. ``"own"`` gives every head its own mean weights, ``w_d = m_d /
-Σ_e m_e`` with ``m_d`` the mass that the rows of query and target give to document ``d`` on
-average; only the differences between rows are lost. ``"uniform"`` weights in all heads at once are
+Where to take the derivative: in training a few heads are scored and the others read as usual, so
+the reader should stay close to itself. ``"own"`` gives every head its own mean weights, ``w_d =
+m_d / Σ_e m_e`` with ``m_d`` the mean mass of document ``d`` over the rows of query and target; only
+the differences between rows are lost. ``"uniform"`` weights in all heads at once are
 farther away. With SmolLM2-135M on 48 questions of Natural Questions in pools of 16 the loss was
-3.33 without scores, 3.86 at ``"own"`` and 4.43 at ``"uniform"``; both chose heads of which 12 of 16
+3.33 without scores, 3.86 at ``"own"`` and 4.43 at ``"uniform"``; 12 of the 16 heads chosen
 were the same, and the loss preferred the document known to be relevant in 73% and 71% of the cases.
 """
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from dream_training.choices import GRADIENT_POINTS, check_choice
 from dream_training.reading.reader import Reader
 
-# Weights below it would make their quotient with a gradient of the same size meaningless.
+# Below it, the quotient of a gradient and a weight of the same size would be meaningless.
 _LEAST_WEIGHT = 1e-6
 
 
@@ -66,7 +66,7 @@ def gradient_scores(
     """Differentiate the loss in every head's weights over one pool of documents.
 
     One forward and backward pass in which every head receives scores, after one forward pass for
-    the weights where ``point`` is ``"own"``. The reader's heads are as before afterwards.
+    the weights if ``point`` is ``"own"``. The reader's own heads are restored afterwards.
 
     Args:
         reader: the reader; its own heads do not matter here. In mode ``"bias"`` scores are added

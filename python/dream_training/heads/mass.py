@@ -1,12 +1,12 @@
 """Criteria that look at what the query's tokens attend to: the QR score and its ranking.
 
-After QRHead (Zhang et al., EMNLP 2025). With ``a(q, t)`` the attention that the tokens of query
-``q`` give to the token ``t`` of a document on average, the calibrated score of the token is
+After QRHead (Zhang et al., EMNLP 2025). With ``a(q, t)`` the mean attention from the tokens of
+query ``q`` to the token ``t`` of a document, the calibrated score of the token is
 
     s(t) = a(q, t) - a(null query, t),
 
 and a document's score in a head is the sum over its tokens. QRHead drops the tokens of a document
-whose ``s(t)`` lies below ``mean - 2 std`` of that document's tokens before it sums.
+whose ``s(t)`` is below ``mean - 2 std`` of that document's tokens before it sums.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def calibrated_mass(
 ) -> Tensor:
     """Return the calibrated score of every document in every head.
 
-    The documents are read once; queries and null query follow in one pass, or in a few where every
-    token is looked at. No attention matrix over all rows is built.
+    The documents are read once; queries and null query follow in one pass, or in a few with
+    ``token_filter``. No attention matrix over all rows is built.
 
     Args:
         reader: the reader; its own heads do not matter here.
         queries: ``B`` texts.
         documents: ``C`` texts, one pool for all queries.
-        null_query: the query that says nothing.
-        token_filter: drop the tokens far below their document's mean.
+        null_query: a query without content.
+        token_filter: drop the tokens whose score is far below their document's mean.
 
     Returns:
         ``[layers, B, Hq, C]`` float32 on the CPU.
@@ -99,7 +99,7 @@ def qr_ndcg(scores: Tensor, gold: Tensor) -> Tensor:
     """Return nDCG@10 of the ranking that each head makes of the pool, one document relevant.
 
     With one relevant document it is ``1 / log2(1 + rank)``, and 0 beyond rank 10. Documents with
-    equal scores rank before the gold one, so that a head without a preference earns nothing by it.
+    equal scores rank before the gold one, so that a head without a preference scores nothing.
 
     Args:
         scores: ``[layers, B, Hq, C]`` from :func:`calibrated_mass`.

@@ -1,4 +1,4 @@
-"""How heads are selected, with what examples."""
+"""How heads are selected, and with which examples."""
 
 from __future__ import annotations
 
@@ -38,13 +38,15 @@ class HeadOptions:
         """The training data."""
         return read_training_data(self.data, split=self.split, target_from=self.target_from)
 
-    def load_reader(self) -> Reader:
-        """The reader, with no heads yet."""
-        return load_reader(
-            ReaderConfig(model=self.reader, context=self.context),
-            LengthsConfig(passage_max_len=self.passage_max_len),
-            RunConfig(seed=self.seed, trust_remote_code=self.trust_remote_code),
-            {},
+    def config(self) -> TrainConfig:
+        """A config with what concerns the reader."""
+        return TrainConfig(
+            reader=self.reader,
+            train_data=self.data,
+            context=self.context,
+            passage_max_len=self.passage_max_len,
+            seed=self.seed,
+            trust_remote_code=self.trust_remote_code,
         )
 
     def selection(self) -> dict[str, Any]:
@@ -59,7 +61,7 @@ class HeadOptions:
         }
 
     def _data_name(self) -> str:
-        """The data with what is read of it: another split or other targets give other heads."""
+        """The data with split and targets, since others give other heads."""
         name = self.data
         if self.split != "train":
             name += f", split {self.split}"

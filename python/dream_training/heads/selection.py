@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 NULL_QUERY = "N/A"
 HEAD_EXAMPLES = 96
-# Lines of a stream among which the examples are drawn.
+# Lines of a stream from which the examples are drawn.
 STREAM_SAMPLE = 10_000
 HEAD_POOL = 16
 # As many as the paper takes.
 CHOSEN_HEADS = 16
 
-# What the score of a head is under each criterion, as written into head files.
+# What the score of a head means under each criterion, as written into head files.
 MEANINGS = {
     "qr_mass": "attention of the query's tokens to the gold document, minus that of the null "
     "query's",
@@ -72,8 +72,8 @@ def head_examples(
     """Draw examples for head selection from training data.
 
     Args:
-        data: with the columns of ``DreamCollator``; of a stream only the beginning is looked at.
-        count: how many, as far as there are that many.
+        data: with the columns of ``DreamCollator``; of a stream only the beginning is used.
+        count: how many, or fewer if there are fewer.
         seed: of the choice.
         labelled: only lines with a known positive.
 
@@ -119,9 +119,9 @@ def select_heads(
 
     ``criterion`` is one of
 
-    - ``"qr_mass"``, the QR score of QRHead (Zhang et al., EMNLP 2025): a head is good when a query
-      makes it attend to the gold document, beyond what it attends to it anyway. With ``m(q, d)``
-      the attention that the tokens of query ``q`` give to document ``d`` on average,
+    - ``"qr_mass"``, the QR score of QRHead (Zhang et al., EMNLP 2025): a head is good if a query
+      makes it attend to the gold document more than it does anyway. With ``m(q, d)`` the mean
+      attention from the tokens of query ``q`` to document ``d``,
       ``score(head) = mean over examples of m(query, gold) - m(null query, gold)``;
     - ``"qr_ndcg"``: nDCG@10 of the ranking that the head makes of the pool by the same difference
       (as QRHead's script for BEIR does);
@@ -136,12 +136,12 @@ def select_heads(
         reader: the reader; its own heads do not matter here.
         examples: about 100 suffice; the QR criteria need their positives.
         criterion: see above.
-        pool_size: examples per pool. The QR criteria take their gold documents into it,
-            ``"loss_gradient"`` all their candidates.
-        null_query: the query that says nothing; QR criteria only.
-        token_filter: QR criteria only: drop the tokens whose score lies two deviations below the
+        pool_size: examples per pool. The QR criteria put the gold documents into it,
+            ``"loss_gradient"`` all candidates.
+        null_query: a query without content; QR criteria only.
+        token_filter: QR criteria only: drop the tokens whose score is two deviations below the
             mean of their document, as QRHead does. Off by default: on SmolLM2-135M it changed one
-            of the best 16 heads, not the loss with them, and a fifth more time was needed.
+            of the best 16 heads, not the loss with them, and took a fifth more time.
         point: ``"loss_gradient"`` only: where the derivative is taken, ``"own"`` or ``"uniform"``.
         seed: ``"random"`` only.
         data_name: recorded in the file.
@@ -149,7 +149,7 @@ def select_heads(
 
     Returns:
         Every head, best first, with its score; ``"random"`` has no scores. The provenance says
-        how they came about.
+        how they were found.
 
     Raises:
         ValueError: the criterion is unknown, there are fewer than two examples, a pool is smaller
@@ -188,7 +188,7 @@ def select_heads(
 
 
 def examples_digest(examples: Sequence[HeadExample]) -> str:
-    """A digest of all that is looked at."""
+    """A digest of the examples."""
     text = json.dumps([dataclasses.astuple(example) for example in examples])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -235,7 +235,7 @@ def _gradient_scores(
     pools: list[Sequence[HeadExample]],
     point: str,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Mean over all target tokens, ``[layers, Hq]``, and what is to be recorded beside it."""
+    """Mean over all target tokens, ``[layers, Hq]``, and what to record with it."""
     total, tokens, loss = torch.zeros(()), 0, 0.0
     known, agreed = 0, 0
     for pool in _shown(pools):
@@ -261,7 +261,7 @@ def _gradient_scores(
 
 
 def _shown(pools: list[Sequence[HeadExample]]) -> Iterator[Sequence[HeadExample]]:
-    """The pools, with the examples of those before as progress."""
+    """Yield the pools, and show the examples done as progress."""
     with progress("selecting heads: examples", sum(map(len, pools))) as work:
         for pool in pools:
             yield pool

@@ -1,4 +1,4 @@
-"""Shapes of models: of those that the recipes name, and tiny ones of the same architecture."""
+"""Shapes of the models that the recipes name, and tiny models of the same architecture."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def model_config(
 
 
 def parameter_count(config: PretrainedConfig, layers: int | None = None) -> dict[str, int]:
-    """Count a decoder's weights without making them.
+    """Count a decoder's weights without allocating them.
 
     Args:
         config: of the model.
         layers: count only so many; None for all.
 
     Returns:
-        ``decoder`` (what multiplies every token), ``embedding`` and ``head`` (0 if tied).
+        ``decoder`` (the weights applied to every token), ``embedding`` and ``head`` (0 if tied).
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -56,9 +56,9 @@ def parameter_count(config: PretrainedConfig, layers: int | None = None) -> dict
 
 
 def save_tiny(config: PretrainedConfig, path: str | os.PathLike[str], seed: int = 0) -> Path:
-    """Save random weights of the same architecture, a few layers of it, with a byte tokenizer.
+    """Save a tiny model of the same architecture, with random weights and a byte tokenizer.
 
-    The ratio of query to key heads stays; everything else shrinks.
+    The ratio of query to key heads is kept; everything else shrinks.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -89,7 +89,7 @@ def save_tiny(config: PretrainedConfig, path: str | os.PathLike[str], seed: int 
 
 
 def byte_tokenizer() -> Any:
-    """One token for each byte, so that every text survives."""
+    """A tokenizer with one token per byte, so that every text round-trips."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Between the weights a training began with and those it ended with."""
+"""Averages of the weights before and after training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def copy_weights(model: nn.Module) -> dict[str, Tensor]:
 def average_weights(model: nn.Module, start: Mapping[str, Tensor], share: float) -> None:
     """Set every weight to ``(1 - share) * start + share * weight``.
 
-    A model that knows much already keeps more of it so, and often does better on the new task too
+    So a trained model keeps more of what it knew, and often does better on the new task too
     (Wortsman et al., CVPR 2022).
 
     Args:
@@ -35,7 +35,7 @@ def average_weights(model: nn.Module, start: Mapping[str, Tensor], share: float)
 
 @contextmanager
 def averaged(model: nn.Module, start: Mapping[str, Tensor], share: float) -> Iterator[None]:
-    """Average the weights for a while, as :func:`average_weights` does."""
+    """Average the weights inside, as :func:`average_weights` does, and restore them after."""
     trained = copy_weights(model)
     average_weights(model, start, share)
     try:

@@ -24,7 +24,7 @@ def resolve_model(name: str, dtype: str = "auto") -> str:
     """Return the path of a model by its name: ``smollm2`` and ``minilm`` are packaged ones.
 
     Raises:
-        ModuleNotFoundError: the package is missing; the message names the command that brings it.
+        ModuleNotFoundError: the package is missing; the message names the command that installs it.
     """
     if name == PACKAGED_RETRIEVER:
         return str(minilm_path())

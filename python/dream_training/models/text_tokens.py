@@ -1,6 +1,6 @@
-"""Tokens of texts that anybody may have written: no control tokens, and no more than are used.
+"""Tokens of untrusted texts: no control tokens, and no more than are used.
 
-A document that contains ``<|im_end|>`` must not end the turn that it stands in: in the text of
+A document that contains ``<|im_end|>`` must not end the turn that it is in: in the text of
 documents, queries and targets, the names of special tokens are characters like any others. And a
 text of a million tokens of which 128 are read is not tokenised to its end.
 """
@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
-# Characters of a token that are looked at first; most have four.
+# Characters per token to begin with; most tokens have four.
 _CHARACTERS = 16
-# No token but those of long white space has so many.
+# Only tokens of long white space have more.
 _MOST_CHARACTERS = 256
 
 
 def text_tokens(tokenizer: Any, text: str, limit: int) -> list[int]:
     """Return the first ``limit`` tokens of a text, none of them special.
 
-    They are those of the whole text: of a beginning of it, tokens count only if as many follow, so
-    that the cut is far from them.
+    They are those of the whole text: the tokens of a beginning count only if as many follow them,
+    so that the cut is far away.
     """
     size = _CHARACTERS * limit
     while True:
@@ -38,9 +38,9 @@ def _plain_tokens(tokenizer: Any, text: str) -> list[int]:
 
 
 def cut_text(text: str, limit: int | None) -> str:
-    """Return what of a text a tokenizer has to see to find its first ``limit`` tokens.
+    """Return the beginning of a text that a tokenizer needs to find its first ``limit`` tokens.
 
-    For tokenizers that are called by others and cut afterwards. White space of more than
+    For tokenizers that others call and that truncate afterwards. White space of more than
     :data:`_MOST_CHARACTERS` characters a token at the beginning may leave fewer tokens.
     """
     return text if limit is None else text[: _MOST_CHARACTERS * limit]
@@ -58,13 +58,13 @@ def without_special_tokens(tokenizer: Any, text: str) -> str:
 def check_vocabulary(tokenizer: Any, model: Any, what: str) -> None:
     """Refuse a tokenizer that makes tokens which the model's embedding has no row for.
 
-    Special tokens that neither begin, end nor pad a text are let pass: multimodal models have some
+    Special tokens that neither begin, end nor pad a text are allowed: multimodal models have some
     that their language model lacks.
 
     Args:
-        tokenizer: of transformers; of others nothing is said.
+        tokenizer: from transformers; others are not checked.
         model: a transformers model.
-        what: what they are, such as ``reader``.
+        what: their name in messages, such as ``reader``.
 
     Raises:
         ValueError: there are such tokens; the message names one.

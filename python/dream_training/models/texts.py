@@ -1,7 +1,7 @@
 """How a query or a document becomes what the retriever sees: its prompt, its length, its route.
 
-Training, evaluation, mining and the doctor all come here, so that a text is the same in each of
-them, and the same as in ``encode_query`` and ``encode_document`` of the saved model.
+Training, evaluation, mining and the doctor all use this module, so that each encodes a text alike,
+and as ``encode_query`` and ``encode_document`` of the saved model do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 QUERY, DOCUMENT = "query", "document"
 KINDS = (QUERY, DOCUMENT)
-# Beside a model that sentence-transformers 5 saved, which knows one length for both kinds.
+# Beside a model saved by sentence-transformers 5, which has one length for both kinds.
 LENGTHS_FILE = "text_lengths.json"
 COSINE: Literal["cosine"] = "cosine"
 
@@ -79,7 +79,7 @@ def prompt_of(model: SentenceTransformer, task: str) -> str:
 
     The library itself chooses it, by its own order of names and with the default prompt.
     """
-    # Its method, called on a stand-in for the model, tells which prompt it asks for.
+    # Its method, called on a stand-in for the model, returns the prompt it asks for.
     asked = SimpleNamespace(prompts=model.prompts, encode=lambda **options: options)
     options = getattr(type(model), f"encode_{task}")(asked, inputs=[])
     if options["prompt"] is not None:
@@ -88,7 +88,7 @@ def prompt_of(model: SentenceTransformer, task: str) -> str:
 
 
 def length_of(model: SentenceTransformer, task: str) -> int | None:
-    """Tokens of a query or a document that the model encodes by itself; None for all."""
+    """The model's own limit for a query or a document, in tokens; None if there is none."""
     module = _input_module(model, task)
     lengths = (
         getattr(module, "processing_kwargs", {}).get("text", {}).get("max_length"),
@@ -100,28 +100,26 @@ def length_of(model: SentenceTransformer, task: str) -> int | None:
 
 
 def set_lengths(model: SentenceTransformer, query: int, document: int) -> None:
-    """Make the model encode queries and documents with these many tokens."""
+    """Make the model encode queries and documents up to these numbers of tokens."""
     longest = max(query, document)
     model.max_seq_length = longest
     for task, length in ((QUERY, query), (DOCUMENT, document)):
         module: Any = _input_module(model, task)
-        # A length among the options of every call would win over what is set here.
+        # A length among the options of every call would override what is set here.
         getattr(module, "processing_kwargs", {}).get("text", {}).pop("max_length", None)
         setattr(module, f"{task}_length", length if length < longest else None)
 
 
-def prepare_retriever(
-    model: SentenceTransformer, retriever: RetrieverConfig, lengths: LengthsConfig
-) -> SentenceTransformer:
-    """Give the model what a config says of its texts: all that embed, and its folder, have it then.
+def prepare_retriever(config: TrainConfig, model: SentenceTransformer) -> SentenceTransformer:
+    """Set a config's lengths and prompts in the model, for every use of it and for its folder.
 
     Raises:
         ValueError: the model truncates its embeddings.
     """
     if model.truncate_dim is not None:
         raise ValueError(
-            f"the retriever has truncate_dim {model.truncate_dim}, which training does not know "
-            "and no folder keeps: set it to None, and truncate where you encode"
+            f"the retriever has truncate_dim {model.truncate_dim}, which training does not use "
+            "and saving does not keep: set it to None, and truncate when you encode"
         )
     if model.similarity_fn_name != COSINE:
         warnings.warn(
@@ -140,7 +138,7 @@ def prepare_retriever(
 def text_settings(
     model: SentenceTransformer, query_max_len: int | None = None, passage_max_len: int | None = None
 ) -> dict[str, Any]:
-    """What of the texts decides an evaluation's figure, as JSON can hold it."""
+    """The settings of texts that an evaluation's figures depend on, as JSON values."""
     return {
         "query_max_len": query_max_len or length_of(model, QUERY),
         "passage_max_len": passage_max_len or length_of(model, DOCUMENT),
@@ -153,7 +151,7 @@ def text_settings(
 def fixed_lengths(
     model: SentenceTransformer, query_max_len: int | None, passage_max_len: int | None
 ) -> Iterator[None]:
-    """Inside, ``encode_query`` and ``encode_document`` have these lengths, whoever calls them."""
+    """Inside, ``encode_query`` and ``encode_document`` use these lengths for every caller."""
     own = vars(model)
     for task, max_len in ((QUERY, query_max_len), (DOCUMENT, passage_max_len)):
         name = f"encode_{task}"
@@ -166,21 +164,21 @@ def fixed_lengths(
 
 
 def library_keeps_lengths() -> bool:
-    """Whether sentence-transformers has a length for queries and one for documents, from 6.0 on."""
+    """Whether sentence-transformers keeps lengths of queries and documents apart (from 6.0)."""
     from sentence_transformers.models import Transformer
 
     return "query_length" in Transformer.config_keys
 
 
 def write_lengths(model: SentenceTransformer, folder: Path) -> None:
-    """Write the model's lengths beside it where they differ and the library keeps one only."""
+    """Write the model's lengths beside it if they differ and the library keeps only one."""
     lengths = {task: length_of(model, task) for task in KINDS}
     if lengths[QUERY] != lengths[DOCUMENT] and not library_keeps_lengths():
         write_json(folder / LENGTHS_FILE, lengths)
 
 
 def read_lengths(model: SentenceTransformer, folder: Path) -> None:
-    """Give the model the lengths that :func:`write_lengths` left in its folder, if it did.
+    """Set the lengths that :func:`write_lengths` left in the model's folder, if it did.
 
     Raises:
         ValueError: the file holds something else.
@@ -204,7 +202,7 @@ def _input_module(model: SentenceTransformer, task: str) -> Any:
 
 
 def _call_options(model: SentenceTransformer, task: str, max_len: int | None) -> dict[str, Any]:
-    """What a call of the library needs, to take a length that is not that of all texts."""
+    """What a call of the library needs to use a length other than that of all texts."""
     if max_len is None:
         if getattr(_input_module(model, task), f"{task}_length", None) is None:
             return {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.data.training_row import TrainingRow, make_row
 
-# In a BEIR folder, this file is taken where no other file of targets is named.
+# A BEIR folder's own file of targets, used unless another one is named.
 TARGETS_FILE = "targets.jsonl"
 
 

@@ -18,7 +18,7 @@ def fits(columns: Collection[str]) -> bool:
 def parse(row: Mapping[str, Any], where: str) -> TrainingRow:
     """Read passages, ``{"docid": ..., "title": ..., "text": ...}``, the relevant ones first.
 
-    Some published sets have an empty list of answers where there is none.
+    Some published sets have an empty list of answers if there are none.
 
     Raises:
         ValueError: the row is not valid; the message begins with ``where``.
