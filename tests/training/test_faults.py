@@ -252,7 +252,7 @@ def stop_twice(config: TrainConfig) -> tuple[int, bool, str]:
 def test_a_second_signal_stops_at_once(run) -> None:
     steps, as_before, printed = in_own_process(stop_twice, run(save_steps=1, eval_data=None))
     assert steps == 2 and as_before
-    assert "--resume goes on after step 2" in printed
+    assert "--resume continues after step 2" in printed
 
 
 def test_the_first_signal_says_what_a_second_one_does(capfd) -> None:

@@ -175,7 +175,7 @@ def test_a_finished_run_has_nothing_left_to_do(run, tmp_path: Path) -> None:
 def test_mistakes_in_resuming_are_named(run, tmp_path: Path) -> None:
     console = quiet()
     train(run(max_steps=8), console=console, callbacks=[Stop(3, signal.SIGTERM)])
-    assert "--resume goes on after step 3" in console.file.getvalue()
+    assert "--resume continues after step 3" in console.file.getvalue()
     with pytest.raises(FileExistsError, match="use --resume to continue after step 3, --overwrite"):
         train(run(max_steps=8), console=quiet())
     with pytest.raises(ValueError, match=r"learning_rate is 0.5, and .*step-00000003 was written"):
@@ -241,7 +241,7 @@ def test_the_command_resumes(run, tmp_path: Path) -> None:
         bound.cancel()
         process.kill()
     text = " ".join("".join(printed).split())
-    assert "SIGTERM: stopping after this step" in text and "--resume goes on after step 2" in text
+    assert "SIGTERM: stopping after this step" in text and "--resume continues after step 2" in text
     alone = train(run(**{**changes, "output_dir": str(tmp_path / "alone")}), console=quiet())
     done = run_dream("train", path, "--resume")
     assert done.returncode == 0, done.stderr

@@ -189,10 +189,10 @@ def _finish(run: Run, seconds: float, interrupted: bool) -> TrainResult:
 
 def _say_how_to_resume(trainer: RunTrainer, console: Console) -> None:
     if not trainer.writes_checkpoints:
-        console.print("Without checkpoints there is nothing to go on from.")
+        console.print("Without checkpoints there is nothing to resume from.")
     elif trainer.checkpoint is None:
-        console.print("There is no checkpoint yet: --resume would begin anew.")
+        console.print("There is no checkpoint yet: --resume would start at the first step.")
     else:
         console.print(
-            f"--resume goes on after step {trainer.checkpoint.step}, from {trainer.checkpoint.path}"
+            f"--resume continues after step {trainer.checkpoint.step}, from {trainer.checkpoint.path}"
         )
