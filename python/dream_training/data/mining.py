@@ -200,8 +200,8 @@ def _itself(row: TrainingRow, corpus: Mapping[str, str]) -> set[str]:
     return texts
 
 
-def _kept(row: TrainingRow, keep_candidates: bool) -> list[str]:
-    """The row's own documents that are kept, the relevant ones first."""
+def _own_documents(row: TrainingRow, keep_candidates: bool) -> list[str]:
+    """The row's own documents that remain candidates, the relevant ones first."""
     known = [row.documents[i] for i in row.positives]
     if known and not keep_candidates:
         return known
