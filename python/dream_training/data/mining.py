@@ -200,7 +200,7 @@ def _itself(row: TrainingRow, corpus: Mapping[str, str]) -> set[str]:
     return texts
 
 
-def _kept(row: TrainingRow, keep_candidates: bool) -> list[str]:
+def _own_documents(row: TrainingRow, keep_candidates: bool) -> list[str]:
     """The row's own documents that are kept, the relevant ones first."""
     known = [row.documents[i] for i in row.positives]
     if known and not keep_candidates:

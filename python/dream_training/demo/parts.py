@@ -186,7 +186,7 @@ def _train(
     before = evaluator.measured
     options: dict[str, Any] = {"evaluator": evaluator, "evaluate_first": False}
     if share < 1:  # the run itself evaluates and saves the model, not the average
-        options = {"callbacks": [_Halfway(config.max_steps // 2, measure)]}
+        options = {"callbacks": [_Halfway(steps // 2, measure)]}
     result = train(
         config,
         data=stream_batches(setup.rows, setup.batches, steps, config.run.seed),

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from dream_training.config_groups import DistributionConfig
 
 
-def engine_arguments(config: TrainConfig) -> dict[str, Any]:
+def engine_arguments(distribution: DistributionConfig) -> dict[str, Any]:
     """Return the trainer's arguments that choose the engine; DDP by default.
 
     ``accelerate launch`` may choose it instead, by its own options or file.

@@ -38,15 +38,13 @@ class HeadOptions:
         """The training data."""
         return read_training_data(self.data, split=self.split, target_from=self.target_from)
 
-    def config(self) -> TrainConfig:
-        """A config with what concerns the reader."""
-        return TrainConfig(
-            reader=self.reader,
-            train_data=self.data,
-            context=self.context,
-            passage_max_len=self.passage_max_len,
-            seed=self.seed,
-            trust_remote_code=self.trust_remote_code,
+    def load_reader(self) -> Reader:
+        """The reader, with no heads yet."""
+        return load_reader(
+            ReaderConfig(model=self.reader, context=self.context),
+            LengthsConfig(passage_max_len=self.passage_max_len),
+            RunConfig(seed=self.seed, trust_remote_code=self.trust_remote_code),
+            {},
         )
 
     def selection(self) -> dict[str, Any]:

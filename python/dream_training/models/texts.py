@@ -110,7 +110,9 @@ def set_lengths(model: SentenceTransformer, query: int, document: int) -> None:
         setattr(module, f"{task}_length", length if length < longest else None)
 
 
-def prepare_retriever(config: TrainConfig, model: SentenceTransformer) -> SentenceTransformer:
+def prepare_retriever(
+    model: SentenceTransformer, retriever: RetrieverConfig, lengths: LengthsConfig
+) -> SentenceTransformer:
     """Set a config's lengths and prompts in the model, for every use of it and for its folder.
 
     Raises:

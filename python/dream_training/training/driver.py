@@ -194,5 +194,6 @@ def _say_how_to_resume(trainer: RunTrainer, console: Console) -> None:
         console.print("There is no checkpoint yet: --resume would start at the first step.")
     else:
         console.print(
-            f"--resume continues after step {trainer.checkpoint.step}, from {trainer.checkpoint.path}"
+            f"--resume continues after step {trainer.checkpoint.step}, "
+            f"from {trainer.checkpoint.path}"
         )
