@@ -37,12 +37,12 @@ class TrainingObjective(nn.Module):
     Attributes:
         metrics: of the last step, as floats.
         reader: the frozen language model; None in an objective that reads nothing.
-        temperature: divides the cosine similarities.
+        temperature: divides the cosine similarities; a number where it cannot change.
     """
 
     metrics: dict[str, float]
     reader: Reader | None
-    temperature: Temperature
+    temperature: Temperature | float
 
     @property
     def store(self) -> DocumentStore | None:
@@ -82,6 +82,7 @@ class PoolObjective(TrainingObjective):
     """
 
     name: str
+    temperature: Temperature
 
     def __init__(
         self,

@@ -90,7 +90,7 @@ def build_objective(
     if name == "infonce":
         all_candidates = config.pools.pool == "both" and config.pools.documents_per_query is None
         if all_candidates and not temperature.changes:
-            return _library_infonce(config, model, data, temperature)
+            return _library_infonce(config, model, data)
         own = PoolInfoNCELoss(model, temperature, **options)
         data = labelled(data)
     elif name == "dream":
@@ -143,12 +143,10 @@ def _teacher(objective: ObjectiveConfig) -> dict[str, Any]:
     return options
 
 
-def _library_infonce(
-    config: TrainConfig, model: SentenceTransformer, data: Dataset, temperature: Temperature
-) -> Objective:
+def _library_infonce(config: TrainConfig, model: SentenceTransformer, data: Dataset) -> Objective:
     """The library's own loss: every candidate of the batch, the other queries' too."""
     options: dict[str, Any] = {
-        "scale": 1.0 / temperature.start,
+        "scale": 1.0 / config.objective.temperature,
         "gather_across_devices": config.pools.gather_across_devices,
     }
     loss: TrainingObjective
@@ -158,7 +156,6 @@ def _library_infonce(
         loss = CachedInBatchInfoNCELoss(
             model, mini_batch_size=config.optimisation.mini_batch_size, **options
         )
-    loss.temperature = temperature
     data = labelled_columns(data)
     check_no_duplicates(data, config.optimisation.batch_size, config.run.seed)
     return Objective(loss, data, LabelledCollator(model), no_duplicates=True)

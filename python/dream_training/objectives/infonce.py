@@ -75,7 +75,12 @@ class _Recorded(TrainingObjective):
 
     metrics = {}  # noqa: RUF012 - replaced as a whole at every step
     reader = None
+    scale: float
     _step: StepMetrics | None = None
+
+    @property
+    def temperature(self) -> float:  # type: ignore[override]
+        return 1.0 / self.scale
 
     def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Any = None) -> Tensor:
         features = list(sentence_features)

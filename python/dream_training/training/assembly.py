@@ -14,6 +14,7 @@ from dream_training.json_file import write_json
 from dream_training.models.loading import prepared_retriever
 from dream_training.models.precision import train_in_float32
 from dream_training.objectives.build import build_objective
+from dream_training.objectives.temperature import Temperature
 from dream_training.plots import plot_heads
 from dream_training.training.callbacks import (
     KeepBestCallback,
@@ -135,7 +136,8 @@ def assemble(prepared: Prepared, given: Given) -> Run:
     own = (run.memory, run.gradients, run.progress, keeper, record, run.signals)
     for callback in (*own, *given.callbacks):
         trainer.add_callback(callback)
-    trainer.add_callback(TemperatureCallback(objective.loss.temperature))
+    if isinstance(objective.loss.temperature, Temperature):
+        trainer.add_callback(TemperatureCallback(objective.loss.temperature))
     return run
 
 

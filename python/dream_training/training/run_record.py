@@ -25,6 +25,7 @@ from dream_training.evaluation.results import (
 from dream_training.evaluation.tasks import evaluate_task
 from dream_training.history import History
 from dream_training.json_file import write_json
+from dream_training.objectives.temperature import Temperature
 from dream_training.training.examples import TrainingExamples
 from dream_training.training.output_folder import ENVIRONMENT, EXAMPLES
 
@@ -184,5 +185,5 @@ class RunRecord(TrainerCallback):
         if reader is not None and not reader.injection.heads:
             reader = None  # no head of it receives the scores
         temperature = self.loss.temperature
-        value = self.config.objective.temperature if temperature is None else temperature.value
+        value = temperature.value if isinstance(temperature, Temperature) else temperature
         self.examples.measure(name, whole(self.model), reader, value)
