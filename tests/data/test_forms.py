@@ -77,7 +77,7 @@ def test_without_a_target_the_error_names_the_option(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"target_from must be answers.* got 'positve'"):
         read_training_data(path, target_from="positve")
     unknown = write_lines(tmp_path / "u.jsonl", {"query": "q", "documents": ["d"]})
-    with pytest.raises(ValueError, match=r":1: has no known positive, which target_from='pos"):
+    with pytest.raises(ValueError, match=r":1: has no known positive, whose text target_from='pos"):
         read_training_data(unknown, target_from="positive")
 
 

@@ -16,10 +16,10 @@ from dream_training.cli import app
 from dream_training.heads.contrast import Contrast, measure_contrast, single_document_losses
 from dream_training.heads.selection import HeadExample
 from dream_training.objectives.distilled_dream import DistilledDreamLoss
-from dream_training.preflight import reader as reader_checks
+from dream_training.preflight import reader_checks
 from dream_training.preflight.check import FAULT, OK, WARNING, Check
 from dream_training.preflight.diagnosis import diagnose, has_fault
-from dream_training.preflight.retriever import of_similarity, part_of
+from dream_training.preflight.retriever_checks import of_similarity, part_of
 from dream_training.reading.reader import Reader
 from helpers.tiny import make_decoder, make_rows, make_tokenizer, retriever_of
 

@@ -20,7 +20,7 @@ from dream_training import memory
 from dream_training.checkpointing import folder as checkpoint_folder
 from dream_training.config import TrainConfig
 from dream_training.objectives.distilled_dream import DistilledDreamLoss
-from dream_training.preflight import retriever as of_retriever
+from dream_training.preflight import retriever_checks
 from dream_training.preflight.check import OK
 from dream_training.training import faults
 from dream_training.training.driver import train
@@ -227,7 +227,7 @@ def test_a_system_that_reports_no_memory_is_no_obstacle(run, monkeypatch, tmp_pa
     text = memory_advice(MemoryError(), config, watch, 7)
     assert text.startswith("out of memory in step 7. To lower, in this order:")
     assert "batch_size=2 (now 4)" in text and "GiB" not in text
-    check = of_retriever._of_cost(SimpleNamespace(config=config), history)
+    check = retriever_checks._of_cost(SimpleNamespace(config=config), history)
     assert check.status == OK and "memory" not in check.figure
 
 

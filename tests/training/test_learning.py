@@ -83,7 +83,7 @@ def test_data_that_makes_no_step_is_found_before_the_run(on, rows, changes, said
 
 
 def test_the_command_fails_too(on, tmp_path: Path) -> None:
-    keys = vars(on(EIGHT, objective="infonce", batch_size=12))
+    keys = on(EIGHT, objective="infonce", batch_size=12).flat()
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps({k: v for k, v in keys.items() if v is not None}))
     result = CliRunner().invoke(app, ["train", str(path)])

@@ -203,7 +203,7 @@ def test_a_comparison_keeps_the_results_of_other_settings(run, tmp_path: Path) -
     run_comparison(comparison, quiet())
     result = tmp_path / "out" / "a" / "seed0" / "result.json"
     first = json.loads(result.read_text())
-    other = Comparison(run(**{**vars(base), "learning_rate": 0.5}), {"a": {}})
+    other = Comparison(base.with_changes(learning_rate=0.5), {"a": {}})
     with pytest.raises(FileExistsError, match=r"learning_rate 0.01, now 0.5: use --overwrite"):
         run_comparison(other, quiet())
     write_heads(heads, HeadFile([(1, 0), (0, 3)]))

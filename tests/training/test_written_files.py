@@ -6,7 +6,6 @@ import json
 import os
 import stat
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,4 +183,4 @@ def test_a_folder_is_no_stream(trained) -> None:
     result = CliRunner().invoke(app, [*map(str, arguments)])
     assert str(result.exception) == "--output must be a folder with --compare, got -"
     with pytest.raises(ValueError, match="output_dir must be a folder, got -"):
-        train(replace(trained, output_dir="-"), console=quiet())
+        train(trained.with_changes(output_dir="-"), console=quiet())

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from dream_kernels import HeadFile
 from dream_training.console import progress
 from dream_training.heads.selection import head_examples
-from dream_training.preflight import reader as of_reader
-from dream_training.preflight import retriever as of_retriever
+from dream_training.preflight import reader_checks, retriever_checks
 from dream_training.preflight.check import FAULT, Check
 from dream_training.preflight.patient import Patient
 
@@ -99,29 +98,29 @@ def diagnose(
             add(Check("heads", FAULT, str(error), "name other heads, or heads: auto"))
             return checks
     with progress("counting tokens"):
-        add(*of_retriever.truncation(patient))
+        add(*retriever_checks.truncation(patient))
     if patient.reader is not None:
         # Not those that the heads were selected on, as far as there are others.
         examples = head_examples(data, _EXAMPLES, config.run.seed + 1, labelled=_labelled(data))
         documents = list(dict.fromkeys(d for example in examples for d in example.documents))
         with progress("reading documents"):
-            add(of_reader.spans(patient.reader, documents[: config.optimisation.batch_size]))
-            add(of_reader.heads(patient.reader, examples[: config.optimisation.batch_size]))
+            add(reader_checks.spans(patient.reader, documents[: config.optimisation.batch_size]))
+            add(reader_checks.heads(patient.reader, examples[: config.optimisation.batch_size]))
             try:
-                add(of_reader.losses(patient.reader, examples))
+                add(reader_checks.losses(patient.reader, examples))
             except ValueError as error:
                 add(Check("target loss", FAULT, str(error)))
         # The steps load their own, and two would count as the run's memory.
         patient = replace(patient, reader=None)
     try:
         with progress("encoding a batch"):
-            add(of_retriever.weights(patient))
+            add(retriever_checks.weights(patient))
     except ValueError as error:
         add(Check("pool", FAULT, str(error)))
         return checks
     try:
         with progress("two steps of training"):
-            add(*of_retriever.steps(patient))
+            add(*retriever_checks.steps(patient))
     except ValueError as error:
         add(Check("steps", FAULT, str(error)))
     return checks
