@@ -1,1 +1,1 @@
-"""Data sets: what an installation already has, and the forms users already have."""
+"""Training and evaluation data of users: the forms it comes in, targets, mining, statistics."""
