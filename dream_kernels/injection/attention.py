@@ -80,10 +80,15 @@ def _make_attention(base: str) -> Callable[..., Any]:
             layer = int(module.layer_idx)  # type: ignore[arg-type]
             context.reached.add(layer)
             heads = context.heads.get(layer, [])
+            scored = context.prefix is not None or (heads and context.scores is not None)
+            if context.recorder is not None or scored:
+                own_key, own_value = _written(context, layer, key, value)
             if context.recorder is not None:
-                _record_mass(context, layer, query, key, kwargs)
-            if context.prefix is not None or (heads and context.scores is not None):
-                return _document_attention(context, layer, heads, query, key, value, kwargs), None
+                _record_mass(context, layer, query, own_key, kwargs)
+            if scored:
+                return _document_attention(
+                    context, layer, heads, query, own_key, own_value, kwargs
+                ), None
         return base_attention(module, base)(module, query, key, value, attention_mask, **kwargs)
 
     attention.__name__ = f"{_NAME}{base}_attention_forward"
@@ -137,6 +142,33 @@ def _document_attention(
         return attend(0, rows).transpose(1, 2)
     # Rows before the first scored one see no later key, so two calls cost as much as one.
     return torch.cat([attend(0, first), attend(first, rows)], dim=2).transpose(1, 2)
+
+
+def _written(
+    context: DocumentContext, layer: int, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the keys and values of the tokens so far: spans count from the first of them.
+
+    A static cache hands out all its places, those that were not written yet included.
+    """
+    held, tokens = key.shape[2], context.length
+    if held == tokens:
+        return key, value
+    if held > tokens and _writes_from_the_start(context.cache, layer):
+        return key[:, :, :tokens], value[:, :, :tokens]
+    cache = "the pass has no cache" if context.cache is None else type(context.cache).__name__
+    raise ValueError(
+        f"layer {layer} must see the {tokens} tokens of this pass and its cache, got {held} keys "
+        f"({cache}): caches that drop or reorder keys, such as those of sliding windows, are not "
+        "supported with document_scores"
+    )
+
+
+def _writes_from_the_start(cache: Any, layer: int) -> bool:
+    from transformers.cache_utils import StaticLayer
+
+    layers = getattr(cache, "layers", ())
+    return layer < len(layers) and isinstance(layers[layer], StaticLayer)
 
 
 def _places(states: Tensor, begin: int, end: int) -> Tensor:

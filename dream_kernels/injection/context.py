@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,8 @@ class DocumentContext:
         mode: as in :func:`dream_kernels.document_attention`.
         document_mass: as in :func:`dream_kernels.document_attention`.
         impl: as in :func:`dream_kernels.document_attention`.
+        length: tokens of this pass and of its cache, those of the prefix not counted.
+        cache: the model's cache, or None.
         first_row: the first row of the local tokens that the scores act on.
         recorder: collects document masses, or None.
         reached: the layers whose attention has received this context; detects models that drop it.
@@ -108,6 +111,8 @@ class DocumentContext:
     mode: str
     document_mass: float | None
     impl: str
+    length: int
+    cache: Any = None
     first_row: int = 0
     recorder: MassRecorder | None = None
     reached: set[int] = field(default_factory=set)

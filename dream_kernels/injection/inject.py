@@ -156,6 +156,8 @@ class Injection:
         if past is None:
             past = given.get("past_key_values")
         past_length = 0 if past is None else int(past.get_seq_length())
+        if given.get("cache_position") is not None:
+            _check_cache_position(given["cache_position"], past_length, rows)
 
         if prefix is not None:
             _check_prefix(prefix, batch, len(support.attention_modules(model)))
@@ -187,6 +189,8 @@ class Injection:
             mode=self.mode,
             document_mass=self.document_mass,
             impl=self._impl,
+            length=past_length + rows,
+            cache=past,
             first_row=first_row,
             recorder=self._recorder,
         )
@@ -296,6 +300,15 @@ def _check_first_row(first_row: object, rows: int) -> int:
     if not 0 <= first_row <= rows:
         raise ValueError(f"document_first_row must lie in 0 .. {rows}, got {first_row}")
     return first_row
+
+
+def _check_cache_position(places: Tensor, past: int, rows: int) -> None:
+    """transformers before 5 lets the caller choose the places in the cache."""
+    if places.tolist() != list(range(past, past + rows)):
+        raise ValueError(
+            f"cache_position must continue the {past} tokens of the cache with document_scores, "
+            f"got {places.tolist()}"
+        )
 
 
 def _check_prefix(prefix: object, batch: int, layers: int) -> None:
