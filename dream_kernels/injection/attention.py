@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dream_kernels import api
+from dream_kernels.injection.call import KEYWORDS
 from dream_kernels.injection.context import DocumentContext
 
 if TYPE_CHECKING:
@@ -89,6 +90,11 @@ def _make_attention(base: str) -> Callable[..., Any]:
                 return _document_attention(
                     context, layer, heads, query, own_key, own_value, kwargs
                 ), None
+        elif any(name in kwargs for name in KEYWORDS):
+            raise RuntimeError(
+                "arguments about documents reached the attention without the injected model's own "
+                "call: use model(...) or injection.decode(...), not model.forward or a part of it"
+            )
         return base_attention(module, base)(module, query, key, value, attention_mask, **kwargs)
 
     attention.__name__ = f"{_NAME}{base}_attention_forward"

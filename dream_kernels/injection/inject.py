@@ -13,16 +13,14 @@ from torch import Tensor
 
 from dream_kernels.dispatch import check_impl
 from dream_kernels.head_file import HeadFile, read_chosen_heads
-from dream_kernels.injection import attention, support
-from dream_kernels.injection.context import DocumentContext, MassRecorder, Prefix
+from dream_kernels.injection import attention, call, support
+from dream_kernels.injection.context import DocumentContext, MassRecorder
 from dream_kernels.validation import check_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Heads = Mapping[int, Sequence[int]] | HeadFile | str | os.PathLike[str]
-
-_KEYWORDS = ("document_scores", "document_spans", "document_prefix", "document_first_row")
 
 
 class Injection:
@@ -47,14 +45,12 @@ class Injection:
         self.heads = heads
         self.mode = mode
         self.document_mass, self._impl = document_mass, impl
-        self._recorder: MassRecorder | None = None
-        self._context: DocumentContext | None = None
         self._signature = inspect.signature(type(model).forward)
         self._original = attention.attention_of(model)
         attention.use_attention(model, attention.register(self._original))
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
 
     def remove(self) -> None:
@@ -107,13 +103,10 @@ class Injection:
         Raises:
             ValueError: there are no documents, or the shapes do not fit.
         """
-        self._recorder = MassRecorder(row_weights)
-        try:
-            with torch.no_grad():
-                self.model(**inputs)
-            masses = self._recorder.layers
-        finally:
-            self._recorder = None
+        recorder = MassRecorder(row_weights)
+        with torch.no_grad():
+            self.model(**inputs, **{call.RECORDER_KEYWORD: recorder})
+        masses = recorder.layers
         return torch.stack([masses[layer].cpu() for layer in sorted(masses)])
 
     def decode(self, **inputs: Any) -> Tensor:
@@ -132,77 +125,37 @@ class Injection:
         if prepared is not None:
             _, inputs = prepared
         output = self.model.base_model(**inputs)
-        self._after_forward(self.model, (), output)
+        self._after_forward(self.model, (), inputs, output)
         return output.last_hidden_state
 
     def _before_forward(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._context = None
-        scores, spans, prefix, first_row = (kwargs.pop(name, None) for name in _KEYWORDS)
-        if scores is None and spans is None and prefix is None and self._recorder is None:
+        documents = call.take_documents(kwargs)
+        if not documents:
             return None
-        bound = self._signature.bind_partial(model, *args, **kwargs).arguments
-        given = {**bound, **bound.get("kwargs", {})}
-        inputs = given.get("inputs_embeds")
-        if inputs is None:
-            inputs = given.get("input_ids")
-        if inputs is None:
-            raise ValueError("input_ids or inputs_embeds must be given with document_scores")
-        batch, rows = inputs.shape[:2]
-        first_row = _check_first_row(first_row, rows)
-        # Newer transformers name it "cache" and still accept the old name.
-        past = given.get("cache")
-        if past is None:
-            past = given.get("past_key_values")
-        past_length = 0 if past is None else int(past.get_seq_length())
-        if given.get("cache_position") is not None:
-            _check_cache_position(given["cache_position"], past_length, rows)
-
-        if prefix is not None:
-            _check_prefix(prefix, batch, len(support.attention_modules(model)))
-            if spans is None:
-                spans = prefix.spans
-            if given.get("position_ids") is None:
-                kwargs["position_ids"] = _suffix_positions(
-                    prefix, given.get("attention_mask"), batch, past_length, rows, inputs.device
-                )
-            kwargs.setdefault("use_cache", False)
-        elif given.get("position_ids") is not None and given.get("attention_mask") is None:
-            _refuse_packing(given["position_ids"])
-        if spans is not None and len(spans) == 1:
-            spans = spans.expand(batch, -1, -1)
-        if (scores is not None or self._recorder is not None) and spans is None:
-            raise ValueError("document_scores needs document_spans or a document_prefix with spans")
-        if scores is None and spans is not None and prefix is None and self._recorder is None:
-            raise ValueError("document_spans needs document_scores")
-        if scores is not None and scores.dim() == 4:
-            _check_layers_of_scores(scores, len(support.attention_modules(model)))
-        self._context = DocumentContext(
+        given = self._signature.bind_partial(model, *args, **kwargs).arguments
+        context, changes = call.prepare(
+            documents,
+            {**given, **given.get("kwargs", {})},
+            layers=len(support.attention_modules(model)),
             heads=self.heads,
-            scores=scores,
-            spans=spans,
-            attention_mask=_full_mask(
-                given.get("attention_mask"), prefix, batch, past_length + rows, inputs.device
-            ),
-            prefix=prefix,
             mode=self.mode,
             document_mass=self.document_mass,
             impl=self._impl,
-            length=past_length + rows,
-            cache=past,
-            first_row=first_row,
-            recorder=self._recorder,
         )
-        kwargs[attention.CONTEXT_KEYWORD] = self._context
-        return args, kwargs
+        return args, {**kwargs, **changes, attention.CONTEXT_KEYWORD: context}
 
-    def _after_forward(self, model: PreTrainedModel, args: Any, output: Any) -> None:
-        context, self._context = self._context, None
+    def _after_forward(
+        self, model: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        # The keyword arguments are those that the hook before the forward returned: all that
+        # belongs to a call travels with it.
+        context: DocumentContext | None = kwargs.get(attention.CONTEXT_KEYWORD)
         if context is None:
             return
         everywhere = context.prefix is not None or context.recorder is not None
-        expected = set(support.attention_modules(model)) if everywhere else set(self.heads)
+        expected = set(support.attention_modules(model)) if everywhere else set(context.heads)
         missed = expected - context.reached
         if missed:
             raise RuntimeError(
@@ -282,85 +235,3 @@ def _by_layer(heads: Heads, top_k: int | None) -> Mapping[int, Sequence[int]]:
             f"got {type(heads).__name__}"
         )
     return heads
-
-
-def _check_layers_of_scores(scores: Tensor, layers: int) -> None:
-    if scores.shape[1] != layers:
-        raise ValueError(
-            f"document_scores of four dimensions must have shape [B, {layers}, Hq, C], one entry "
-            f"for each layer of the model, got {list(scores.shape)}"
-        )
-
-
-def _check_first_row(first_row: object, rows: int) -> int:
-    if first_row is None:
-        return 0
-    if isinstance(first_row, bool) or not isinstance(first_row, int):
-        raise TypeError(f"document_first_row must be an int, got {type(first_row).__name__}")
-    if not 0 <= first_row <= rows:
-        raise ValueError(f"document_first_row must lie in 0 .. {rows}, got {first_row}")
-    return first_row
-
-
-def _check_cache_position(places: Tensor, past: int, rows: int) -> None:
-    """transformers before 5 lets the caller choose the places in the cache."""
-    if places.tolist() != list(range(past, past + rows)):
-        raise ValueError(
-            f"cache_position must continue the {past} tokens of the cache with document_scores, "
-            f"got {places.tolist()}"
-        )
-
-
-def _check_prefix(prefix: object, batch: int, layers: int) -> None:
-    if not isinstance(prefix, Prefix):
-        raise TypeError(f"document_prefix must be a Prefix, got {type(prefix).__name__}")
-    if len(prefix.layers) != layers:
-        raise ValueError(
-            f"document_prefix must hold {layers} layers, as the model does, got "
-            f"{len(prefix.layers)}"
-        )
-    if prefix.batch not in (1, batch):
-        raise ValueError(f"document_prefix must have batch 1 or {batch}, got {prefix.batch}")
-
-
-def _full_mask(
-    local: Tensor | None, prefix: Prefix | None, batch: int, length: int, device: torch.device
-) -> Tensor | None:
-    """Padding mask over prefix and local keys, ``[B, P + length]``, or None."""
-    if local is not None and local.dim() != 2:
-        raise ValueError(
-            f"attention_mask must have shape [B, {length}] with document_scores, got "
-            f"{list(local.shape)}; 4D masks are not supported"
-        )
-    if local is not None and tuple(local.shape) != (batch, length):
-        raise ValueError(
-            f"attention_mask must have shape [{batch}, {length}], got {list(local.shape)}"
-        )
-    if prefix is None:
-        return None if local is None else local.bool()
-    if local is None and prefix.mask is None:
-        return None
-    if local is None:
-        local = torch.ones(batch, length, dtype=torch.bool, device=device)
-    before = prefix.mask
-    if before is None:
-        before = torch.ones(1, prefix.length, dtype=torch.bool, device=device)
-    return torch.cat([before.to(device).expand(batch, -1), local.bool()], dim=1)
-
-
-def _suffix_positions(
-    prefix: Prefix, mask: Tensor | None, batch: int, past: int, rows: int, device: torch.device
-) -> Tensor:
-    """Position ids ``[B, M]`` of a suffix, continuing after the prefix; padding has none."""
-    start = prefix.next_position.to(device)[:, None]
-    if mask is None:
-        return (start + past + torch.arange(rows, device=device)).expand(batch, -1)
-    return start + (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -rows:]
-
-
-def _refuse_packing(position_ids: Tensor) -> None:
-    if position_ids.shape[-1] > 1 and (position_ids.diff(dim=-1) != 1).any():
-        raise ValueError(
-            "position_ids restart inside a row: packed sequences are not supported with "
-            "document_scores; give an attention_mask if the gaps are padding"
-        )
