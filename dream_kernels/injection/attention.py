@@ -83,6 +83,7 @@ def _make_attention(base: str) -> Callable[..., Any]:
             heads = context.heads.get(layer, [])
             scored = context.prefix is not None or (heads and context.scores is not None)
             if context.recorder is not None or scored:
+                _refuse_parts_of_heads(context, layer, query)
                 own_key, own_value = _written(context, layer, key, value)
             if context.recorder is not None:
                 _record_mass(context, layer, query, own_key, kwargs)
@@ -148,6 +149,15 @@ def _document_attention(
         return attend(0, rows).transpose(1, 2)
     # Rows before the first scored one see no later key, so two calls cost as much as one.
     return torch.cat([attend(0, first), attend(first, rows)], dim=2).transpose(1, 2)
+
+
+def _refuse_parts_of_heads(context: DocumentContext, layer: int, query: Tensor) -> None:
+    """Raise where each process has some heads of a layer, and counts them from 0."""
+    if query.shape[1] != context.query_heads:
+        raise ValueError(
+            f"layer {layer} must have the {context.query_heads} heads of the model's config, got "
+            f"{query.shape[1]}: tensor parallelism is not supported with document_scores"
+        )
 
 
 def _written(

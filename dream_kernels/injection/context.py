@@ -88,6 +88,7 @@ class DocumentContext:
 
     Attributes:
         heads: ``{layer: [head, ...]}`` that receive the scores.
+        query_heads: of every layer.
         scores: ``[B, C]``, ``[B, Hq, C]`` or ``[B, layers, Hq, C]``, or None when no scores act
             in this pass.
         spans: ``[B, C, 2]``, or None when there are no documents in this pass.
@@ -104,6 +105,7 @@ class DocumentContext:
     """
 
     heads: dict[int, list[int]]
+    query_heads: int
     scores: Tensor | None
     spans: Tensor | None
     attention_mask: Tensor | None

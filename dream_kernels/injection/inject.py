@@ -140,6 +140,7 @@ class Injection:
             {**given, **given.get("kwargs", {})},
             layers=len(support.attention_modules(model)),
             heads=self.heads,
+            query_heads=model.config.get_text_config().num_attention_heads,
             mode=self.mode,
             document_mass=self.document_mass,
             impl=self._impl,

@@ -41,6 +41,12 @@ def why_not(model: PreTrainedModel) -> str | None:
         return "it is an encoder-decoder, and only decoders are supported"
     if not type(model)._can_set_attn_implementation():
         return "it does not dispatch through transformers' AttentionInterface"
+    parts = getattr(model, "_tp_size", None) or 1
+    if parts > 1:
+        return (
+            f"its heads are split over {parts} processes (tensor parallelism): each would count "
+            "its own from 0, and hold a part of the scores' gradient"
+        )
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return (
             f"it caps its attention logits (attn_logit_softcapping="

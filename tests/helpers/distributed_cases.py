@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from accelerate.state import GradientState
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from transformers import AutoModelForCausalLM
 
+from dream_kernels import inject_attention
 from dream_training.distributed import world
 from dream_training.distributed.gather import gather_rows
 from dream_training.distributed.pool import Share
@@ -289,3 +298,34 @@ def told_by_main(fails: bool) -> Any:
         return world.on_main(run)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+def tensor_parallel(folder: str, by: str) -> tuple[bool, str]:
+    """Inject a model whose heads are split over the processes, and return what is said of it.
+
+    Args:
+        folder: the model.
+        by: "transformers", or "torch", whose plan the model knows nothing of.
+
+    Returns:
+        Whether the plain model gives the logits that it gives in one process, and the error.
+    """
+    ids, spans = torch.arange(3, 15)[None], torch.tensor([[[1, 4], [4, 7]]])
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if by == "transformers":
+        options = {"dtype": torch.float32, "tp_plan": "auto", "tp_size": 2}
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    else:
+        model = copy.deepcopy(whole)
+        plan = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.base_model.layers:
+            parallelize_module(layer, mesh, {**plan, "self_attn.o_proj": RowwiseParallel()})
+    with torch.no_grad():
+        equal = torch.allclose(model(ids).logits, whole(ids).logits, atol=1e-4)
+        try:
+            with inject_attention(model, {1: [0, 1]}):
+                model(ids, document_scores=torch.tensor([[0.0, 2.0]]), document_spans=spans)
+        except ValueError as error:
+            return equal, str(error)
+    return equal, "nothing"
