@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from dream_kernels import library
-from dream_kernels.problem import Gradients, Implementation, Needs, Problem
+from dream_kernels.problem import Gradients, Implementation, Needs, Problem, readable
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):
@@ -60,7 +60,7 @@ class DocumentAttention(torch.autograd.Function):
         needs = Needs(*ctx.needs_input_grad[:6])
         with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
             gradients: Gradients = ctx.implementation.backward(
-                problem, output, saved, grad_output, needs
+                problem, output, saved, readable(grad_output), needs
             )
         if torch.is_grad_enabled():
             # grad_output replaces a frozen query: the gradients depend on both.

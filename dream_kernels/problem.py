@@ -11,6 +11,16 @@ from torch import Tensor
 MODES = ("reweight", "bias")
 
 
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor with its values in memory.
+
+    Views may leave a negation, a conjugation or zeros to their readers, and the implementations
+    read memory.
+    """
+    tensor = tensor.resolve_conj().resolve_neg()
+    return tensor.clone() if tensor._is_zerotensor() else tensor
+
+
 @dataclass(frozen=True)
 class Problem:
     """One call of the operator after validation.

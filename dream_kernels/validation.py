@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dream_kernels.problem import MODES, Problem
+from dream_kernels.problem import MODES, Problem, readable
 from dream_kernels.spans import present_documents
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -48,7 +48,9 @@ def _shape(tensor: Tensor) -> str:
 def _require_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    return value
+    if torch.compiler.is_compiling():
+        return value
+    return readable(value)
 
 
 def _require_like_query(name: str, tensor: Tensor, query: Tensor) -> None:
