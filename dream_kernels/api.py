@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dream_kernels import autograd, library
 from dream_kernels.dispatch import Explanation, explain_problem, select
-from dream_kernels.validation import build_problem
+from dream_kernels.validation import build_problem, is_traced
 
 
 def document_attention(
@@ -150,7 +150,7 @@ def document_mass(
         prefix=pair,
     )
     implementation = select(problem, impl)
-    if torch.compiler.is_compiling():
+    if is_traced(problem.query):
         return library.document_mass(problem, implementation.name)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         return implementation.mass(problem)
@@ -199,9 +199,10 @@ def autocast_inputs(
     query: Tensor, key: Tensor, value: Tensor, prefix: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Cast to the autocast dtype, as PyTorch does for its own attention."""
-    if not isinstance(query, Tensor) or not torch.is_autocast_enabled(query.device.type):
+    device = query.device.type if isinstance(query, Tensor) else "meta"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return query, key, value, prefix
-    dtype = torch.get_autocast_dtype(query.device.type)
+    dtype = torch.get_autocast_dtype(device)
     if prefix is not None:
         prefix = (prefix[0].to(dtype), prefix[1].to(dtype))
     return query.to(dtype), key.to(dtype), value.to(dtype), prefix

@@ -10,6 +10,7 @@ from torch.autograd.function import FunctionCtx
 
 from dream_kernels import library
 from dream_kernels.problem import Gradients, Implementation, Needs, Problem, readable
+from dream_kernels.validation import is_traced
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):
@@ -76,6 +77,6 @@ def run(problem: Problem, implementation: Implementation) -> Tensor:
     needs = Needs(
         *(t is not None and torch.is_grad_enabled() and t.requires_grad for t in problem.tensors)
     )
-    if torch.compiler.is_compiling():
+    if is_traced(problem.query):
         return library.attend(problem, implementation.name, needs)
     return DocumentAttention.apply(*problem.tensors, problem, implementation, needs)

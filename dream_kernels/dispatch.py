@@ -88,8 +88,8 @@ def select(problem: Problem, impl: str) -> Implementation:
                 f"impl={impl!r} cannot run this call: {refusal}\n{explain_problem(problem, impl)}"
             )
         return IMPLEMENTATIONS[impl]
-    if problem.query.device.type == "cpu":
-        _warn_if_native_is_missing()
+    if problem.query.device.type == "cpu" and (error := native_import_error()) is not None:
+        _warn_of_missing_native(error)
     for implementation in IMPLEMENTATIONS.values():
         if implementation.why_not(problem) is None and not _only_by_name(implementation):
             return implementation
@@ -102,12 +102,10 @@ def _only_by_name(implementation: Implementation) -> bool:
 
 
 @cache
-def _warn_if_native_is_missing() -> None:
-    error = native_import_error()
-    if error is not None:
-        warnings.warn(
-            "the native extension of dream_kernels is not available, CPU calls use the slow "
-            f"reference implementation: {error}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+def _warn_of_missing_native(error: str) -> None:
+    warnings.warn(
+        "the native extension of dream_kernels is not available, CPU calls use the slow "
+        f"reference implementation: {error}",
+        RuntimeWarning,
+        stacklevel=4,
+    )

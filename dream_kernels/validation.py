@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dream_kernels.problem import MODES, Problem, readable
 from dream_kernels.spans import present_documents
@@ -41,6 +43,28 @@ def checks_values_of(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a graph is recorded, or the tensor has no values: then the call is one node."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or tensor.is_meta
+        or isinstance(tensor, FakeTensor)
+    )
+
+
+def _refuse_transforms() -> None:
+    if torch._C._get_tracing_state() is not None:
+        raise NotImplementedError(
+            "torch.jit.trace cannot record document_attention: use torch.compile or torch.export"
+        )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "document_attention does not run under the transforms of torch.func (grad, jvp, "
+            "vmap, ...): use torch.autograd, or transform dream_kernels.reference.attend"
+        )
+
+
 def _shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
@@ -48,8 +72,11 @@ def _shape(tensor: Tensor) -> str:
 def _require_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if torch.compiler.is_compiling():
+    if is_traced(value):
         return value
+    if value.layout != torch.strided or is_traceable_wrapper_subclass(value):
+        kind = type(value).__name__ if value.layout == torch.strided else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor of this process alone, got {kind}")
     return readable(value)
 
 
@@ -264,6 +291,8 @@ def build_problem(
         TypeError: an argument has the wrong type or dtype.
         ValueError: an argument has the wrong shape, device or content.
     """
+    if not torch.compiler.is_compiling():
+        _refuse_transforms()
     query = _require_tensor("query", query)
     key, value = _require_tensor("key", key), _require_tensor("value", value)
     _check_query(query)
@@ -279,7 +308,7 @@ def build_problem(
     scores = _require_tensor("scores", scores)
     checked_scores = _check_scores(scores, query, spans.shape[1])
     # While a graph is traced there are no values yet; the graph checks them when it runs.
-    tracing = torch.compiler.is_compiling()
+    tracing = is_traced(query)
     if not tracing:
         check_values(spans, scores, length)
     spans = spans.to(query.device)

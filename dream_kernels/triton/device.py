@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,6 @@ OLDEST_TRITON = (3, 2)
 AMD = ("gfx942",)
 
 
-@cache
 def triton_missing() -> str | None:
     """Return why triton cannot be used, or None when it can."""
     try:
@@ -41,7 +40,6 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-@cache
 def device_refusal(device: torch.device) -> str | None:
     """Return why the kernels cannot run on a CUDA or HIP device, or None when they can."""
     if torch.version.hip is not None:

@@ -24,13 +24,11 @@ class TritonImplementation:
 
     def why_not(self, problem: Problem) -> str | None:
         device = problem.query.device
+        if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+            return f"it needs tensors on a CUDA or HIP device, got {device}"
         missing = triton_missing()
         if missing is not None:
             return missing
-        if device.type == "cpu" and not interpreted():
-            return f"it needs tensors on a CUDA or HIP device, got {device}"
-        if device.type not in ("cpu", "cuda"):
-            return f"it needs tensors on a CUDA or HIP device, got {device}"
         if problem.query.dtype not in _DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             return f"it supports {known}, got {problem.query.dtype}"

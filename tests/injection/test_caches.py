@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -29,7 +31,7 @@ def _inputs(mask: bool):
 
 def _in_steps(model, cache, ids, mask, documents, steps) -> torch.Tensor:
     logits = []
-    for begin, end in zip(steps, steps[1:]):
+    for begin, end in itertools.pairwise(steps):
         out = model(
             ids[:, begin:end],
             attention_mask=None if mask is None else mask[:, :end],
@@ -129,5 +131,5 @@ def test_unknown_places_in_a_cache_are_refused() -> None:
     model = make_model("Llama")
     cache = DynamicCache()
     cache.layers = [_Ring() for _ in range(3)]
-    with inject_attention(model, HEADS), pytest.raises(ValueError, match="got 40 keys .DynamicC"):
+    with inject_attention(model, HEADS), pytest.raises(ValueError, match=r"got 40 keys .DynamicC"):
         _in_steps(model, cache, ids, None, documents, (0, ROWS))

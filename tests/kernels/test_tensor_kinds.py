@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -86,3 +87,115 @@ def test_a_compiled_function_reads_lazy_views_too() -> None:
     actual = _lazily(inputs, _negated).run(function, impl="cpu")
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def _on_meta(inputs: Inputs) -> Inputs:
+    moved = inputs.to(torch.device("meta"))
+    return replace(moved, grad_output=torch.empty(inputs.grad_output.shape, device="meta"))
+
+
+def test_meta_tensors_give_shapes() -> None:
+    inputs = make_inputs(SMALL, torch.float32)
+    expected = inputs.require_grad().run(document_attention)
+    for impl in ("auto", "reference"):
+        actual = _on_meta(inputs).require_grad().run(document_attention, impl=impl)
+        for name, value in expected.items():
+            assert actual[name].is_meta, name
+            assert actual[name].shape == value.shape and actual[name].dtype == value.dtype, name
+    t = _on_meta(inputs).tensors
+    mass = document_mass(t["query"], t["key"], inputs.spans.to("meta"), prefix=t["prefix_key"])
+    assert mass.is_meta and mass.shape == (2, 2, 3, 2)
+    with pytest.raises(NotImplementedError, match="impl='cpu' cannot run this call: it needs"):
+        _on_meta(inputs).call(document_attention, impl="cpu")
+
+
+@pytest.mark.parametrize("impl", ("auto", "cpu", "reference"))
+def test_fake_tensors_give_shapes(impl: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    inputs = make_inputs(SMALL, torch.float32).require_grad()
+    expected = inputs.run(document_attention)
+    with FakeTensorMode() as mode:
+        fakes = replace(
+            inputs,
+            tensors={n: mode.from_tensor(t).requires_grad_() for n, t in inputs.tensors.items()},
+            spans=mode.from_tensor(inputs.spans),
+            options={
+                **inputs.options,
+                "attention_mask": mode.from_tensor(inputs.options["attention_mask"]),
+            },
+            grad_output=mode.from_tensor(inputs.grad_output),
+        )
+        actual = fakes.run(document_attention, impl=impl)
+    for name, value in expected.items():
+        assert isinstance(actual[name], FakeTensor) and actual[name].device.type == "cpu"
+        assert actual[name].shape == value.shape and actual[name].dtype == value.dtype, name
+    # Nothing that has no values was kept for later calls.
+    assert torch.equal(inputs.call(document_attention), expected["output"])
+
+
+def test_a_dispatch_mode_sees_the_operator() -> None:
+    """A graph recorded with real values holds the operator, not its result."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    inputs = make_inputs(SMALL, torch.float32)
+
+    def function(query: torch.Tensor) -> torch.Tensor:
+        inputs.tensors["query"] = query
+        return inputs.call(document_attention, impl="cpu")
+
+    query = inputs.tensors["query"]
+    graph = make_fx(function)(query)
+    assert torch.ops.dream_kernels.attend.default in {node.target for node in graph.graph.nodes}
+    assert torch.equal(graph(2 * query), function(2 * query))
+
+
+def _of_scores(inputs: Inputs):
+    t = inputs.tensors
+
+    def function(scores: torch.Tensor) -> torch.Tensor:
+        return document_attention(t["query"], t["key"], t["value"], scores, inputs.spans).sum()
+
+    return function, t["scores"]
+
+
+def test_transforms_are_refused_in_one_line() -> None:
+    case = Case("transforms", batch=2, query_heads=2, key_heads=1, rows=3, local=6, spans=((0, 3),))
+    function, scores = _of_scores(make_inputs(case, torch.float32))
+    message = r"^document_attention does not run under the transforms of torch.func [^\n]*$"
+    for transformed in (
+        torch.func.grad(function),
+        torch.func.jacrev(function),
+        torch.vmap(function),
+        lambda s: torch.func.jvp(function, (s,), (s,)),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            transformed(scores)
+    with pytest.raises(NotImplementedError, match=r"^torch.jit.trace cannot record [^\n]*$"):
+        torch.jit.trace(function, (scores,), check_trace=False)
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward"):
+        function(forward_ad.make_dual(scores, scores))
+
+
+def test_tensors_of_other_layouts_are_refused() -> None:
+    from torch.nested import nested_tensor
+
+    inputs = make_inputs(SMALL, torch.float32)
+    message = r"query must be a dense tensor of this process alone, got "
+    dense = inputs.tensors["query"]
+    for other in (dense.to_sparse(), nested_tensor(list(dense), layout=torch.jagged)):
+        inputs.tensors["query"] = other
+        with pytest.raises(TypeError, match=message):
+            inputs.call(document_attention)
+
+
+def test_compiling_warns_of_nothing() -> None:
+    inputs = make_inputs(SMALL, torch.float32).require_grad()
+    torch._dynamo.reset()
+    function = torch.compile(document_attention, fullgraph=True, backend="aot_eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        inputs.run(function, impl="auto")
+    assert not [str(w.message) for w in caught if "cache" in str(w.message)]
