@@ -25,9 +25,9 @@ CONTEXT_KEYWORD = "document_context"
 _NAME = "dream_"
 
 
-def is_injected_name(name: str | None) -> bool:
-    """Whether an ``_attn_implementation`` was registered by this module."""
-    return name is not None and name.startswith(_NAME)
+def base_name(name: str) -> str:
+    """The implementation under a registered name: a model may be made from an injected config."""
+    return name.removeprefix(_NAME)
 
 
 def attention_of(model: PreTrainedModel) -> str:
@@ -39,8 +39,11 @@ def attention_of(model: PreTrainedModel) -> str:
 
 
 def use_attention(model: PreTrainedModel, name: str) -> None:
-    """Let a model call a registered attention function, see :func:`attention_of`."""
-    model.config.get_text_config()._attn_implementation = name
+    """Let a model call a registered attention function, see :func:`attention_of`.
+
+    The form with a dict leaves configs within this one alone.
+    """
+    model.config.get_text_config()._attn_implementation = {"": name}
 
 
 def register(base: str) -> str:

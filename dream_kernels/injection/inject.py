@@ -15,6 +15,7 @@ from dream_kernels.dispatch import check_impl
 from dream_kernels.head_file import HeadFile, read_chosen_heads
 from dream_kernels.injection import attention, call, support
 from dream_kernels.injection.context import DocumentContext, MassRecorder
+from dream_kernels.injection.own_config import OwnConfig
 from dream_kernels.validation import check_mode
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ class Injection:
         self.mode = mode
         self.document_mass, self._impl = document_mass, impl
         self._signature = inspect.signature(type(model).forward)
-        self._original = attention.attention_of(model)
-        attention.use_attention(model, attention.register(self._original))
+        self._original = attention.base_name(attention.attention_of(model))
+        self._config = OwnConfig(model, attention.register(self._original))
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -60,7 +61,7 @@ class Injection:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        attention.use_attention(self.model, self._original)
+        self._config.restore(self._original)
 
     def __enter__(self) -> Injection:
         return self
@@ -214,13 +215,23 @@ def inject_attention(
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    reason = support.why_not(model)
+    if _is_injected(model):
+        reason: str | None = (
+            "it is injected already; call remove() on the first injection, or use that one"
+        )
+    else:
+        reason = support.why_not(model)
     if reason is not None:
         raise ValueError(f"{type(model).__name__} cannot be injected: {reason}")
     check_mode(mode, document_mass)
     check_impl(impl)
     checked = support.check_heads(_by_layer(heads, top_k), model)
     return Injection(model, checked, mode, document_mass, impl)
+
+
+def _is_injected(model: PreTrainedModel) -> bool:
+    hooks = model._forward_pre_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), Injection) for hook in hooks)
 
 
 def _by_layer(heads: Heads, top_k: int | None) -> Mapping[int, Sequence[int]]:

@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dream_kernels.injection.attention import attention_of, is_injected_name
-
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
@@ -35,8 +33,6 @@ def cache_keyword(model: nn.Module) -> str:
 def why_not(model: PreTrainedModel) -> str | None:
     """Return why ``model`` cannot be injected, or None when it can."""
     config = model.config.get_text_config()
-    if is_injected_name(attention_of(model)):
-        return "it is injected already; call remove() on the first injection, or use that one"
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder, and only decoders are supported"
     if not type(model)._can_set_attn_implementation():
