@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dream_kernels.dispatch import check_impl
 from dream_kernels.head_file import HeadFile, read_chosen_heads
@@ -28,7 +28,7 @@ class Injection:
     """The operator injected into one model; made by :func:`inject_attention`.
 
     Attributes:
-        model: the injected model.
+        model: the injected model, without the wrappers around it.
         heads: ``{layer: [head, ...]}`` that receive the scores.
         mode: how the scores act, ``"reweight"`` or ``"bias"``.
         document_mass: the attention that all documents together get, None for the head's own.
@@ -46,7 +46,7 @@ class Injection:
         self.heads = heads
         self.mode = mode
         self.document_mass, self._impl = document_mass, impl
-        self._signature = inspect.signature(type(model).forward)
+        _, *self._names = inspect.signature(type(model).forward).parameters
         self._original = attention.base_name(attention.attention_of(model))
         self._config = OwnConfig(model, attention.register(self._original))
         self._handles = [
@@ -135,10 +135,9 @@ class Injection:
         documents = call.take_documents(kwargs)
         if not documents:
             return None
-        given = self._signature.bind_partial(model, *args, **kwargs).arguments
         context, changes = call.prepare(
             documents,
-            {**given, **given.get("kwargs", {})},
+            {**dict(zip(self._names, args)), **kwargs},
             layers=len(support.attention_modules(model)),
             heads=self.heads,
             query_heads=model.config.get_text_config().num_attention_heads,
@@ -167,7 +166,7 @@ class Injection:
 
 
 def inject_attention(
-    model: PreTrainedModel,
+    model: nn.Module,
     heads: Heads,
     *,
     top_k: int | None = None,
@@ -196,7 +195,8 @@ def inject_attention(
     call is refused.
 
     Args:
-        model: the reader.
+        model: the reader; also one that ``torch.compile`` or a ``PeftModel`` wraps, whose forward
+            then takes the keyword arguments too.
         heads: ``{layer: [head, ...]}``, a :class:`HeadFile`, or the path of a head file.
         top_k: how many of the best heads of a head file; None for those that it says were chosen.
         mode: as in :func:`dream_kernels.document_attention`.
@@ -211,10 +211,7 @@ def inject_attention(
         ValueError: the model cannot be injected (the message says why), or has no such head; or a
             head file is a ranking in which none are chosen, and ``top_k`` is not given.
     """
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    model = support.decoder_of(model)
     if _is_injected(model):
         reason: str | None = (
             "it is injected already; call remove() on the first injection, or use that one"

@@ -14,6 +14,35 @@ if TYPE_CHECKING:
 _SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
+def decoder_of(model: object) -> PreTrainedModel:
+    """Return the transformers model inside the wrappers of ``torch.compile`` and PEFT.
+
+    Raises:
+        TypeError: there is none.
+        ValueError: a PEFT model adds tokens of its own.
+    """
+    from transformers import PreTrainedModel
+
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "_orig_mod"):  # torch.compile
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model") and hasattr(inner, "active_peft_config"):
+            peft_config: Any = inner.active_peft_config
+            if peft_config.is_prompt_learning:
+                raise ValueError(
+                    f"{type(inner).__name__} cannot be injected: its {peft_config.peft_type.value} "
+                    "adds tokens, which document_spans would not count"
+                )
+            inner = inner.get_base_model()
+        else:
+            raise TypeError(
+                "model must be a transformers PreTrainedModel, or one in torch.compile or a "
+                f"PeftModel, got {type(inner).__name__}"
+            )
+    return inner
+
+
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     """Return the attention module of every layer, by layer index."""
     return {
