@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dream_kernels import api
 from dream_kernels.injection.call import KEYWORDS
 from dream_kernels.injection.context import DocumentContext
+from dream_kernels.validation import checks_values_of, is_traced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,12 +83,15 @@ def _make_attention(base: str) -> Callable[..., Any]:
         context: DocumentContext | None = kwargs.pop(CONTEXT_KEYWORD, None)
         if context is not None:
             layer = int(module.layer_idx)  # type: ignore[arg-type]
+            _refuse_a_second_call(context, layer, module)
             context.reached.add(layer)
             heads = context.heads.get(layer, [])
             scored = context.prefix is not None or (heads and context.scores is not None)
             if context.recorder is not None or scored:
-                _refuse_parts_of_heads(context, layer, query)
                 own_key, own_value = _written(context, layer, key, value)
+                _refuse_parts_of_heads(context, layer, query)
+                _refuse_what_the_operator_cannot(context, layer, own_key, own_value, kwargs)
+                _refuse_other_masks(context, layer, attention_mask, base)
             if context.recorder is not None:
                 _record_mass(context, layer, query, own_key, kwargs)
             if scored:
@@ -116,7 +120,6 @@ def _document_attention(
 ) -> Tensor:
     """Attend through the operator; returns ``[B, M, Hq, D]`` as transformers expects."""
     prefix = None if context.prefix is None else context.prefix.layers[layer]
-    _refuse_what_the_operator_cannot(layer, key, prefix, kwargs)
     rows, first = query.shape[2], context.first_row
     all_scores = context.scores_of(layer)
     if all_scores is None or context.spans is None or not heads:
@@ -149,9 +152,46 @@ def _document_attention(
         )
 
     if first in (0, rows):
-        return attend(0, rows).transpose(1, 2)
+        return attend(0, rows).transpose(1, 2).contiguous()
     # Rows before the first scored one see no later key, so two calls cost as much as one.
-    return torch.cat([attend(0, first), attend(first, rows)], dim=2).transpose(1, 2)
+    return torch.cat([attend(0, first), attend(first, rows)], dim=2).transpose(1, 2).contiguous()
+
+
+def _refuse_a_second_call(context: DocumentContext, layer: int, module: nn.Module) -> None:
+    if layer in context.reached and not context.finished:
+        raise ValueError(
+            f"layer {layer} ({type(module).__name__}) attends more than once in one pass, which is "
+            "not supported with document_scores"
+        )
+
+
+def _refuse_other_masks(context: DocumentContext, layer: int, mask: Any, base: str) -> None:
+    """Raise if the model's own mask says anything but what is padding and what comes later.
+
+    Each mask of a pass is read once, where contents are checked.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return
+    # On an accelerator those are read that transformers itself does not make so: not of booleans,
+    # though the attention is not its eager one.
+    read = checks_values_of(mask) or (base != "eager" and mask.dtype != torch.bool)
+    if not read or is_traced(mask) or any(mask is known for known in context.masks):
+        return
+    rows, length = mask.shape[2], context.length
+    visible = mask[..., :length] if mask.dtype == torch.bool else mask[..., :length] == 0
+    places = torch.arange(length, device=mask.device)
+    expected = places <= places[length - rows :, None]
+    real_rows = torch.ones(1, rows, dtype=torch.bool, device=mask.device)
+    if context.attention_mask is not None:
+        local = context.attention_mask[:, -length:].to(mask.device)
+        expected, real_rows = expected & local[:, None], local[:, -rows:]
+    same = (visible == expected[..., None, :, :]) | ~real_rows[:, None, :, None]
+    if not same.all():
+        raise ValueError(
+            f"layer {layer} attends with a mask that is not causal attention with padding, which "
+            "is all that is supported with document_scores"
+        )
+    context.masks.append(mask)
 
 
 def _refuse_parts_of_heads(context: DocumentContext, layer: int, query: Tensor) -> None:
@@ -199,7 +239,6 @@ def _record_mass(
 ) -> None:
     assert context.recorder is not None and context.spans is not None
     prefix = None if context.prefix is None else context.prefix.layers[layer]
-    _refuse_what_the_operator_cannot(layer, key, prefix, kwargs)
     mask = context.attention_mask
     mass = api.document_mass(
         query,
@@ -214,10 +253,15 @@ def _record_mass(
 
 
 def _refuse_what_the_operator_cannot(
-    layer: int, key: Tensor, prefix: tuple[Tensor, Tensor] | None, kwargs: dict[str, Any]
+    context: DocumentContext, layer: int, key: Tensor, value: Tensor, kwargs: dict[str, Any]
 ) -> None:
     """Raise if the model asks its attention for something that the operator does not support."""
-    length = key.shape[2] + (0 if prefix is None else prefix[0].shape[2])
+    if value.shape[3] != key.shape[3]:
+        raise ValueError(
+            f"layer {layer} has values of another width than its keys ({value.shape[3]} and "
+            f"{key.shape[3]}), which the operator does not do"
+        )
+    length = key.shape[2] + (0 if context.prefix is None else context.prefix.length)
     window = kwargs.get("sliding_window")
     if window is not None and length > window:
         raise ValueError(

@@ -28,7 +28,12 @@ def take_documents(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepare(
-    documents: dict[str, Any], given: dict[str, Any], *, layers: int, **options: Any
+    documents: dict[str, Any],
+    given: dict[str, Any],
+    *,
+    layers: int,
+    takes_positions: bool,
+    **options: Any,
 ) -> tuple[DocumentContext, dict[str, Any]]:
     """Check a call and return its context, and the keyword arguments that it changes.
 
@@ -36,6 +41,7 @@ def prepare(
         documents: what :func:`take_documents` returned.
         given: all other arguments of the call, by name.
         layers: of the model.
+        takes_positions: see :func:`dream_kernels.injection.support.takes_positions`.
         **options: the fields of the context that belong to the injection.
 
     Raises:
@@ -49,6 +55,8 @@ def prepare(
         inputs = given.get("input_ids")
     if inputs is None:
         raise ValueError("input_ids or inputs_embeds must be given with document_scores")
+    if given.get("encoder_hidden_states") is not None:
+        raise ValueError("encoder_hidden_states is not supported with document_scores")
     batch, rows = inputs.shape[:2]
     first_row = _check_first_row(first_row, rows)
     # Newer transformers name it "cache" and still accept the old name.
@@ -64,6 +72,11 @@ def prepare(
         _check_prefix(prefix, batch, layers)
         if spans is None:
             spans = prefix.spans
+        if not takes_positions:
+            raise ValueError(
+                "document_prefix needs a model that takes position_ids, counted from 0; this one "
+                "cannot be told that input_ids does not begin at the first position"
+            )
         if given.get("position_ids") is None:
             changes["position_ids"] = _suffix_positions(
                 prefix, given.get("attention_mask"), batch, past_length, rows, inputs.device

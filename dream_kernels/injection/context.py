@@ -102,6 +102,8 @@ class DocumentContext:
         first_row: the first row of the local tokens that the scores act on.
         recorder: collects document masses, or None.
         reached: the layers whose attention has received this context; detects models that drop it.
+        finished: whether the pass is over. Layers are called again by gradient checkpointing alone.
+        masks: the model's own masks that agree with ``attention_mask``.
     """
 
     heads: dict[int, list[int]]
@@ -118,6 +120,8 @@ class DocumentContext:
     first_row: int = 0
     recorder: MassRecorder | None = None
     reached: set[int] = field(default_factory=set)
+    finished: bool = False
+    masks: list[Tensor] = field(default_factory=list)
 
     def scores_of(self, layer: int) -> Tensor | None:
         """The scores that act in a layer: ``[B, C]`` or ``[B, Hq, C]``."""

@@ -47,6 +47,7 @@ class Injection:
         self.mode = mode
         self.document_mass, self._impl = document_mass, impl
         _, *self._names = inspect.signature(type(model).forward).parameters
+        self._takes_positions = support.takes_positions(model)
         self._original = attention.base_name(attention.attention_of(model))
         self._config = OwnConfig(model, attention.register(self._original))
         self._handles = [
@@ -139,6 +140,7 @@ class Injection:
             documents,
             {**dict(zip(self._names, args)), **kwargs},
             layers=len(support.attention_modules(model)),
+            takes_positions=self._takes_positions,
             heads=self.heads,
             query_heads=model.config.get_text_config().num_attention_heads,
             mode=self.mode,
@@ -155,6 +157,7 @@ class Injection:
         context: DocumentContext | None = kwargs.get(attention.CONTEXT_KEYWORD)
         if context is None:
             return
+        context.finished = True
         everywhere = context.prefix is not None or context.recorder is not None
         expected = set(support.attention_modules(model)) if everywhere else set(context.heads)
         missed = expected - context.reached

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 # Attention of a layer that is exact under the operator (a window, as long as it holds all keys).
@@ -53,10 +56,74 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     }
 
 
+def _head_sizes(attention: nn.Module) -> list[int]:
+    """Widths of keys and values, where the layer says them."""
+    sizes = [getattr(attention, name, None) for name in ("qk_head_dim", "v_head_dim")]
+    return [size for size in sizes if isinstance(size, int)]
+
+
+def _drops_keywords(model: nn.Module, modules: Mapping[int, nn.Module]) -> str | None:
+    """Return the class between the model and its attention that does not pass keywords on.
+
+    The attention needs the documents of its call. That a forward passes keywords on is read from
+    its source: it takes ``**kwargs`` and calls something with them. Whether they arrive is checked
+    in every call.
+    """
+    attention = set(modules.values())
+    names = {name for name, module in model.named_modules() if module in attention}
+    parts = {name[:end] for name in names for end in _ends_of_parts(name)}
+    for kind in {type(module) for name, module in model.named_modules() if name in parts}:
+        if kind.forward is not nn.Module.forward and not _passes_keywords(kind.forward):
+            return kind.__name__
+    return None
+
+
+def _ends_of_parts(name: str) -> list[int]:
+    return [0, *(i for i, letter in enumerate(name) if letter == "."), len(name)]
+
+
+def _passes_keywords(forward: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(forward).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return False
+    function = inspect.unwrap(forward)
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        return True
+    functions = {"loss_function", *getattr(function, "__globals__", ())}
+    return any(
+        keyword.arg is None and _last_name(call.func) not in functions
+        for call in ast.walk(ast.parse(textwrap.dedent(source)))
+        if isinstance(call, ast.Call)
+        for keyword in call.keywords
+    )
+
+
+def _last_name(called: ast.expr) -> str | None:
+    """``f`` of ``f(...)`` and ``x.f(...)``."""
+    return getattr(called, "attr", getattr(called, "id", None))
+
+
 def cache_keyword(model: nn.Module) -> str:
     """Return what the model's forward calls its cache: transformers renamed it in 5.24."""
     names = inspect.signature(type(model).forward).parameters
     return "cache" if "cache" in names else "past_key_values"
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether ``position_ids`` counts tokens from 0, as reading a prefix needs."""
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count from one after the index of padding.
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            return False
+    return any(
+        "position_ids" in inspect.signature(type(part).forward).parameters
+        for part in (model, model.base_model)
+    )
 
 
 def why_not(model: PreTrainedModel) -> str | None:
@@ -87,6 +154,25 @@ def why_not(model: PreTrainedModel) -> str | None:
         return (
             f"{config.num_hidden_layers} layers with attention were expected, and attention was "
             f"found in layers {sorted(modules)}"
+        )
+    if any(getattr(module, "is_causal", True) is False for module in modules.values()):
+        return "not all of its attention is causal"
+    narrow = {
+        layer: sizes
+        for layer, module in modules.items()
+        if len(set(sizes := _head_sizes(module))) > 1
+    }
+    if narrow:
+        layer, (of_keys, of_values) = next(iter(narrow.items()))
+        return (
+            f"its values are of another width than its keys ({of_values} and {of_keys} in layer "
+            f"{layer}), which the operator does not do"
+        )
+    dropper = _drops_keywords(model, modules)
+    if dropper is not None:
+        return (
+            f"{dropper} does not pass keyword arguments on, by which the attention gets its "
+            "documents"
         )
     sinks = [layer for layer, module in modules.items() if hasattr(module, "sinks")]
     if sinks:
