@@ -58,7 +58,7 @@ def prepare(
     if given.get("encoder_hidden_states") is not None:
         raise ValueError("encoder_hidden_states is not supported with document_scores")
     batch, rows = inputs.shape[:2]
-    first_row = _check_first_row(first_row, rows)
+    first_row = check_first_row(first_row, rows)
     # Newer transformers name it "cache" and still accept the old name.
     past = given.get("cache")
     if past is None:
@@ -117,7 +117,8 @@ def _check_layers_of_scores(scores: Tensor, layers: int) -> None:
         )
 
 
-def _check_first_row(first_row: object, rows: int) -> int:
+def check_first_row(first_row: object, rows: int) -> int:
+    """Return ``document_first_row`` after checking it, 0 for None."""
     if first_row is None:
         return 0
     if isinstance(first_row, bool) or not isinstance(first_row, int):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from dream_kernels.dispatch import check_impl
 from dream_kernels.head_file import HeadFile, read_chosen_heads
-from dream_kernels.injection import attention, call, support
-from dream_kernels.injection.context import DocumentContext, MassRecorder
+from dream_kernels.injection import attention, call, generation, support
+from dream_kernels.injection.context import DocumentContext, MassRecorder, Prefix
 from dream_kernels.injection.own_config import OwnConfig
 from dream_kernels.validation import check_mode
 
@@ -130,15 +130,57 @@ class Injection:
         self._after_forward(self.model, (), inputs, output)
         return output.last_hidden_state
 
+    def generate(
+        self,
+        input_ids: Tensor,
+        *,
+        document_scores: Tensor | None = None,
+        document_spans: Tensor | None = None,
+        document_prefix: Prefix | None = None,
+        document_first_row: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Generate with documents: every step is a call of the injected model with them.
+
+        Args:
+            input_ids: ``[B, M]``, the prompts; with a prefix only what follows it.
+            document_scores: as in :func:`inject_attention`; beams and samples of a prompt share
+                the documents of its row.
+            document_spans: as in :func:`inject_attention`.
+            document_prefix: as in :func:`inject_attention`.
+            document_first_row: as in :func:`inject_attention`, counted in ``input_ids``.
+            **options: of the model's own ``generate``, such as ``attention_mask`` (of
+                ``input_ids``), ``max_new_tokens``, ``num_beams`` and ``do_sample``.
+
+        Returns:
+            What the model's own ``generate`` returns, ``[B, M + new tokens]`` by default.
+
+        Raises:
+            TypeError: as in a call of the injected model.
+            ValueError: likewise, or an option does not go with documents.
+        """
+        given = (document_scores, document_spans, document_prefix, document_first_row)
+        documents = {k: v for k, v in zip(call.KEYWORDS, given, strict=True) if v is not None}
+        if not documents:
+            return self.model.generate(input_ids, **options)
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must have shape [B, M], got {list(input_ids.shape)}")
+        generation.check_options(self.model, options)
+        call.check_first_row(document_first_row, input_ids.shape[1])
+        with generation.generating(self.model, len(input_ids), documents):
+            return self.model.generate(input_ids, **options)
+
     def _before_forward(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         documents = call.take_documents(kwargs)
+        given = {**dict(zip(self._names, args)), **kwargs}
+        documents = documents or generation.documents_of_step(model, given)
         if not documents:
             return None
         context, changes = call.prepare(
             documents,
-            {**dict(zip(self._names, args)), **kwargs},
+            given,
             layers=len(support.attention_modules(model)),
             takes_positions=self._takes_positions,
             heads=self.heads,
