@@ -26,6 +26,10 @@ CONTEXT_KEYWORD = "document_context"
 _NAME = "dream_"
 
 
+class WindowError(ValueError):
+    """A sliding window of the model is shorter than the keys of a pass with documents."""
+
+
 def base_name(name: str) -> str:
     """The implementation under a registered name: a model may be made from an injected config."""
     return name.removeprefix(_NAME)
@@ -264,10 +268,10 @@ def _refuse_what_the_operator_cannot(
     length = key.shape[2] + (0 if context.prefix is None else context.prefix.length)
     window = kwargs.get("sliding_window")
     if window is not None and length > window:
-        raise ValueError(
+        raise WindowError(
             f"layer {layer} attends through a sliding window of {window} keys, which is exact only "
-            f"up to that length; this pass has {length}: shorten the documents, or choose heads "
-            "in layers with full attention and read without a prefix"
+            f"up to that length; this pass has {length}: read fewer or shorter documents, or "
+            "choose heads in layers with full attention and read without a prefix"
         )
     if kwargs.get("softcap") is not None:
         raise ValueError(f"layer {layer} caps its attention logits, which the operator cannot do")

@@ -159,16 +159,17 @@ class Injection:
             TypeError: as in a call of the injected model.
             ValueError: likewise, or an option does not go with documents.
         """
+        model: Any = self.model
         given = (document_scores, document_spans, document_prefix, document_first_row)
         documents = {k: v for k, v in zip(call.KEYWORDS, given, strict=True) if v is not None}
         if not documents:
-            return self.model.generate(input_ids, **options)
+            return model.generate(input_ids, **options)
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids must have shape [B, M], got {list(input_ids.shape)}")
         generation.check_options(self.model, options)
         call.check_first_row(document_first_row, input_ids.shape[1])
         with generation.generating(self.model, len(input_ids), documents):
-            return self.model.generate(input_ids, **options)
+            return model.generate(input_ids, **options)
 
     def _before_forward(
         self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]

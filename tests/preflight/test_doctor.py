@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import MistralConfig, MistralForCausalLM
 from typer.testing import CliRunner
 
 from dream_kernels import HeadFile, write_heads
@@ -199,6 +200,25 @@ def test_heads_that_look_elsewhere_are_a_fault() -> None:
     assert "document_mass" in blind.advice
     seeing = reader_checks.heads(Reader(make_decoder(), make_tokenizer(), {0: [2, 3]}), examples)
     assert seeing.status == OK
+
+
+@pytest.mark.parametrize("chosen", (True, False), ids=("named", "auto"))
+def test_a_window_that_the_pool_does_not_fit_is_a_fault(run, tmp_path: Path, chosen: bool) -> None:
+    """Other heads would not help; what does is named."""
+    sizes = make_decoder().config.to_dict()
+    del sizes["model_type"]
+    reader = tmp_path / "reader"
+    MistralForCausalLM(MistralConfig(**{**sizes, "sliding_window": 40})).save_pretrained(reader)
+    make_tokenizer().save_pretrained(reader)
+    heads = write_heads(tmp_path / "heads.yaml", HeadFile([(1, 0)])) if chosen else "auto"
+    checks = by_name(diagnose(run(reader=str(reader), heads=str(heads), top_k=1)))
+    found = [check for check in checks.values() if "sliding window of 40" in check.figure]
+    names = ["heads", "target loss", "steps"] if chosen else ["heads"]
+    assert [check.name for check in found] == names
+    for check in found:
+        assert check.status == FAULT
+        assert "lower batch_size or reader_passage_max_len" in check.advice
+        assert "auto" not in check.advice
 
 
 def test_heads_that_do_not_exist_are_a_fault(run, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dream_kernels import HeadFile
+from dream_kernels.injection import WindowError
 from dream_training.console import progress
 from dream_training.heads.selection import head_examples
 from dream_training.preflight import reader_checks, retriever_checks
@@ -18,10 +19,18 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from dream_training.config import TrainConfig
+    from dream_training.heads.selection import HeadExample
+    from dream_training.reading.reader import Reader
 
 _ROWS = 256  # lines whose lengths are looked at
 _EXAMPLES = 32  # questions that the reader answers
 _HEAD_EXAMPLES = 32
+_OTHER_HEADS = "name other heads, or heads: auto"
+# The documents' keys go through every layer, so that no choice of heads helps.
+_SHORTER_POOL = (
+    "lower batch_size or reader_passage_max_len until the pool fits into the window, or take a "
+    "reader without sliding windows"
+)
 
 
 def diagnose(
@@ -95,7 +104,7 @@ def diagnose(
             reader = load_reader(config.reader, config.lengths, config.run, chosen)
             patient = replace(patient, heads=heads, reader=reader)
         except ValueError as error:
-            add(Check("heads", FAULT, str(error), "name other heads, or heads: auto"))
+            add(Check("heads", FAULT, str(error), _advice(error) or _OTHER_HEADS))
             return checks
     with progress("counting tokens"):
         add(*retriever_checks.truncation(patient))
@@ -104,12 +113,10 @@ def diagnose(
         examples = head_examples(data, _EXAMPLES, config.run.seed + 1, labelled=_labelled(data))
         documents = list(dict.fromkeys(d for example in examples for d in example.documents))
         with progress("reading documents"):
-            add(reader_checks.spans(patient.reader, documents[: config.optimisation.batch_size]))
-            add(reader_checks.heads(patient.reader, examples[: config.optimisation.batch_size]))
-            try:
-                add(reader_checks.losses(patient.reader, examples))
-            except ValueError as error:
-                add(Check("target loss", FAULT, str(error)))
+            size = config.optimisation.batch_size
+            add(reader_checks.spans(patient.reader, documents[:size]))
+            add(_of_reader("heads", reader_checks.heads, patient.reader, examples[:size]))
+            add(_of_reader("target loss", reader_checks.losses, patient.reader, examples))
         # The steps load their own, and two would count as the run's memory.
         patient = replace(patient, reader=None)
     try:
@@ -122,8 +129,25 @@ def diagnose(
         with progress("two steps of training"):
             add(*retriever_checks.steps(patient))
     except ValueError as error:
-        add(Check("steps", FAULT, str(error)))
+        add(Check("steps", FAULT, str(error), _advice(error)))
     return checks
+
+
+def _of_reader(
+    name: str,
+    examine: Callable[[Reader, Sequence[HeadExample]], Check],
+    reader: Reader,
+    examples: Sequence[HeadExample],
+) -> Check:
+    try:
+        return examine(reader, examples)
+    except ValueError as error:
+        return Check(name, FAULT, str(error), _advice(error))
+
+
+def _advice(error: ValueError) -> str:
+    """What to do about an error of the reader; empty where its message is all that is known."""
+    return _SHORTER_POOL if isinstance(error, WindowError) else ""
 
 
 def _labelled(data: Dataset) -> bool:
