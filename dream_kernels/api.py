@@ -75,9 +75,10 @@ def document_attention(
         sees no key is 0.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
+        TypeError: an argument has the wrong type, dtype or layout.
         ValueError: an argument has the wrong shape, device or content, or ``impl`` is unknown.
-        NotImplementedError: ``impl`` names an implementation that cannot run this call.
+        NotImplementedError: ``impl`` names an implementation that cannot run this call, or a
+            transform of ``torch.func`` or ``torch.jit.trace`` is at work.
     """
     query, key, value, prefix = autocast_inputs(query, key, value, prefix)
     problem = build_problem(
@@ -127,9 +128,10 @@ def document_mass(
         probabilities over the keys of the document that the row sees; 0 for absent documents.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype.
+        TypeError: an argument has the wrong type, dtype or layout.
         ValueError: an argument has the wrong shape, device or content, or ``impl`` is unknown.
-        NotImplementedError: ``impl`` names an implementation that cannot run this call.
+        NotImplementedError: ``impl`` names an implementation that cannot run this call, or a
+            transform of ``torch.func`` or ``torch.jit.trace`` is at work.
     """
     pair = (prefix, prefix) if isinstance(prefix, Tensor) else prefix
     query, key, _, pair = autocast_inputs(query, key, key, pair)

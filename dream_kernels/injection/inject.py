@@ -237,8 +237,9 @@ def inject_attention(
 
     Called without them the model computes exactly what it did before. Works with every decoder
     that dispatches through transformers' ``AttentionInterface``: Llama, Qwen2, Qwen3, Mistral,
-    Gemma 3, ... Sliding windows are exact as long as the window holds all keys; beyond it the
-    call is refused.
+    Gemma 3, ... and with every cache that keeps all keys, static ones included. Sliding windows are
+    exact as long as the window holds all keys; beyond it the call is refused. What belongs to a
+    call stays with it, so that threads may share an injected model.
 
     Args:
         model: the reader; also one that ``torch.compile`` or a ``PeftModel`` wraps, whose forward

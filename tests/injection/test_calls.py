@@ -118,3 +118,23 @@ def test_calls_that_pass_the_injection_by_are_refused() -> None:
         for function in (model.forward, model.model):
             with pytest.raises(RuntimeError, match="reached the attention without the injected"):
                 function(ids, **documents)
+
+
+def test_models_without_values_give_shapes() -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    model, elsewhere = make_model("Llama"), make_model("Llama").to("meta")
+    ids, scores = _inputs()
+    try:
+        elsewhere(ids.to("meta"))
+    except RuntimeError as error:
+        pytest.skip(f"this transformers cannot run on meta tensors itself: {error}")
+    with inject_attention(elsewhere, HEADS):
+        logits = elsewhere(
+            ids.to("meta"), document_scores=scores.to("meta"), document_spans=SPANS.to("meta")
+        ).logits
+    assert logits.is_meta and logits.shape == (2, ROWS, VOCABULARY)
+    with inject_attention(model, HEADS), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(t) for t in (ids, scores, SPANS)]
+        out = model(fakes[0], document_scores=fakes[1], document_spans=fakes[2])
+    assert isinstance(out.logits, FakeTensor) and out.logits.shape == (2, ROWS, VOCABULARY)
