@@ -45,7 +45,7 @@ def read_jointly(
     """Read documents in one sequence, each seeing those before it.
 
     Args:
-        model: the reader, injected or not.
+        model: the reader, injected or not, in a wrapper or not.
         input_ids: ``[1, P]`` for a pool that all suffixes share, ``[B, P]`` for one pool each.
         spans: ``[1 or B, C, 2]``, the ranges of the documents in ``input_ids``.
         attention_mask: ``[1 or B, P]``, 0 for padding at the end of a row, or None.
@@ -84,7 +84,7 @@ def read_independently(
     all documents, so the prefix holds them once, outside the spans.
 
     Args:
-        model: the reader, injected or not.
+        model: the reader, injected or not, in a wrapper or not.
         documents: token ids of each document, at least one each.
         pools: for each suffix the indices of its documents; None for one pool of all documents
             that every suffix shares.
@@ -188,7 +188,7 @@ def _keys_and_values(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | N
     """Run the decoder without its language-model head and return every layer's cache."""
     from transformers import DynamicCache
 
-    cache, decoder = DynamicCache(), model.base_model
+    cache, decoder = DynamicCache(), support.decoder_of(model).base_model
     decoder(
         input_ids=input_ids,
         attention_mask=None if mask is None else mask.long().to(input_ids.device),

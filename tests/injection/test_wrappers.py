@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 
-from dream_kernels import inject_attention, read_jointly
+from dream_kernels import inject_attention, read_independently, read_jointly
 from helpers.injected_models import VOCABULARY, make_model
 
 HEADS = {0: [1], 1: [0, 3, 5], 2: [2, 4]}
@@ -57,6 +57,21 @@ def test_a_peft_model_takes_documents_as_its_decoder_does() -> None:
         torch.testing.assert_close(logits, expected[0], rtol=1e-9, atol=1e-11)
     with pytest.raises(ValueError, match="injected already"), inject_attention(model, HEADS):
         inject_attention(model.get_base_model(), HEADS)
+
+
+@torch.no_grad()
+def test_documents_are_read_through_wrappers() -> None:
+    model = _with_lora()
+    ids, _, scores = _inputs()
+    with inject_attention(model, HEADS):
+        whole = model(ids, document_scores=scores, document_spans=SPANS).logits[:, 14:]
+        for wrapped in (model, torch.compile(model), model.get_base_model()):
+            prefix = read_jointly(wrapped, ids[:, :14], SPANS.expand(2, -1, -1))
+            logits = model(ids[:, 14:], document_scores=scores, document_prefix=prefix).logits
+            torch.testing.assert_close(logits, whole, rtol=1e-9, atol=1e-9)
+            alone = read_independently(wrapped, [ids[0, :14].tolist()]).layers
+            own, expected = alone[2][0][0], prefix.layers[2][0][0]
+            torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_adapters_that_add_tokens_are_refused() -> None:
