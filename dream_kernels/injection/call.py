@@ -27,6 +27,15 @@ def take_documents(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {} if taken.keys() <= {"document_first_row"} else taken
 
 
+def cache_of(given: dict[str, Any]) -> tuple[Any, int]:
+    """The cache among a call's arguments, None if there is none, and how many tokens it has."""
+    # Newer transformers name it "cache" and still accept the old name.
+    past = given.get("cache")
+    if past is None:
+        past = given.get("past_key_values")
+    return past, 0 if past is None else int(past.get_seq_length())
+
+
 def prepare(
     documents: dict[str, Any],
     given: dict[str, Any],
@@ -59,11 +68,7 @@ def prepare(
         raise ValueError("encoder_hidden_states is not supported with document_scores")
     batch, rows = inputs.shape[:2]
     first_row = check_first_row(first_row, rows)
-    # Newer transformers name it "cache" and still accept the old name.
-    past = given.get("cache")
-    if past is None:
-        past = given.get("past_key_values")
-    past_length = 0 if past is None else int(past.get_seq_length())
+    past, past_length = cache_of(given)
     if given.get("cache_position") is not None:
         _check_cache_position(given["cache_position"], past_length, rows)
 

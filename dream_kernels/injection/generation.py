@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dream_kernels.injection.call import cache_of
 from dream_kernels.injection.context import Prefix
 
 # Ways of generating that call the model on other rows than those of the prompts, or another model,
@@ -103,11 +104,8 @@ def documents_of_step(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]
     documents = generation.of_copies(rows // generation.batch)
     if "document_prefix" in documents:
         given.pop("position_ids", None)
-    past = given.get("cache")
-    if past is None:
-        past = given.get("past_key_values")
-    begun = 0 if past is None else int(past.get_seq_length())
     if "document_first_row" in documents:  # counted from the start of the prompt
+        _, begun = cache_of(given)
         documents["document_first_row"] = min(
             max(documents["document_first_row"] - begun, 0), tokens
         )

@@ -47,6 +47,7 @@ class Injection:
         self.mode = mode
         self.document_mass, self._impl = document_mass, impl
         _, *self._names = inspect.signature(type(model).forward).parameters
+        self._layers = frozenset(support.attention_modules(model))
         self._takes_positions = support.takes_positions(model)
         self._original = attention.base_name(attention.attention_of(model))
         self._config = OwnConfig(model, attention.register(self._original))
@@ -182,7 +183,7 @@ class Injection:
         context, changes = call.prepare(
             documents,
             given,
-            layers=len(support.attention_modules(model)),
+            layers=len(self._layers),
             takes_positions=self._takes_positions,
             heads=self.heads,
             query_heads=model.config.get_text_config().num_attention_heads,
@@ -202,7 +203,7 @@ class Injection:
             return
         context.finished = True
         everywhere = context.prefix is not None or context.recorder is not None
-        expected = set(support.attention_modules(model)) if everywhere else set(context.heads)
+        expected = self._layers if everywhere else set(context.heads)
         missed = expected - context.reached
         if missed:
             raise RuntimeError(

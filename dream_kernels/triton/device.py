@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache, wraps
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,24 @@ OLDEST_TRITON = (3, 2)
 AMD = ("gfx942",)
 
 
+Answer = TypeVar("Answer")
+
+
+def asked_once(question: Callable[..., Answer]) -> Callable[..., Answer]:
+    """Keep the answers of a function that every call asks, outside of graphs that are recorded.
+
+    torch.compile would ignore a cache there, and warn of it.
+    """
+    kept = cache(question)
+
+    @wraps(question)
+    def answer(*arguments: Any) -> Answer:
+        return question(*arguments) if torch.compiler.is_compiling() else kept(*arguments)
+
+    return answer
+
+
+@asked_once
 def triton_missing() -> str | None:
     """Return why triton cannot be used, or None when it can."""
     try:
@@ -40,6 +58,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+@asked_once
 def device_refusal(device: torch.device) -> str | None:
     """Return why the kernels cannot run on a CUDA or HIP device, or None when they can."""
     if torch.version.hip is not None:

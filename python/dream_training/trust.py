@@ -11,14 +11,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dream_kernels.parsing import parse_json, read_text, shortened
 from dream_training.console import progress
 from dream_training.known_models import check_name, first_line, not_found
-
-if TYPE_CHECKING:
-    pass
 
 _HOW_TO_ALLOW = (
     "it is not run unless you allow it: --trust-remote-code, or trust_remote_code: true in a "

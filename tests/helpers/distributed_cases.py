@@ -32,9 +32,8 @@ from dream_training.objectives.revela import TEXT_PROMPT, RevelaLoss
 from dream_training.objectives.temperature import Temperature
 from dream_training.reading.pool import read_each, read_pool
 from dream_training.reading.reader import Reader
-from helpers.tiny import WORDS, in_double, make_decoder, make_tokenizer
+from helpers.tiny import HEADS, WORDS, in_double, make_decoder, make_tokenizer
 
-HEADS = {0: [1], 1: [0, 3], 2: [2]}
 ALL_HEADS = {layer: [0, 1, 2, 3] for layer in range(3)}
 
 

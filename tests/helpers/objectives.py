@@ -11,9 +11,7 @@ from dream_training.models.retriever import build_retriever
 from dream_training.objectives.collator import DreamCollator
 from dream_training.objectives.distilled_dream import DistilledDreamLoss
 from dream_training.reading.reader import Reader
-from helpers.tiny import make_decoder, make_rows, make_tokenizer
-
-HEADS = {0: [1], 1: [0, 3], 2: [2]}
+from helpers.tiny import HEADS, make_decoder, make_rows, make_tokenizer
 
 
 def make_retriever(tiny_model, dtype: torch.dtype = torch.float64):

@@ -6,9 +6,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dream_training.reading.reader import Reader
-from helpers.tiny import make_decoder
+from helpers.tiny import HEADS, make_decoder
 
-HEADS = {0: [1], 1: [0, 3], 2: [2]}
 TAGS = """\
 {{ bos_token }}{% for document in documents %}
 <doc>{{ document }}</doc>

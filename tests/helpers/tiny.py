@@ -8,14 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dream_training.config import TrainConfig
 from dream_training.data.beir_folder import write_beir_folder
 from dream_training.demo.docstrings import RetrievalSplit
+from dream_training.models.architectures import byte_tokenizer
+from dream_training.reading.reader import Reader
 
 
 def quiet(width: int = 300) -> Console:
@@ -23,20 +25,14 @@ def quiet(width: int = 300) -> Console:
     return Console(file=io.StringIO(), width=width)
 
 
+# Heads of make_decoder that receive scores.
+HEADS = {0: [1], 1: [0, 3], 2: [2]}
 WORDS = ("apple", "river", "stone", "cloud", "tiger", "lemon", "piano", "rocket", "garden")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, so that every text survives tokenisation."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
-    vocabulary |= {symbol: i + 3 for i, symbol in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )
+    return byte_tokenizer()
 
 
 def make_decoder(**changes) -> LlamaForCausalLM:
@@ -139,3 +135,17 @@ def make_config(model: Path, folder: Path, **changes) -> TrainConfig:
             **changes,
         }
     )
+
+
+def decoder_inputs(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """A list that gets the ``input_ids`` of every call of a reader's decoder from now on."""
+    seen: list[torch.Tensor] = []
+    decoder = reader.model.base_model
+    original = decoder.forward
+
+    def forward(**inputs: Any) -> Any:
+        seen.append(inputs["input_ids"])
+        return original(**inputs)
+
+    monkeypatch.setattr(decoder, "forward", forward)
+    return seen

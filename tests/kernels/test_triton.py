@@ -385,18 +385,18 @@ def test_why_not_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_old_and_missing_triton_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("triton.__version__", "3.1.0")
-    assert "3.2 or newer, got 3.1.0" in str(device.triton_missing())
+    assert "3.2 or newer, got 3.1.0" in str(device.triton_missing.__wrapped__())
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert "not installed" in str(device.triton_missing())
+    assert "not installed" in str(device.triton_missing.__wrapped__())
 
 
 def test_old_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    refusal = device.device_refusal(torch.device("cuda"))
+    refusal = device.device_refusal.__wrapped__(torch.device("cuda"))
     assert "8.0 or newer, got 7.5" in str(refusal)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert device.device_refusal(torch.device("cuda")) is None
+    assert device.device_refusal.__wrapped__(torch.device("cuda")) is None
 
 
 def test_amd_gpus_that_nothing_was_compiled_for_are_refused(
@@ -405,7 +405,7 @@ def test_amd_gpus_that_nothing_was_compiled_for_are_refused(
     def refusal(name: str) -> str | None:
         properties = SimpleNamespace(gcnArchName=name)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        return device.device_refusal(torch.device("cuda"))
+        return device.device_refusal.__wrapped__(torch.device("cuda"))
 
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert refusal("gfx942:sramecc+:xnack-") is None

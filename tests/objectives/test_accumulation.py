@@ -25,7 +25,7 @@ from dream_training.objectives.temperature import Temperature
 from dream_training.reading.reader import Reader
 from dream_training.training.driver import train
 from helpers.objectives import split
-from helpers.tiny import WORDS, in_double, make_decoder, make_tokenizer, quiet
+from helpers.tiny import HEADS, WORDS, in_double, make_decoder, make_tokenizer, quiet
 
 ROWS = [
     {
@@ -78,11 +78,10 @@ def make_loss(folder: Path, objective: str) -> torch.nn.Module:
         decoder = in_double(make_decoder())
         return Reader(decoder, make_tokenizer(), heads, impl="reference", **options)
 
-    some = {0: [1], 1: [0, 3], 2: [2]}
     if objective == "dream":
-        return DreamLoss(model, reader(some), Temperature(0.1, learnable=True).double())
+        return DreamLoss(model, reader(HEADS), Temperature(0.1, learnable=True).double())
     if objective == "distilled":
-        return DistilledDreamLoss(model, reader(some), 0.1)
+        return DistilledDreamLoss(model, reader(HEADS), 0.1)
     if objective == "replug":
         return ReplugLoss(model, reader({}), 0.1)
     if objective == "emdr":

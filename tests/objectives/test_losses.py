@@ -20,8 +20,8 @@ from dream_training.models.retriever import build_retriever
 from dream_training.objectives.collator import DreamCollator
 from dream_training.objectives.dream import DreamLoss
 from dream_training.reading.reader import Reader
-from helpers.objectives import HEADS, features, repeated_steps
-from helpers.tiny import make_decoder, make_rows, make_tokenizer
+from helpers.objectives import features, repeated_steps
+from helpers.tiny import HEADS, make_decoder, make_rows, make_tokenizer
 
 
 def make_loss(tiny_model, dtype: torch.dtype = torch.float32, **options) -> DreamLoss:

@@ -18,7 +18,7 @@ from dream_training.objectives.pools import build_pools, choose_candidates, pool
 from dream_training.reading.reader import Reader
 from dream_training.training.driver import train
 from helpers.objectives import features, with_candidates
-from helpers.tiny import make_decoder, make_rows, make_tokenizer
+from helpers.tiny import HEADS, make_decoder, make_rows, make_tokenizer
 
 CANDIDATES = [(["a", "b", "c"], 1), (["c", "d"], -1), (["e", "a", "e"], 2)]
 QUERIES = ["q1", "q2", "q3"]
@@ -90,7 +90,7 @@ def test_mined_pools_give_the_gradient_of_each_query_alone(model, context: str) 
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
             parameter.data.normal_(std=0.3)
-    reader = Reader(make_decoder(), make_tokenizer(), {0: [1], 1: [0, 3], 2: [2]}, context=context)
+    reader = Reader(make_decoder(), make_tokenizer(), HEADS, context=context)
     loss = DreamLoss(model, reader, temperature=0.1)
     parameters = [p for p in model.parameters() if p.requires_grad]
 

@@ -7,8 +7,8 @@ import torch
 
 from dream_training.objectives.verdicts import Verdicts, reader_identity
 from dream_training.reading.prompts import ReaderPrompt
-from helpers.objectives import HEADS, features, make_distilled_loss, make_reader, with_candidates
-from helpers.tiny import make_rows
+from helpers.objectives import features, make_distilled_loss, make_reader, with_candidates
+from helpers.tiny import HEADS, make_rows
 
 
 def never(*arguments: object) -> None:

@@ -17,9 +17,8 @@ from dream_training.config import TrainConfig
 from dream_training.reading.document_store import DiskStore, MemoryStore, model_identity
 from dream_training.reading.reader import Reader
 from dream_training.training.driver import train
-from helpers.tiny import make_decoder, make_rows, make_tokenizer
+from helpers.tiny import HEADS, make_decoder, make_rows, make_tokenizer
 
-HEADS = {0: [1], 1: [0, 3], 2: [2]}
 DOCUMENTS = ["First document.", "Ünïcödé, the second\none", "x", "a fourth, longer than the others"]
 STATES = torch.arange(2400, dtype=torch.float32).view(3, 2, 2, 5, 40)
 DOCUMENT = [5, 6, 7, 8, 9]

@@ -17,7 +17,7 @@ from dream_training.reading.prompts import (
 )
 from dream_training.training.driver import train
 from helpers.templates import CHATML, TAGS, merging_tokenizer, reader_with_prompt
-from helpers.tiny import make_rows, make_tokenizer
+from helpers.tiny import decoder_inputs, make_rows, make_tokenizer
 
 DOCUMENTS = ["First document.", "Ünïcödé, the second\none", "x"]
 
@@ -92,13 +92,7 @@ def test_spans_are_the_documents_regardless_of_what_the_tokenizer_merges(
     assert len(merged) < alone + len(DOCUMENTS) * (len(document) - 2), "the tokenizer merges"
     choice = tmp_path / "tags.jinja" if prompt == "tags" else prompt
     reader = reader_with_prompt(choice, tokenizer, context=context)
-    seen = []
-    original = reader.model.base_model.forward
-    monkeypatch.setattr(
-        reader.model.base_model,
-        "forward",
-        lambda **inputs: (seen.append(inputs["input_ids"]), original(**inputs))[1],
-    )
+    seen = decoder_inputs(reader, monkeypatch)
     prefix = reader.read(DOCUMENTS)
     decode = reader.tokenizer.decode
     if context == "joint":

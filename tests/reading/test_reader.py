@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from dream_training.reading.reader import Reader, ReaderPrompt
-from helpers.tiny import make_decoder, make_tokenizer
+from helpers.tiny import HEADS, decoder_inputs, make_decoder, make_tokenizer
 
-HEADS = {0: [1], 1: [0, 3], 2: [2]}
 DOCUMENTS = ["First document.", "Ünïcödé, the second\none", "x"]
 QUERIES = ["which one?", "a longer question, is it not?"]
 TARGETS = ["the first", "yes"]
@@ -21,13 +20,7 @@ def make_reader(dtype: torch.dtype = torch.float64, **options) -> Reader:
 @pytest.mark.parametrize("context", ("joint", "independent"))
 def test_spans_decode_to_the_documents(context: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = make_reader(context=context)
-    seen = []
-    original = reader.model.base_model.forward
-    monkeypatch.setattr(
-        reader.model.base_model,
-        "forward",
-        lambda **inputs: (seen.append(inputs["input_ids"]), original(**inputs))[1],
-    )
+    seen = decoder_inputs(reader, monkeypatch)
     prefix = reader.read(DOCUMENTS)
     decode = reader.tokenizer.decode
     header = "<bos>Documents:\n\n"

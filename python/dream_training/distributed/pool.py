@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dream_training.distributed import world
 from dream_training.distributed.gather import gather_rows
-
-if TYPE_CHECKING:
-    pass
 
 SHARE = "share"
 
