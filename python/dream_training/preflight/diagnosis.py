@@ -61,11 +61,10 @@ def diagnose(
         FileNotFoundError: a file of the config is missing.
         ValueError: the config or the data cannot be read; the message says what.
     """
-    from dream_training.data.jsonl import read_training_data
     from dream_training.models.loading import prepared_retriever
     from dream_training.objectives.build import build_objective, check_data
     from dream_training.reading.loading import load_reader
-    from dream_training.training.inputs import find_heads
+    from dream_training.training.inputs import find_heads, load_training_data
 
     checks: list[Check] = []
 
@@ -76,12 +75,7 @@ def diagnose(
 
     if data is None:
         # The doctor looks at all lines, also where training streams them.
-        data = read_training_data(
-            config.data.train_data,
-            split=config.data.train_split,
-            target_from=config.data.target_from,
-            positives=config.data.train_positives,
-        )
+        data = load_training_data(replace(config.data, streaming=False), config.run.seed)
     model = prepared_retriever(model, config.retriever, config.lengths, config.run)
     try:
         check_data(data, config.optimisation, config.objective)
