@@ -13,7 +13,7 @@ from dream_kernels.injection import (
     read_independently,
     read_jointly,
 )
-from dream_kernels.validation import set_value_checks
+from dream_kernels.value_checks import set_value_checks
 from dream_kernels.version import __version__
 
 __all__ = [

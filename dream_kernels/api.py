@@ -26,6 +26,10 @@ def document_attention(
     causal: bool = True,
     attention_mask: Tensor | None = None,
     prefix: tuple[Tensor, Tensor] | None = None,
+    window: int | None = None,
+    positions: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     r"""Attention in which per-document scores decide how much each document is read.
@@ -40,7 +44,8 @@ def document_attention(
       present documents, and :math:`\mu` the share of attention that the documents get together;
     - ``mode="bias"``: ``scores[d]`` is added to the logits of the keys of document :math:`d`.
 
-    The result is differentiable once in ``query``, ``key``, ``value``, ``scores`` and ``prefix``;
+    The result is differentiable once in ``query``, ``key``, ``value``, ``scores``, ``prefix`` and
+    ``sinks``;
     only the gradients that are asked for are computed. Sums are accumulated in float32 (float64
     for float64 inputs).
 
@@ -48,7 +53,7 @@ def document_attention(
         query: ``[B, Hq, M, D]``, float16, bfloat16, float32 or float64.
         key: ``[B, Hkv, N, D]`` in the dtype of ``query``; ``Hkv`` divides ``Hq`` (grouped-query
             attention).
-        value: as ``key``.
+        value: ``[B, Hkv, N, Dv]``, otherwise as ``key``.
         scores: ``[B, C]`` or ``[B, Hq, C]``, any float dtype: one logit per candidate document,
             similarity over temperature. ``-inf`` gives weight 0; an absent document's score is
             ignored and gets gradient 0.
@@ -65,13 +70,24 @@ def document_attention(
         causal: row ``m`` sees keys ``0 .. (P + N - M) + m``.
         attention_mask: ``[B, P + N]`` bool or integer, 1 for a token and 0 for padding, on either
             side.
-        prefix: ``(key, value)`` of ``[1 or B, Hkv, P, D]``, which precede ``key`` and ``value``.
-            Batch 1 is shared by all ``B`` rows; it is read in place.
+        prefix: ``(key, value)`` of ``[1 or B, Hkv, P, D]`` and ``[1 or B, Hkv, P, Dv]``, which
+            precede ``key`` and ``value``. Batch 1 is shared by all ``B`` rows; it is read in place.
+        window: a row sees only keys less than ``window`` positions before its own, as in sliding
+            window attention. A scored row always sees its documents in full, and the window holds
+            for the other keys: it must be long enough. Needs ``causal``.
+        positions: ``[B, P + N]`` int32 or int64: the position of every key, from which ``window``
+            counts; by default the keys count up. Row ``m`` is at the position of key
+            ``P + N - M + m``. Causality does not depend on it.
+        softcap: :math:`c > 0` in :math:`c \tanh(a_j / c)`, which replaces the logit :math:`a_j`
+            before anything else is added.
+        sinks: ``[Hq]``, any float dtype: for each head a logit without a value in the normaliser of
+            every row, part of what is outside the documents, whose mass is then never 0.
+            Differentiable.
         impl: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``. A named implementation runs
             or raises; see :func:`explain`.
 
     Returns:
-        ``[B, Hq, M, D]`` in the dtype of ``query`` (the autocast dtype under autocast). A row that
+        ``[B, Hq, M, Dv]`` in the dtype of ``query`` (the autocast dtype under autocast). A row that
         sees no key is 0.
 
     Raises:
@@ -94,6 +110,10 @@ def document_attention(
         causal=causal,
         attention_mask=attention_mask,
         prefix=prefix,
+        window=window,
+        positions=positions,
+        softcap=softcap,
+        sinks=sinks,
     )
     return autograd.run(problem, select(problem, impl))
 
@@ -107,6 +127,10 @@ def document_mass(
     causal: bool = True,
     attention_mask: Tensor | None = None,
     prefix: tuple[Tensor, Tensor] | Tensor | None = None,
+    window: int | None = None,
+    positions: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Return how much plain attention each row gives to each document.
@@ -121,6 +145,10 @@ def document_mass(
         causal: as in :func:`document_attention`.
         attention_mask: as in :func:`document_attention`.
         prefix: as in :func:`document_attention`, or its keys alone.
+        window: as in :func:`document_attention`; here it holds for documents too.
+        positions: as in :func:`document_attention`.
+        softcap: as in :func:`document_attention`.
+        sinks: as in :func:`document_attention`.
         impl: as in :func:`document_attention`.
 
     Returns:
@@ -150,6 +178,10 @@ def document_mass(
         causal=causal,
         attention_mask=attention_mask,
         prefix=pair,
+        window=window,
+        positions=positions,
+        softcap=softcap,
+        sinks=sinks,
     )
     implementation = select(problem, impl)
     if is_traced(problem.query):
@@ -172,6 +204,10 @@ def explain(
     causal: bool = True,
     attention_mask: Tensor | None = None,
     prefix: tuple[Tensor, Tensor] | None = None,
+    window: int | None = None,
+    positions: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     impl: str = "auto",
 ) -> Explanation:
     """Say which implementation :func:`document_attention` would take for this call, and why.
@@ -193,6 +229,10 @@ def explain(
         causal=causal,
         attention_mask=attention_mask,
         prefix=prefix,
+        window=window,
+        positions=positions,
+        softcap=softcap,
+        sinks=sinks,
     )
     return explain_problem(problem, impl)
 

@@ -12,6 +12,10 @@ from dream_kernels import library
 from dream_kernels.problem import Gradients, Implementation, Needs, Problem, readable
 from dream_kernels.validation import is_traced
 
+# Saved before what the implementation saves: the tensors with gradients, spans, mask, positions
+# and the output.
+_INPUTS = len(Needs._fields) + 4
+
 
 class _FirstDerivativeOnly(torch.autograd.Function):
     """Passes gradients on and refuses to be differentiated itself."""
@@ -38,6 +42,7 @@ class DocumentAttention(torch.autograd.Function):
         scores: Tensor,
         prefix_key: Tensor | None,
         prefix_value: Tensor | None,
+        sinks: Tensor | None,
         problem: Problem,
         implementation: Implementation,
         needs: Needs,
@@ -46,7 +51,7 @@ class DocumentAttention(torch.autograd.Function):
             output, saved = implementation.forward(problem, needs)
         # The problem itself is not kept: its tensors must go through the saved list, which frees
         # them after the backward and detects in-place changes.
-        ctx.save_for_backward(*problem.tensors, problem.spans, problem.mask, output, *saved)
+        ctx.save_for_backward(*problem.tensors, *problem.geometry, output, *saved)
         ctx.options = problem.options
         ctx.implementation = implementation
         return output
@@ -56,9 +61,9 @@ class DocumentAttention(torch.autograd.Function):
         (grad_output,) = grad_outputs
         # Read once: under gradient checkpointing a second read would recompute everything.
         tensors = ctx.saved_tensors
-        (*inputs, output), saved = tensors[:9], tensors[9:]
+        (*inputs, output), saved = tensors[:_INPUTS], tensors[_INPUTS:]
         problem = Problem(*inputs, **ctx.options)
-        needs = Needs(*ctx.needs_input_grad[:6])
+        needs = Needs(*ctx.needs_input_grad[: len(Needs._fields)])
         with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
             gradients: Gradients = ctx.implementation.backward(
                 problem, output, saved, readable(grad_output), needs
@@ -74,6 +79,8 @@ class DocumentAttention(torch.autograd.Function):
 
 def run(problem: Problem, implementation: Implementation) -> Tensor:
     """Apply the operator to a validated problem, recording it for autograd where needed."""
+    if problem.value_dim != problem.head_dim and not implementation.any_value_dim:
+        return run(problem.with_equal_dims(), implementation)[..., : problem.value_dim]
     needs = Needs(
         *(t is not None and torch.is_grad_enabled() and t.requires_grad for t in problem.tensors)
     )

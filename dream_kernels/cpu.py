@@ -28,7 +28,7 @@ _DTYPES = {
 # rounded in other places, so the output differs in its last bits.
 SEGMENT_OUTPUT_BYTES = 32 << 20
 
-_ONLY_SCORES = Needs(False, False, False, True, False, False)
+_ONLY_SCORES = Needs(False, False, False, True, False, False, False)
 
 _Array = tuple[int, torch.Size, tuple[int, ...], int, int]
 
@@ -87,6 +87,7 @@ class CpuImplementation:
     """
 
     name = "cpu"
+    any_value_dim = False
 
     def why_not(self, problem: Problem) -> str | None:
         if _import_error is not None:
@@ -97,8 +98,11 @@ class CpuImplementation:
         if problem.query.dtype not in _DTYPES:
             known = ", ".join(_DTYPES.values())
             return f"it supports {known}, got {problem.query.dtype}"
-        if problem.head_dim > _native.max_head_dim:
-            return f"it supports head sizes up to {_native.max_head_dim}, got {problem.head_dim}"
+        if problem.widest_dim > _native.max_head_dim:
+            return f"it supports head sizes up to {_native.max_head_dim}, got {problem.widest_dim}"
+        for option in ("window", "softcap", "sinks"):
+            if getattr(problem, option) is not None:
+                return f"it does not support {option} yet"
         return None
 
     def forward(self, problem: Problem, needs: Needs) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -173,7 +177,7 @@ class CpuImplementation:
             scores=_array(grad_scores),
             threads=torch.get_num_threads(),
         )
-        return Gradients(None, None, None, grad_scores, None, None)
+        return Gradients(None, None, None, grad_scores, None, None, None)
 
     def mass(self, problem: Problem) -> Tensor:
         mass = _row_tensor(problem, problem.documents)

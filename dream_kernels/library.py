@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dream_kernels.problem import Gradients, Needs, Problem
-from dream_kernels.validation import check_values
+from dream_kernels.value_checks import check_problem_values
 
 SECOND_DERIVATIVE = (
     "document_attention has no second derivative: its backward is hand-written and runs once. "
@@ -22,12 +22,13 @@ SECOND_DERIVATIVE = (
 
 _PROBLEM = (
     "Tensor query, Tensor key, Tensor value, Tensor scores, Tensor? prefix_key, "
-    "Tensor? prefix_value, Tensor spans, Tensor? mask, bool[] heads, str mode, "
-    "float? document_mass, float scale, bool causal, str impl"
+    "Tensor? prefix_value, Tensor? sinks, Tensor spans, Tensor? mask, Tensor? positions, "
+    "bool[] heads, str mode, float? document_mass, float scale, bool causal, int? window, "
+    "float? softcap, str impl"
 )
-_PROBLEM_ARGUMENTS = 14
+_PROBLEM_ARGUMENTS = 18
 _DIFFERENTIABLE = len(Needs._fields)
-_TENSORS = _DIFFERENTIABLE + 2  # spans and mask follow
+_TENSORS = _DIFFERENTIABLE + 3  # spans, mask and positions follow
 
 _library = torch.library.Library("dream_kernels", "DEF")
 _library.define(f"attend({_PROBLEM}, bool[] needs) -> (Tensor output, Tensor[] saved)")
@@ -51,7 +52,7 @@ def document_mass(problem: Problem, impl: str) -> Tensor:
 def _flatten(problem: Problem, impl: str) -> tuple[Any, ...]:
     options = problem.options
     options["heads"] = list(options["heads"])
-    return (*problem.tensors, problem.spans, problem.mask, *options.values(), impl)
+    return (*problem.tensors, *problem.geometry, *options.values(), impl)
 
 
 def _unflatten(arguments: tuple[Any, ...]) -> tuple[Problem, Any]:
@@ -64,7 +65,7 @@ def _unflatten(arguments: tuple[Any, ...]) -> tuple[Problem, Any]:
 
 def _attend(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     problem, implementation = _unflatten(arguments[:_PROBLEM_ARGUMENTS])
-    check_values(problem.spans, problem.scores, problem.total_length)
+    check_problem_values(problem)
     with torch.autocast(problem.query.device.type, enabled=False):
         output, saved = implementation.forward(problem, Needs(*arguments[-1]))
     return output, list(saved)
@@ -73,7 +74,7 @@ def _attend(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
 def _attend_fake(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     problem, implementation = _unflatten(arguments[:_PROBLEM_ARGUMENTS])
     saved = implementation.empty_saved(problem, Needs(*arguments[-1]))
-    return problem.query.new_empty(problem.query.shape), list(saved)
+    return problem.query.new_empty(problem.output_shape), list(saved)
 
 
 def _setup_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
@@ -124,7 +125,7 @@ def _refuse_second_derivative(ctx: Any, *gradients: Any) -> None:
 
 def _document_mass(*arguments: Any) -> Tensor:
     problem, implementation = _unflatten(arguments)
-    check_values(problem.spans, problem.scores, problem.total_length)
+    check_problem_values(problem)
     with torch.autocast(problem.query.device.type, enabled=False):
         return implementation.mass(problem)
 

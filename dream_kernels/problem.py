@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,17 +31,24 @@ class Problem:
     Attributes:
         query: ``[B, Hq, M, D]``, any strides.
         key: ``[B, Hkv, N, D]``, any strides, dtype of ``query``.
-        value: as ``key``.
+        value: ``[B, Hkv, N, Dv]``, otherwise as ``key``.
         scores: ``[B, 1 or Hq, C]`` in float32, or float64 when ``query`` is float64.
         prefix_key: ``[1 or B, Hkv, P, D]``, or None when ``P == 0``.
-        prefix_value: as ``prefix_key``.
+        prefix_value: ``[1 or B, Hkv, P, Dv]``, or None.
+        sinks: ``[Hq]`` in the dtype of ``scores``, or None: a logit without a value in the
+            normaliser of every row of a head, part of what is outside the documents.
         spans: ``[B, C, 2]`` int64; absent documents, padding-only ones included, are ``(0, 0)``.
         mask: ``[B, T]`` bool, True for a token, or None when nothing is padding.
+        positions: ``[B, T]`` int64, the positions from which ``window`` counts, or None for the
+            places of the keys.
         heads: for each query head, whether it receives the scores.
         mode: ``"reweight"`` or ``"bias"``.
         document_mass: the fixed mass of all documents together, or None for the reader's own.
         scale: factor of ``q . k``.
         causal: whether row ``m`` sees only keys at positions up to ``T - M + m``.
+        window: rows see only keys less than this many positions before their own; in scored rows
+            this holds outside the documents. None for all keys.
+        softcap: ``c`` in ``c * tanh(a / c)``, which replaces the logit ``a``; None for ``a``.
     """
 
     query: Tensor
@@ -50,20 +57,30 @@ class Problem:
     scores: Tensor
     prefix_key: Tensor | None
     prefix_value: Tensor | None
+    sinks: Tensor | None
     spans: Tensor
     mask: Tensor | None
+    positions: Tensor | None
     heads: tuple[bool, ...]
     mode: str
     document_mass: float | None
     scale: float
     causal: bool
+    window: int | None = None
+    softcap: float | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors that have gradients, in the order of :class:`Gradients`."""
         return (
-            self.query, self.key, self.value, self.scores, self.prefix_key, self.prefix_value
+            self.query, self.key, self.value, self.scores, self.prefix_key, self.prefix_value,
+            self.sinks,
         )  # fmt: skip
+
+    @property
+    def geometry(self) -> tuple[Tensor | None, ...]:
+        """The tensors that say where documents, tokens and rows are; they follow the others."""
+        return self.spans, self.mask, self.positions
 
     @property
     def options(self) -> dict[str, Any]:
@@ -74,7 +91,24 @@ class Problem:
             "document_mass": self.document_mass,
             "scale": self.scale,
             "causal": self.causal,
+            "window": self.window,
+            "softcap": self.softcap,
         }
+
+    def with_equal_dims(self) -> Problem:
+        """The same problem, the narrower of keys and values filled up with zeros.
+
+        Its output is the same in the first ``value_dim`` elements, and 0 after them.
+        """
+
+        def fill(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or tensor.shape[3] == self.widest_dim:
+                return tensor
+            return torch.nn.functional.pad(tensor, (0, self.widest_dim - tensor.shape[3]))
+
+        names = ("query", "key", "value", "prefix_key", "prefix_value")
+        filled: dict[str, Any] = {name: fill(getattr(self, name)) for name in names}
+        return replace(self, **filled)
 
     @property
     def batch(self) -> int:
@@ -91,6 +125,18 @@ class Problem:
     @property
     def head_dim(self) -> int:
         return self.query.shape[3]
+
+    @property
+    def value_dim(self) -> int:
+        return self.value.shape[3]
+
+    @property
+    def widest_dim(self) -> int:
+        return max(self.head_dim, self.value_dim)
+
+    @property
+    def output_shape(self) -> torch.Size:
+        return torch.Size((*self.query.shape[:3], self.value_dim))
 
     @property
     def key_heads(self) -> int:
@@ -122,6 +168,7 @@ class Needs(NamedTuple):
     scores: bool
     prefix_key: bool
     prefix_value: bool
+    sinks: bool
 
 
 class Gradients(NamedTuple):
@@ -133,18 +180,21 @@ class Gradients(NamedTuple):
     scores: Tensor | None
     prefix_key: Tensor | None
     prefix_value: Tensor | None
+    sinks: Tensor | None
 
 
 class Implementation(Protocol):
     """One way to compute the operator. All of them agree; they differ in speed and reach."""
 
     name: str
+    any_value_dim: bool
+    """Whether it takes values of another width than keys; else it gets them equally wide."""
 
     def why_not(self, problem: Problem) -> str | None:
         """Return why this implementation cannot run ``problem``, or None when it can."""
 
     def forward(self, problem: Problem, needs: Needs) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the output ``[B, Hq, M, D]`` and what a backward with ``needs`` will use.
+        """Return the output ``[B, Hq, M, Dv]`` and what a backward with ``needs`` will use.
 
         The saved tensors alias neither the inputs nor the output.
         """

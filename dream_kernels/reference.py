@@ -29,6 +29,11 @@ where :math:`t_s = \partial L / \partial \ell_s` is
 
 The gradient in the scores is :math:`t_d` for bias and :math:`\mu w_d (\bar g_d - \bar g)` for
 reweight, summed over rows and heads.
+
+A *sink* is one more entry of the rest, with a logit of its own and the value 0: it counts in
+:math:`\ell_\mathrm{rest}`, and its gradient is :math:`dS` with :math:`g = 0`. With a *soft cap*
+:math:`c` the logits are :math:`a = c \tanh(a' / c)`, and the gradient in :math:`a'` is
+:math:`dS (1 - a^2 / c^2)`.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ import torch
 from torch import Tensor
 
 from dream_kernels.problem import Gradients, Needs, Problem
-from dream_kernels.spans import document_of_key, scored_rows, visible_keys
+from dream_kernels.spans import document_of_key, near_keys, scored_rows, visible_keys
 
 
 def _join(prefix: Tensor | None, local: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,12 +78,14 @@ class Segments:
         one_hot: ``[B, 1, T, S]``, the same as a membership matrix.
         within: ``[B, Hq, M, T]``, ``p_{j|s}``.
         lse: ``[B, Hq, M, S]``, log-sum-exp of the visible logits, -inf where nothing is visible.
+        slope: ``[B, Hq, M, T]``, the derivative of the soft cap, or None without one.
     """
 
     of_key: Tensor
     one_hot: Tensor
     within: Tensor
     lse: Tensor
+    slope: Tensor | None
 
     @property
     def lse_all(self) -> Tensor:
@@ -102,12 +109,13 @@ def attend_within_segments(problem: Problem) -> Segments:
     groups = problem.query_heads // problem.key_heads
     key = _join(problem.prefix_key, problem.key, dtype).repeat_interleave(groups, dim=1)
     logits = problem.scale * problem.query.to(dtype) @ key.transpose(-1, -2)
-    visible = visible_keys(
-        problem.rows, length, problem.mask, problem.causal, problem.spans
-    ).unsqueeze(1)
-    logits = logits.masked_fill(~visible, -torch.inf)
-
+    slope = None
+    if problem.softcap is not None:
+        capped = torch.tanh(logits / problem.softcap)
+        logits, slope = problem.softcap * capped, 1 - capped.square()
     of_key = document_of_key(problem.spans, length)[:, None, None, :]
+    logits = logits.masked_fill(~_visible(problem, of_key), -torch.inf)
+
     segments = problem.documents + 1
     one_hot = torch.nn.functional.one_hot(of_key.squeeze(2), segments).to(dtype)
     index = of_key.expand_as(logits)
@@ -117,7 +125,22 @@ def attend_within_segments(problem: Problem) -> Segments:
     total = torch.exp(logits - peak.gather(-1, index)) @ one_hot
     empty = total == 0
     lse = (torch.log(total.masked_fill(empty, 1.0)) + peak).masked_fill(empty, -torch.inf)
-    return Segments(of_key, one_hot, safe_exp(logits, lse.gather(-1, index)), lse)
+    if problem.sinks is not None:
+        sinks = problem.sinks[:, None].expand_as(lse[..., -1])
+        rest = logsumexp(torch.stack([lse[..., -1], sinks], dim=-1))
+        lse = torch.cat([lse[..., :-1], rest[..., None]], dim=-1)
+    return Segments(of_key, one_hot, safe_exp(logits, lse.gather(-1, index)), lse, slope)
+
+
+def _visible(problem: Problem, of_key: Tensor) -> Tensor:
+    """``[B, 1 or Hq, M, T]`` bool: the keys that each row sees."""
+    rows, length = problem.rows, problem.total_length
+    visible = visible_keys(rows, length, problem.mask, problem.causal, problem.spans).unsqueeze(1)
+    if problem.window is None:
+        return visible
+    near = near_keys(rows, length, problem.window, problem.positions, visible.device)
+    of_documents = _scored(problem) & (of_key < problem.documents)
+    return visible & (near.unsqueeze(1) | of_documents)
 
 
 def document_weights(problem: Problem) -> Tensor:
@@ -163,7 +186,7 @@ def attend(problem: Problem) -> Tensor:
     """The forward formulas, differentiable by autograd in every tensor of ``problem``.
 
     Returns:
-        ``[B, Hq, M, D]`` in the dtype of ``query``.
+        ``[B, Hq, M, Dv]`` in the dtype of ``query``.
     """
     segments = attend_within_segments(problem)
     factors = segment_factors(problem, segments)
@@ -178,6 +201,7 @@ class ReferenceImplementation:
     """Plain PyTorch on any device, with the closed-form backward; memory grows with ``M * T``."""
 
     name = "reference"
+    any_value_dim = True
 
     def why_not(self, problem: Problem) -> str | None:
         return None
@@ -227,6 +251,13 @@ class ReferenceImplementation:
         grad_logits = segments.within * (
             segments.per_key(factors) * (g - segments.per_key(g_segment)) + segments.per_key(t)
         )
+        if segments.slope is not None:
+            grad_logits = grad_logits * segments.slope
+        grad_sinks = None
+        if needs.sinks:
+            assert problem.sinks is not None
+            share = safe_exp(problem.sinks[:, None], segments.lse[..., -1])  # [B, Hq, M]
+            grad_sinks = share * (t[..., -1] - factors[..., -1] * g_segment[..., -1])
         grad_query = grad_key = grad_value = None
         if needs.query:
             key = _join(problem.prefix_key, problem.key, dtype).repeat_interleave(groups, dim=1)
@@ -243,6 +274,7 @@ class ReferenceImplementation:
             scores=grad_scores if needs.scores else None,
             prefix_key=self._prefix(problem, grad_key) if needs.prefix_key else None,
             prefix_value=self._prefix(problem, grad_value) if needs.prefix_value else None,
+            sinks=None if grad_sinks is None else grad_sinks.sum((0, 2)),
         )
 
     def mass(self, problem: Problem) -> Tensor:

@@ -39,6 +39,24 @@ def row_positions(rows: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(length - rows, length, device=device)
 
 
+def near_keys(
+    rows: int, length: int, window: int, positions: Tensor | None, device: torch.device
+) -> Tensor:
+    """Return ``[1 or B, M, T]`` bool: the keys less than ``window`` positions before each row.
+
+    Args:
+        rows: ``M``.
+        length: ``T``.
+        window: how many positions a row looks back, its own included.
+        positions: ``[B, T]``, or None where the keys count up from 0.
+    """
+    if positions is None:
+        positions = torch.arange(length, device=device)[None]
+    # A row before the first key sees nothing, whatever its position.
+    own = row_positions(rows, length, device).clamp(min=0)
+    return positions[:, own, None] - positions[:, None, :] < window
+
+
 def visible_keys(
     rows: int, length: int, mask: Tensor | None, causal: bool, spans: Tensor
 ) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 
 import torch
@@ -13,34 +12,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dream_kernels.problem import MODES, Problem, readable
 from dream_kernels.spans import present_documents
+from dream_kernels.value_checks import check_values, check_window
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int32, torch.int64)
-
-_value_checks: bool | None = None
-
-
-def set_value_checks(enabled: bool | None) -> None:
-    """Turn the checks that read the *contents* of tensors on or off.
-
-    They detect overlapping or out-of-range spans and NaN scores. By default they run where reading
-    is free, for tensors on the CPU, and not on an accelerator, where they would synchronise with
-    the device. The environment variable ``DREAM_KERNELS_CHECK`` (``0`` or ``1``) sets the default.
-
-    Args:
-        enabled: True to check always, False never, None for the default.
-    """
-    global _value_checks
-    _value_checks = enabled
-
-
-def checks_values_of(tensor: Tensor) -> bool:
-    if _value_checks is not None:
-        return _value_checks
-    environment = os.environ.get("DREAM_KERNELS_CHECK")
-    if environment in ("0", "1"):
-        return environment == "1"
-    return tensor.device.type == "cpu"
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -103,9 +78,10 @@ def _check_keys(
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have shape [B, Hkv, N, D], got {_shape(tensor)}")
         _require_like_query(name, tensor, query)
-    if key.shape != value.shape:
+    if key.shape[:3] != value.shape[:3] or value.shape[3] == 0:
         raise ValueError(
-            f"{value_name} must have {key_name}'s shape {_shape(key)}, got {_shape(value)}"
+            f"{value_name} must have {key_name}'s shape {_shape(key)}, the last dimension apart, "
+            f"got {_shape(value)}"
         )
     if key.shape[0] not in batches:
         expected = " or ".join(str(b) for b in batches)
@@ -122,7 +98,7 @@ def _check_keys(
 
 
 def _check_prefix(
-    query: Tensor, key: Tensor, prefix: object
+    query: Tensor, key: Tensor, value: Tensor, prefix: object
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     if prefix is None:
         return None, None
@@ -139,6 +115,10 @@ def _check_prefix(
     )
     if prefix_key.shape[1] != key.shape[1]:
         raise ValueError(f"prefix must have key's {key.shape[1]} heads, got {_shape(prefix_key)}")
+    if prefix_value.shape[3] != value.shape[3]:
+        raise ValueError(
+            f"prefix[1] must have value's head size {value.shape[3]}, got {_shape(prefix_value)}"
+        )
     return (None, None) if prefix_key.shape[2] == 0 else (prefix_key, prefix_value)
 
 
@@ -158,38 +138,6 @@ def _check_spans(spans: Tensor, query: Tensor, length: int) -> Tensor:
     return spans.long()
 
 
-def check_values(spans: Tensor, scores: Tensor, length: int) -> None:
-    """Raise ``ValueError`` for impossible spans and scores, where contents are checked."""
-    if checks_values_of(spans):
-        check_span_values(spans, length)
-    if checks_values_of(scores):
-        _check_score_values(scores.detach())
-
-
-def check_span_values(spans: Tensor, length: int) -> None:
-    """Raise ``ValueError`` unless the spans ``[B, C, 2]`` are in range and disjoint."""
-    start, end = spans.unbind(-1)
-    bad = (start < 0) | (end < start) | (end > length)
-    if bad.any():
-        b, c = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"spans must satisfy 0 <= start <= end <= {length} (prefix and local keys), "
-            f"got spans[{b}, {c}] = {spans[b, c].tolist()}"
-        )
-    # Absent documents may be anywhere, so they sort after all others.
-    order = torch.where(end > start, start, length).argsort(dim=1, stable=True)
-    start, end = start.gather(1, order), end.gather(1, order)
-    both_present = (end > start)[:, 1:] & (end > start)[:, :-1]
-    overlap = both_present & (start[:, 1:] < end[:, :-1])
-    if overlap.any():
-        b, i = overlap.nonzero()[0].tolist()
-        first, second = order[b, i : i + 2].tolist()
-        raise ValueError(
-            f"spans must be disjoint, got spans[{b}, {first}] = {spans[b, first].tolist()} and "
-            f"spans[{b}, {second}] = {spans[b, second].tolist()}"
-        )
-
-
 def _check_scores(scores: Tensor, query: Tensor, documents: int) -> Tensor:
     batch, heads = query.shape[:2]
     if not scores.is_floating_point():
@@ -203,13 +151,6 @@ def _check_scores(scores: Tensor, query: Tensor, documents: int) -> Tensor:
         )
     accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
     return (scores if scores.dim() == 3 else scores.unsqueeze(1)).to(accumulate)
-
-
-def _check_score_values(scores: Tensor) -> None:
-    if (scores < torch.inf).all():
-        return
-    bad = (~(scores < torch.inf)).nonzero()[0].tolist()
-    raise ValueError(f"scores must not be NaN or +inf, got {scores[tuple(bad)].item()} at {bad}")
 
 
 def head_mask(heads: Sequence[int] | Tensor | None, query_heads: int) -> tuple[bool, ...]:
@@ -256,6 +197,47 @@ def check_attention_mask(mask: object, batch: int, length: int, device: torch.de
     return mask.bool()
 
 
+def _check_sinks(sinks: object, query: Tensor, accumulate: torch.dtype) -> Tensor:
+    sinks = _require_tensor("sinks", sinks)
+    if not sinks.is_floating_point():
+        raise TypeError(f"sinks must be floating point, got {sinks.dtype}")
+    if sinks.device != query.device:
+        raise ValueError(f"sinks must be on query's device {query.device}, got {sinks.device}")
+    if tuple(sinks.shape) != (query.shape[1],):
+        raise ValueError(f"sinks must have shape [Hq] = [{query.shape[1]}], got {_shape(sinks)}")
+    return sinks.to(accumulate)
+
+
+def _check_positions(positions: object, batch: int, length: int, device: torch.device) -> Tensor:
+    positions = _require_tensor("positions", positions)
+    if positions.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"positions must be int32 or int64, got {positions.dtype}")
+    if tuple(positions.shape) != (batch, length):
+        raise ValueError(
+            f"positions must have shape [B, P + N] = [{batch}, {length}], got {_shape(positions)}"
+        )
+    if positions.device != device:
+        raise ValueError(f"positions must be on query's device {device}, got {positions.device}")
+    return positions.long()
+
+
+def _check_window(window: object, causal: bool) -> None:
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"window must be an integer or None, got {type(window).__name__}")
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if not causal:
+        raise ValueError("window needs causal=True, got causal=False")
+
+
+def _check_softcap(softcap: object) -> float:
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+        raise TypeError(f"softcap must be a float or None, got {type(softcap).__name__}")
+    if not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
+    return float(softcap)
+
+
 def check_mode(mode: str, document_mass: float | None) -> None:
     """Raise unless ``mode`` is known and ``document_mass`` fits it."""
     if mode not in MODES:
@@ -284,6 +266,10 @@ def build_problem(
     causal: bool,
     attention_mask: Tensor | None,
     prefix: tuple[Tensor, Tensor] | None,
+    window: int | None = None,
+    positions: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Problem:
     """Check every argument of :func:`dream_kernels.document_attention`.
 
@@ -297,7 +283,7 @@ def build_problem(
     key, value = _require_tensor("key", key), _require_tensor("value", value)
     _check_query(query)
     _check_keys(query, "key", key, "value", value, batches=(query.shape[0],))
-    prefix_key, prefix_value = _check_prefix(query, key, prefix)
+    prefix_key, prefix_value = _check_prefix(query, key, value, prefix)
     length = key.shape[2] + (0 if prefix_key is None else prefix_key.shape[2])
     check_mode(mode, document_mass)
     if scale is None:
@@ -307,10 +293,16 @@ def build_problem(
     spans = _check_spans(_require_tensor("spans", spans), query, length)
     scores = _require_tensor("scores", scores)
     checked_scores = _check_scores(scores, query, spans.shape[1])
+    if sinks is not None:
+        sinks = _check_sinks(sinks, query, checked_scores.dtype)
+    if window is not None:
+        _check_window(window, causal)
+    if positions is not None:
+        positions = _check_positions(positions, query.shape[0], length, query.device)
     # While a graph is traced there are no values yet; the graph checks them when it runs.
     tracing = is_traced(query)
     if not tracing:
-        check_values(spans, scores, length)
+        check_values(spans, scores, length, sinks)
     spans = spans.to(query.device)
     mask = None
     if attention_mask is not None:
@@ -318,18 +310,25 @@ def build_problem(
         if not tracing and mask.device.type == "cpu" and mask.all():
             mask = None
     present = present_documents(spans, mask)
-    return Problem(
+    problem = Problem(
         query=query,
         key=key,
         value=value,
         prefix_key=prefix_key,
         prefix_value=prefix_value,
         scores=checked_scores,
+        sinks=sinks,
         spans=spans * present[..., None],
         mask=mask,
+        positions=None if window is None else positions,
         heads=head_mask(heads, query.shape[1]),
         mode=mode,
         document_mass=None if document_mass is None else float(document_mass),
         scale=float(scale),
         causal=bool(causal),
+        window=window,
+        softcap=None if softcap is None else _check_softcap(softcap),
     )
+    if not tracing:
+        check_window(problem)
+    return problem

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dream_kernels import api
 from dream_kernels.injection.call import KEYWORDS
 from dream_kernels.injection.context import DocumentContext
-from dream_kernels.validation import checks_values_of, is_traced
+from dream_kernels.validation import is_traced
+from dream_kernels.value_checks import checks_values_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,7 +15,7 @@ from torch import Tensor
 from dream_kernels.injection import support
 from dream_kernels.injection.assembly import Layers, PoolAssembly
 from dream_kernels.injection.context import Prefix
-from dream_kernels.validation import check_span_values
+from dream_kernels.value_checks import check_span_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

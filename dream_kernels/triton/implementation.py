@@ -21,6 +21,7 @@ class TritonImplementation:
     """
 
     name = "triton"
+    any_value_dim = False
 
     def why_not(self, problem: Problem) -> str | None:
         device = problem.query.device
@@ -32,8 +33,11 @@ class TritonImplementation:
         if problem.query.dtype not in _DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             return f"it supports {known}, got {problem.query.dtype}"
-        if problem.head_dim > MAX_HEAD_DIM:
-            return f"it supports head sizes up to {MAX_HEAD_DIM}, got {problem.head_dim}"
+        if problem.widest_dim > MAX_HEAD_DIM:
+            return f"it supports head sizes up to {MAX_HEAD_DIM}, got {problem.widest_dim}"
+        for option in ("window", "softcap", "sinks"):
+            if getattr(problem, option) is not None:
+                return f"it does not support {option} yet"
         if device.type == "cpu" and problem.query.dtype == torch.bfloat16:
             return "triton's interpreter computes wrong bfloat16 products"
         return device_refusal(device) if device.type == "cuda" else None

@@ -106,7 +106,7 @@ def backward(
             problem.prefix_value, 0, needs.prefix_key, needs.prefix_value,
         )  # fmt: skip
     return Gradients(
-        grad_query, grad_key, grad_value, grad_scores, grad_prefix_key, grad_prefix_value
+        grad_query, grad_key, grad_value, grad_scores, grad_prefix_key, grad_prefix_value, None
     )
 
 

@@ -20,9 +20,9 @@ from helpers.agreement import Oracle
 from helpers.own_process import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL = Needs(True, True, True, True, True, True)
+ALL = Needs(*[True] * 6, sinks=False)
 HEADS = torch.tensor([False, True, True, True, True, True])
-NOTHING = Needs(False, False, False, False, False, False)
+NOTHING = Needs(*[False] * 7)
 
 needs_native = pytest.mark.skipif(
     native_import_error() is not None,
@@ -61,8 +61,10 @@ def make_problem(
         prefix_key=normal(prefix_batch, key_heads, prefix, head_dim) if has_prefix else None,
         prefix_value=normal(prefix_batch, key_heads, prefix, head_dim) if has_prefix else None,
         scores=normal(batch, 1, len(spans)).float(),
+        sinks=None,
         spans=torch.tensor(spans).expand(batch, -1, -1),
         mask=mask,
+        positions=None,
         heads=(False,) + (True,) * (query_heads - 1),
         mode=mode,
         document_mass=document_mass,

@@ -354,7 +354,7 @@ def test_unchecked_spans_stay_inside_memory() -> None:
 def test_empty_saved_has_the_form_of_what_forward_saves(mode: str) -> None:
     problem = inputs_of(Case("saved", mode=mode)).call(problem_of)
     implementation = TritonImplementation()
-    needs = Needs(True, True, True, True, False, False)
+    needs = Needs(True, True, True, True, False, False, False)
     output, saved = implementation.forward(problem, needs)
     empty = implementation.empty_saved(problem, needs)
     assert [(t.shape, t.dtype, t.device) for t in empty] == [
