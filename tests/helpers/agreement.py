@@ -111,7 +111,7 @@ class Oracle:
                 f"errors, of {deviation.flatten()[at].item():.2g} each; {LARGEST:g} are allowed"
             )
         mean = scaled.square().mean().sqrt().item()
-        vectors = exact.numel() if name in ("scores", "mass") else exact[..., 0].numel()
+        vectors = exact.numel() if name in ("scores", "sinks", "mass") else exact[..., 0].numel()
         allowed = MEAN + MEAN_OF_FEW / math.sqrt(vectors)
         if not mean <= allowed:
             return (
@@ -139,7 +139,7 @@ class Oracle:
         if size == 0:
             return 0.0, 0.0
         error = torch.where(term == 0, 0.0, error / deviation)
-        independent = SLOPE_OF_SCORES if name == "scores" else SLOPE
+        independent = SLOPE_OF_SCORES if name in ("scores", "sinks") else SLOPE
         return (error * term).sum().item() / size**2, independent / size
 
     def terms(self) -> list[tuple[str, dict[str, Tensor]]]:

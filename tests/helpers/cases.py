@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-GRADIENTS = ("query", "key", "value", "scores", "prefix_key", "prefix_value")
+GRADIENTS = ("query", "key", "value", "scores", "prefix_key", "prefix_value", "sinks")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call. ``spans`` are given for one row of the batch and used for all, or per row."""
+    """One call. ``spans`` are given for one row of the batch and used for all, or per row.
+
+    ``window`` is a number, or "tight": just long enough for the documents.
+    """
 
     name: str
     spans: tuple = ((2, 7), (7, 12), (14, 17))
@@ -32,6 +35,11 @@ class Case:
     causal: bool = True
     padding: tuple[str, ...] = ()
     scale: float | None = None
+    window: int | str | None = None
+    positions: bool = False
+    softcap: float | None = None
+    sinks: bool = False
+    value_dim: int | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -50,7 +58,7 @@ class Inputs:
         """The same numbers in another dtype; scores stay in float32 or better."""
         score_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         tensors = {
-            name: t.detach().to(score_dtype if name == "scores" else dtype)
+            name: t.detach().to(score_dtype if name in ("scores", "sinks") else dtype)
             for name, t in self.tensors.items()
         }
         grad = None if self.grad_output is None else self.grad_output.to(dtype)
@@ -76,7 +84,7 @@ class Inputs:
         prefix = (t["prefix_key"], t["prefix_value"]) if "prefix_key" in t else None
         return function(
             t["query"], t["key"], t["value"], t["scores"], self.spans,
-            prefix=prefix, **{**self.options, **overrides},
+            prefix=prefix, sinks=t.get("sinks"), **{**self.options, **overrides},
         )  # fmt: skip
 
     def run(self, function, **overrides) -> dict[str, Tensor | None]:
@@ -98,6 +106,7 @@ def make_inputs(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
     b, hkv, d = case.batch, case.key_heads, case.head_dim
+    dv = case.value_dim or d
     spans = torch.tensor(case.spans)
     if spans.dim() == 2:
         spans = spans.expand(b, -1, -1).contiguous()
@@ -105,12 +114,12 @@ def make_inputs(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -
     tensors = {
         "query": normal(b, case.query_heads, case.rows, d),
         "key": normal(b, hkv, case.local, d),
-        "value": normal(b, hkv, case.local, d),
+        "value": normal(b, hkv, case.local, dv),
         "scores": case.spread * normal(*score_shape, spans.shape[1]),
     }
     if case.prefix:
         tensors["prefix_key"] = normal(case.prefix_batch, hkv, case.prefix, d)
-        tensors["prefix_value"] = normal(case.prefix_batch, hkv, case.prefix, d)
+        tensors["prefix_value"] = normal(case.prefix_batch, hkv, case.prefix, dv)
     if dtype in (torch.bfloat16, torch.float16):
         tensors["scores"] = tensors["scores"].float()
     length = case.prefix + case.local
@@ -135,8 +144,49 @@ def make_inputs(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -
         "attention_mask": mask,
         "scale": case.scale,
     }
-    grad_output = normal(b, case.query_heads, case.rows, d)
+    positions = _uneven_positions(spans, length) if case.positions else None
+    if case.window is not None:
+        window = case.window
+        if window == "tight":
+            window = _tight_window(case.rows, spans, mask, positions, length)
+        options |= {"window": window, "positions": positions}
+    if case.softcap is not None:
+        options["softcap"] = case.softcap
+    grad_output = normal(b, case.query_heads, case.rows, dv)
+    if case.sinks:
+        tensors["sinks"] = normal(case.query_heads).to(tensors["scores"].dtype)
     return Inputs(tensors, spans, options, grad_output)
+
+
+def _uneven_positions(spans: Tensor, length: int) -> Tensor:
+    """``[B, T]``: every document starts at one position, tokens before it are a little farther."""
+    positions = torch.arange(length).repeat(len(spans), 1)
+    for own, documents in zip(positions, spans.tolist()):
+        present = [(start, end) for start, end in documents if end > start]
+        if not present:
+            continue
+        last, base = max(end for _, end in present), 10
+        own[:last] = base - 3 * torch.arange(last) % 7
+        for start, end in present:
+            own[start:end] = base + torch.arange(end - start)
+        own[last:] = own[:last].max() + 1 + torch.arange(length - last)
+    return positions
+
+
+def _tight_window(
+    rows: int, spans: Tensor, mask: Tensor | None, positions: Tensor | None, length: int
+) -> int:
+    """The shortest window in which the last row has the documents, or 5 if there is none."""
+    window = 5
+    for b, documents in enumerate(spans.tolist()):
+        own = torch.arange(length) if positions is None else positions[b]
+        for start, end in documents:
+            tokens = own[start:end]
+            if mask is not None:
+                tokens = tokens[mask[b, start:end].bool()]
+            if len(tokens):
+                window = max(window, int(own[-1] - tokens.min()) + 1)
+    return window
 
 
 def _long(count: int, width: int, gap: int = 0) -> tuple:
@@ -202,4 +252,40 @@ def _variants() -> list[Case]:
     return cases
 
 
+def _variants_with_options() -> list[Case]:
+    """Every case with all options of the logits and the values, in each mode; some alone."""
+    cases = [
+        Case("softcap", softcap=1.5),
+        Case("softcap_that_saturates", softcap=0.3, spread=4.0),
+        Case("sinks", sinks=True),
+        Case("sinks-mass_0.6", sinks=True, document_mass=0.6),
+        Case("sinks-bias", sinks=True, mode="bias"),
+        Case("window", window="tight", positions=True),
+        Case("window_of_plain_rows", rows=24, window=6, heads=()),
+        Case("window_of_plain_rows_and_positions", rows=24, window=6, heads=(), positions=True),
+        Case(
+            "window_over_a_prefix", rows=37, prefix=231, local=37, window=100, head_dim=64,
+            spans=((170, 187), (190, 200)), heads=(0, 3), padding=("left",),
+        ),
+        Case(
+            "window_over_a_prefix_of_documents_read_alone", rows=5, prefix=231, local=37,
+            window="tight", positions=True, spans=_long(7, 17, 1), prefix_batch=2,
+        ),
+        Case("narrow_values", value_dim=8),
+        Case("wide_values", value_dim=24, prefix=19, local=8),
+    ]  # fmt: skip
+    modes: tuple = (("", {}), ("-bias", {"mode": "bias"}), ("-mass_0.6", {"document_mass": 0.6}))
+    for i, case in enumerate(BASE_CASES):
+        given = {k: v for k, v in case.__dict__.items() if k != "name"}
+        options = {"softcap": 1.5, "sinks": True, "value_dim": case.head_dim + (-8, 8)[i % 2]}
+        if case.causal:
+            options |= {"window": "tight", "positions": i % 3 > 0}
+        cases += [
+            Case(f"{case.name}-options{name}", **{**given, **options, **mode})
+            for name, mode in modes
+        ]
+    return cases
+
+
 CASES = _variants()
+OPTION_CASES = _variants_with_options()

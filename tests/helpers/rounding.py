@@ -73,6 +73,7 @@ class Analysis:
         # The scores' gradient is a sum over rows, and over heads that share the scores.
         self.summed = (1, 2) if problem.scores.shape[1] == 1 else (2,)
         self.over_head = self._sum_of(problem.head_dim)
+        self.over_value = self._sum_of(problem.value_dim)
         self.over_keys = self._sum_of(problem.total_length)
         self.over_rows = self._sum_of(problem.rows * self.groups)
         self._factors()
@@ -98,8 +99,20 @@ class Analysis:
     def _factors(self) -> None:
         """The errors of ``p`` (relative), of masses, factors and coefficients."""
         sizes = abs(self.problem.scale) * self.problem.query.abs() @ self.key.abs().mT
-        exponent = (self.over_head + self.u) * sizes + 2 * self.u
+        exponent = (self.over_head + self.u) * sizes
+        slope, cap = self.segments.slope, self.problem.softcap
+        if slope is not None and cap is not None:
+            # tanh has an error of its own, relative to its value
+            capped = (1 - slope).sqrt()
+            exponent = slope * exponent + 4 * self.u * cap * capped
+            self.slope_error = 2 * capped * exponent / cap + self.u
+        exponent = exponent + 2 * self.u
         lse = self._per_segment(self.within * exponent) + self.over_keys
+        if self.problem.sinks is not None:
+            sinks = self.problem.sinks[:, None]
+            self.sink = reference.safe_exp(sinks, self.segments.lse[..., -1])  # [B, Hq, M]
+            lse[..., -1] += self.sink * self.u * (sinks.abs() + 2)
+            self.sink_error = self.sink * (self.u * (sinks.abs() + 2) + lse[..., -1])
         self.within_error = exponent + self.segments.per_key(lse)
         self.mass_error = self.mass * (lse + (self.mass * lse).sum(-1, keepdim=True))
         scored = self._scored_factors(lse)
@@ -130,7 +143,7 @@ class Analysis:
         grad, value, within = self.grad, self.value, self.within
         self.g = grad @ value.mT
         size = self.g.abs()
-        self.g_error = self.over_head * (grad.abs() @ value.abs().mT)
+        self.g_error = self.over_value * (grad.abs() @ value.abs().mT)
         self.mean = self._per_segment(within * self.g)
         linear = within * (self.g_error + size * (self.within_error + self.over_keys))
         square = torch.zeros_like(self.mean)
@@ -151,7 +164,7 @@ class Analysis:
         linear = size * (self.coefficients_error + self.over_keys * self.coefficients)
         linear = (linear + self.coefficients * self.g_error).sum(-1, keepdim=True)
         products = grad * self.output
-        linear = linear + self.over_head * products.abs().sum(-1, keepdim=True)
+        linear = linear + self.over_value * products.abs().sum(-1, keepdim=True)
         square = (self.coefficients * self.g).square().sum(-1, keepdim=True)
         square = self.r**2 * (square + products.square().sum(-1, keepdim=True))
         self.delta = (self.factors * self.mean).sum(-1, keepdim=True)
@@ -161,7 +174,8 @@ class Analysis:
         r"""``dS`` and its errors, without those that a rounding of ``delta`` gives a whole row.
 
         :math:`dS_j = p_{j|s} (f_s g_j + \sum_i k_{si} x_i)` where the row's numbers :math:`x` are
-        ``delta``, the mean over the segment and that over the documents.
+        ``delta``, the mean over the segment and that over the documents. Then the same of a sink,
+        where :math:`g` is 0, and the soft cap's factor.
         """
         problem, segments, factors = self.problem, self.segments, self.factors
         fixed = problem.document_mass is not None
@@ -181,18 +195,29 @@ class Analysis:
         )  # fmt: skip
         offset = mass * self.documents - of_delta * self.delta - factors * own * self.mean
         self.logits = self.coefficients * self.g + self.within * segments.per_key(offset)
-        size = sum(k * x.abs() for k, _, x, _ in numbers)
-        size = self.coefficients * self.g.abs() + self.within * segments.per_key(size)
+        offsets = sum(k * x.abs() for k, _, x, _ in numbers)
+        size = self.coefficients * self.g.abs() + self.within * segments.per_key(offsets)
         linear = sum(k * error.linear + d * x.abs() for k, d, x, error in numbers)
         # With a fixed mass the rest's mean may be what the documents' leave of delta.
         linear[..., -1:] += own[..., -1:] * self.delta_error.linear
-        self.logits_error = Spread(
+        if problem.sinks is not None:
+            self.sinks = self.sink * offset[..., -1]  # [B, Hq, M]
+            of_sink = self.sink * linear[..., -1] + self.sink_error * offsets[..., -1]
+            of_delta = torch.maximum(*(k[..., -1].square() for k in self.of_delta))
+            of_delta = self.sink.square() * of_delta * self.delta_error.square[..., 0]
+            self.sinks_error = Spread(of_sink + 2 * self.u * self.sink * offsets[..., -1], of_delta)
+        linear = (
             self.coefficients_error * self.g.abs()
             + self.coefficients * self.g_error
             + self.within * segments.per_key(linear)
-            + size * (self.within_error + 2 * self.u),
-            self._rounded(self.logits),
+            + size * (self.within_error + 2 * self.u)
         )
+        self.slope: Tensor | float = 1.0
+        if segments.slope is not None:
+            self.slope = segments.slope
+            linear = self.slope * linear + self.slope_error * self.logits.abs()
+            self.logits = self.logits * self.slope
+        self.logits_error = Spread(linear, self._rounded(self.logits))
 
     def terms(self, heads: Tensor | float = 1.0, segments: Tensor | None = None) -> dict:
         """What some heads ``[Hq, 1, 1]`` and segments ``[S]`` add to output and gradients."""
@@ -204,6 +229,9 @@ class Analysis:
             "query": self.problem.scale * logits @ self.key,
             "scores": self._over_rows(self.scores * heads * segments[:-1]),
         }
+        if self.problem.sinks is not None:
+            of_row = self.sinks[..., None] * heads * segments[-1]
+            result["sinks"] = of_row.sum((0, 2, 3))
         memory = {
             "key": self.problem.scale * logits.mT @ self.problem.query,
             "value": coefficients.mT @ self.grad,
@@ -221,6 +249,10 @@ class Analysis:
             "query": self._of_query(),
             "scores": self.of_scores,
         }
+        if self.problem.sinks is not None:
+            count = self.sinks.shape[0] * self.sinks.shape[2]
+            linear = self.sinks_error.linear + self._sum_of(count) * self.sinks.abs()
+            spreads["sinks"] = Spread(linear.sum((0, 2)), self.sinks_error.square.sum((0, 2)))
         linear = self.coefficients_error + self.over_rows * self.coefficients
         value = Spread(linear.mT @ self.grad.abs(), square.mT @ self.grad.square())
         for name, spread in (("key", self._of_key()), ("value", value)):
@@ -228,7 +260,7 @@ class Analysis:
             spreads[f"prefix_{name}"], spreads[name] = map(Spread, *parts)
         result = {}
         for name, exact in self.terms().items():
-            stored = 0.0 if name == "scores" else self._rounded(exact)
+            stored = 0.0 if name in ("scores", "sinks") else self._rounded(exact)
             square = (ALIGNED * spreads[name].linear).square() + spreads[name].square + stored
             result[name] = square.sqrt()
         return {**result, "mass": ALIGNED * self.mass_error[..., :-1]}
@@ -245,7 +277,8 @@ class Analysis:
     def _of_query(self) -> Spread:
         key, scale = self.key, abs(self.problem.scale)
         linear = self.logits_error.linear + self.over_keys * self.logits.abs()
-        of_row = [(self.within * self.segments.per_key(k)) @ key for k in self.of_delta]
+        within = self.slope * self.within
+        of_row = [(within * self.segments.per_key(k)) @ key for k in self.of_delta]
         of_row = torch.maximum(*(x.square() for x in of_row)) * self.delta_error.square
         square = self.logits_error.square @ key.square() + of_row
         return Spread(scale * linear @ key.abs(), scale**2 * square)
@@ -254,7 +287,8 @@ class Analysis:
         query, scale = self.problem.query, abs(self.problem.scale)
         linear = self.logits_error.linear + self.over_rows * self.logits.abs()
         of_row = torch.maximum(*(k.square() for k in self.of_delta)) * self.delta_error.square
-        square = self.logits_error.square + self.within.square() * self.segments.per_key(of_row)
+        within = self.slope * self.within
+        square = self.logits_error.square + within.square() * self.segments.per_key(of_row)
         return Spread(scale * linear.mT @ query.abs(), scale**2 * square.mT @ query.square())
 
     def _of_scores(self) -> Spread:

@@ -11,7 +11,15 @@ import dream_kernels
 from dream_kernels import document_attention
 from dream_kernels.api import document_mass
 from helpers.agreement import Oracle, formulas
-from helpers.cases import BASE_CASES, CASES, GRADIENTS, Case, Inputs, make_inputs
+from helpers.cases import (
+    BASE_CASES,
+    CASES,
+    GRADIENTS,
+    OPTION_CASES,
+    Case,
+    Inputs,
+    make_inputs,
+)
 
 IMPLS = ("reference", "cpu")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,7 +27,7 @@ CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 case_grid = pytest.mark.parametrize("case", CASES, ids=str)
 
 
-@case_grid
+@pytest.mark.parametrize("case", [*CASES, *OPTION_CASES], ids=str)
 def test_closed_form_equals_autograd_in_float64(case: Case) -> None:
     inputs = make_inputs(case).require_grad()
     expected = inputs.run(formulas)

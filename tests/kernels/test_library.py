@@ -23,6 +23,9 @@ CASES = [
     Case("no_prefix-bias", mode="bias", heads=(1, 4)),
     Case("mass-scores_per_head", document_mass=0.6, per_head_scores=True, prefix=19, local=8),
 ]
+WITH_OPTIONS = Case(
+    "options", window="tight", positions=True, softcap=1.5, sinks=True, prefix=19, local=8
+)
 NEEDS = (GRADIENTS, ("scores",), ("query", "scores"))
 
 impl_grid = pytest.mark.parametrize("impl", IMPLS)
@@ -48,6 +51,14 @@ def test_a_compiled_call_equals_the_eager_one(case: Case, names: tuple, impl: st
     inputs = make_inputs(case, torch.float32).require_grad(names)
     expected = inputs.run(document_attention, impl=impl)
     assert_equal_results(inputs.run(compiled(), impl=impl), expected)
+
+
+@pytest.mark.parametrize("value_dim", (None, 8))
+def test_a_compiled_call_takes_every_option(value_dim: int | None) -> None:
+    inputs = make_inputs(replace(WITH_OPTIONS, value_dim=value_dim), torch.float32).require_grad()
+    expected = inputs.run(document_attention)
+    assert expected["sinks"] is not None
+    assert_equal_results(inputs.run(compiled()), expected)
 
 
 @needs_triton
@@ -137,7 +148,7 @@ def check_operators(inputs: Inputs, impl: str) -> None:
     prefix = (t["prefix_key"], t["prefix_value"]) if "prefix_key" in t else None
     problem = build_problem(
         t["query"], t["key"], t["value"], t["scores"], inputs.spans,
-        prefix=prefix, **inputs.options,
+        prefix=prefix, sinks=t.get("sinks"), **inputs.options,
     )  # fmt: skip
     # The scores of a problem are a view: opcheck wants leaves.
     scores = problem.scores.detach().requires_grad_(t["scores"].requires_grad)
@@ -161,3 +172,7 @@ def check_operators(inputs: Inputs, impl: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_opcheck(case: Case, names: tuple, impl: str) -> None:
     check_operators(make_inputs(case, torch.float32).require_grad(names), impl)
+
+
+def test_opcheck_with_every_option() -> None:
+    check_operators(make_inputs(WITH_OPTIONS, torch.float32).require_grad(), "reference")

@@ -51,6 +51,8 @@ def _spans(first: list[int], second: list[int]) -> torch.Tensor:
         ({"key": torch.zeros(2, 2, 20, 16).double()}, TypeError, "key must have query's dtype"),
         ({"key": torch.zeros(2, 2, 19, 16)}, ValueError, r"value must have key's shape"),
         ({"value": torch.zeros(3, 2, 20, 16)}, ValueError, "value must have key's shape"),
+        ({"value": torch.zeros(2, 2, 20, 8)}, ValueError, "must have value's head size 8"),
+        ({"value": torch.zeros(2, 2, 20, 0)}, ValueError, r"got \[2, 2, 20, 0\]"),
         ({"prefix": torch.zeros(1)}, TypeError, r"prefix must be a \(key, value\) pair"),
         ({"prefix": (torch.zeros(3, 2, 4, 16),) * 2}, ValueError, "batch 1 or 2"),
         ({"prefix": (torch.zeros(1, 3, 4, 16),) * 2}, ValueError, r"prefix must have key's 2"),
@@ -67,6 +69,17 @@ def _spans(first: list[int], second: list[int]) -> torch.Tensor:
         ({"scale": float("nan")}, ValueError, "scale must be finite"),
         ({"attention_mask": torch.ones(2, 20).long()}, ValueError, r"\[2, 24\], got \[2, 20\]"),
         ({"attention_mask": torch.ones(2, 24)}, TypeError, "attention_mask must be bool"),
+        ({"window": 5}, ValueError, r"window 5: .* 0 row 4, at position 23, is 21 .* 0$"),
+        ({"window": 0}, ValueError, "window must be at least 1, got 0"),
+        ({"window": 24.0}, TypeError, "window must be an integer or None, got float"),
+        ({"window": 24, "causal": False}, ValueError, "window needs causal=True"),
+        ({"window": 24, "positions": torch.arange(24)}, ValueError, r"\[2, 24\], got \[24\]"),
+        ({"positions": torch.zeros(2, 24)}, TypeError, "positions must be int32 or int64"),
+        ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, got 0.0"),
+        ({"softcap": "yes"}, TypeError, "softcap must be a float or None, got str"),
+        ({"sinks": torch.zeros(5)}, ValueError, r"sinks must have shape \[Hq\] = \[6\], got \[5\]"),
+        ({"sinks": torch.zeros(6).long()}, TypeError, "sinks must be floating point"),
+        ({"sinks": torch.full((6,), torch.nan)}, ValueError, "sinks must not be NaN"),
         ({"impl": "fast"}, ValueError, "impl must be one of 'auto', .*got 'fast'"),
     ],
 )  # fmt: skip
@@ -103,6 +116,22 @@ def test_document_mass_and_explain_check_their_arguments() -> None:
             torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 9, 4), torch.zeros(1, 1, 9, 4),
             torch.zeros(1, 1), torch.tensor([[[0, 4]]]), impl="fast",
         )  # fmt: skip
+
+
+def test_a_window_is_long_enough_by_position() -> None:
+    """Documents that were read alone are as near as their positions say."""
+    positions = torch.tensor([*range(7), *range(2, 7), 7, 8, *range(2, 5), *range(9, 16)])
+    positions = positions.expand(2, -1)
+    _call(window=14, positions=positions, impl="reference")
+    with pytest.raises(ValueError, match=r"got window 13: .* is 13 positions after key 2"):
+        _call(window=13, positions=positions)
+    # Neither plain heads nor absent documents need a window.
+    _call(window=1, heads=(), impl="reference")
+    _call(window=1, spans=torch.zeros(2, 3, 2).long(), impl="reference")
+    # What is padding is not missed.
+    padded = torch.ones(2, 24)
+    padded[:, :12] = 0
+    _call(window=10, attention_mask=padded.long(), impl="reference")
 
 
 def test_empty_prefix_is_no_prefix() -> None:
