@@ -185,9 +185,11 @@ Operand checked_prefix(const char* name, const Array& array, const Problem& p, i
 Problem make_problem(const std::string& dtype, const Array& query, const Array& key,
                      const Array& value, const std::optional<Array>& prefix_key,
                      const std::optional<Array>& prefix_value, const Array& scores,
-                     const Array& spans, const std::optional<Array>& mask, const Array& heads,
-                     const std::string& mode, std::optional<float> document_mass, float scale,
-                     bool causal) {
+                     const Array& spans, const std::optional<Array>& mask,
+                     const std::optional<Array>& positions, const std::optional<Array>& sinks,
+                     const Array& heads, const std::string& mode,
+                     std::optional<float> document_mass, float scale, bool causal,
+                     std::optional<int64_t> window, std::optional<double> softcap) {
   Problem p{};
   p.dtype = parse_dtype(dtype);
   p.mode = parse_mode(mode);
@@ -241,6 +243,11 @@ Problem make_problem(const std::string& dtype, const Array& query, const Array& 
   const int64_t score_heads = p.scores.shape[1] == 1 ? 1 : p.query_heads;
   checked("scores", scores, {p.batch, score_heads, p.documents}, sizeof(float));
   if (mask) p.mask = checked("mask", *mask, {p.batch, length}, 1);
+  if (positions) {
+    if (!window) fail("positions need a window");
+    p.positions = checked("positions", *positions, {p.batch, length}, sizeof(int64_t));
+  }
+  if (sinks) p.sinks = checked("sinks", *sinks, {p.query_heads}, sizeof(float));
   p.heads = checked("heads", heads, {p.query_heads}, 1);
 
   p.fixed_mass = document_mass.has_value();
@@ -252,6 +259,14 @@ Problem make_problem(const std::string& dtype, const Array& query, const Array& 
   if (!std::isfinite(scale)) fail("scale must be finite, got " + std::to_string(scale));
   p.scale = scale;
   p.causal = causal;
+  if (window && *window < 1) fail("window must be at least 1, got " + std::to_string(*window));
+  if (window && !causal) fail("window needs causal");
+  p.window = window.value_or(0);
+  if (softcap && !(*softcap > 0.0 && std::isfinite(*softcap))) {
+    fail("softcap must be positive and finite, got " + std::to_string(*softcap));
+  }
+  // A lower cap leaves nothing of a logit and a higher one all of it; these have an inverse.
+  if (softcap) p.softcap = static_cast<float>(std::clamp(*softcap, 1e-30, 1e30));
   return p;
 }
 
@@ -296,7 +311,7 @@ void backward(const Problem& p, const Array& state, const Array& output, const A
               const std::optional<Array>& query, const std::optional<Array>& key,
               const std::optional<Array>& value, const std::optional<Array>& scores,
               const std::optional<Array>& prefix_key, const std::optional<Array>& prefix_value,
-              int threads) {
+              const std::optional<Array>& sinks, int threads) {
   const Operand saved = checked_contiguous("state", state, state_shape(p));
   const Operand out = checked("output", output, shape_of(p.query, 4), element_size(p));
   const Operand grad = checked("grad_output", grad_output, shape_of(p.query, 4), element_size(p));
@@ -318,6 +333,10 @@ void backward(const Problem& p, const Array& state, const Array& output, const A
       wanted("grad_prefix_key", prefix_key, p.prefix_key, 4, element_size(p));
   gradients.prefix_value =
       wanted("grad_prefix_value", prefix_value, p.prefix_value, 4, element_size(p));
+  if (sinks && p.sinks.data == nullptr) {
+    fail("grad_sinks was asked for, but the problem has no sinks");
+  }
+  gradients.sinks = wanted("grad_sinks", sinks, p.sinks, 1, sizeof(float));
   const py::gil_scoped_release release;
   cpu::backward(p, static_cast<const float*>(saved.data), out, grad, gradients, threads);
 }
@@ -339,13 +358,15 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Problem>(m, "Problem")
       .def(py::init(&make_problem), py::kw_only(), py::arg("dtype"), py::arg("query"),
            py::arg("key"), py::arg("value"), py::arg("prefix_key"), py::arg("prefix_value"),
-           py::arg("scores"), py::arg("spans"), py::arg("mask"), py::arg("heads"),
-           py::arg("mode"), py::arg("document_mass"), py::arg("scale"), py::arg("causal"));
+           py::arg("scores"), py::arg("spans"), py::arg("mask"), py::arg("positions"),
+           py::arg("sinks"), py::arg("heads"), py::arg("mode"), py::arg("document_mass"),
+           py::arg("scale"), py::arg("causal"), py::arg("window"), py::arg("softcap"));
   m.def("forward", &forward, py::arg("problem"), py::kw_only(), py::arg("output"),
         py::arg("state"), py::arg("segment_outputs"), py::arg("threads"));
   m.def("backward", &backward, py::arg("problem"), py::kw_only(), py::arg("state"),
         py::arg("output"), py::arg("grad_output"), py::arg("query"), py::arg("key"), py::arg("value"),
-        py::arg("scores"), py::arg("prefix_key"), py::arg("prefix_value"), py::arg("threads"));
+        py::arg("scores"), py::arg("prefix_key"), py::arg("prefix_value"), py::arg("sinks"),
+        py::arg("threads"));
   m.def("backward_of_scores", &backward_of_scores, py::arg("problem"), py::kw_only(),
         py::arg("state"), py::arg("segment_outputs"), py::arg("grad_output"), py::arg("scores"),
         py::arg("threads"));

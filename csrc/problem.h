@@ -42,6 +42,8 @@ struct Problem {
   Operand scores;        // [B, 1 or Hq, C] float32
   Operand spans;         // [B, C, 2] int64; start == end marks an absent document
   Operand mask;          // [B, T] bool, true for a token; absent when nothing is padding
+  Operand positions;     // [B, T] int64, from which the window counts; absent: the keys' places
+  Operand sinks;         // [Hq] float32, a logit without a value in the rest; absent: none
   Operand heads;         // [Hq] bool: the heads that receive the scores
 
   Mode mode;
@@ -49,6 +51,8 @@ struct Problem {
   float document_mass;
   float scale;
   bool causal;
+  int64_t window;  // keys this many positions before a row and more are hidden; 0 hides none
+  float softcap;   // c in c tanh(logit / c); 0 caps nothing
 };
 
 // Gradients to compute; a null operand was not asked for.
@@ -59,6 +63,7 @@ struct Gradients {
   Operand scores;        // [B, 1 or Hq, C] float32
   Operand prefix_key;    // batch 1 when the prefix is shared
   Operand prefix_value;
+  Operand sinks;         // [Hq] float32
 };
 
 }  // namespace dream

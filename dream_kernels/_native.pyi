@@ -20,11 +20,15 @@ class Problem:
         scores: _Array,
         spans: _Array,
         mask: _Array | None,
+        positions: _Array | None,
+        sinks: _Array | None,
         heads: _Array,
         mode: str,
         document_mass: float | None,
         scale: float,
         causal: bool,
+        window: int | None,
+        softcap: float | None,
     ) -> None: ...
 
 def forward(
@@ -47,6 +51,7 @@ def backward(
     scores: _Array | None,
     prefix_key: _Array | None,
     prefix_value: _Array | None,
+    sinks: _Array | None,
     threads: int,
 ) -> None: ...
 def backward_of_scores(

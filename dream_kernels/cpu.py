@@ -63,11 +63,15 @@ def _native_problem(problem: Problem) -> _native.Problem:
         scores=_array(problem.scores),
         spans=_array(problem.spans),
         mask=_optional(problem.mask),
+        positions=_optional(problem.positions),
+        sinks=_optional(problem.sinks),
         heads=_array(_head_tensor(problem.heads)),
         mode=problem.mode,
         document_mass=problem.document_mass,
         scale=problem.scale,
         causal=problem.causal,
+        window=problem.window,
+        softcap=problem.softcap,
     )
 
 
@@ -100,9 +104,6 @@ class CpuImplementation:
             return f"it supports {known}, got {problem.query.dtype}"
         if problem.widest_dim > _native.max_head_dim:
             return f"it supports head sizes up to {_native.max_head_dim}, got {problem.widest_dim}"
-        for option in ("window", "softcap", "sinks"):
-            if getattr(problem, option) is not None:
-                return f"it does not support {option} yet"
         return None
 
     def forward(self, problem: Problem, needs: Needs) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -160,6 +161,7 @@ class CpuImplementation:
             scores=_optional(gradients.scores),
             prefix_key=_optional(gradients.prefix_key),
             prefix_value=_optional(gradients.prefix_value),
+            sinks=_optional(gradients.sinks),
             threads=torch.get_num_threads(),
         )
         return gradients

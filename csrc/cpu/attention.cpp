@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "buffer.h"
 #include "kernel/kernel.h"
 #include "key_gradients.h"
 #include "layout.h"
@@ -64,6 +65,18 @@ void for_each_row_block(const Problem& p, const Layout& layout,
   });
 }
 
+// The sinks' gradient [Hq] from what every row [B, Hq, M] adds to it.
+void sum_over_rows(const Problem& p, const float* of_row, const Operand& gradient) {
+  for (int64_t h = 0; h < p.query_heads; ++h) {
+    double total = 0.0;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const float* rows = of_row + (b * p.query_heads + h) * p.rows;
+      for (int64_t m = 0; m < p.rows; ++m) total += rows[m];
+    }
+    static_cast<float*>(gradient.data)[h * gradient.strides[0]] = static_cast<float>(total);
+  }
+}
+
 }  // namespace
 
 void forward(const Problem& problem, const Operand& output, float* state, void* segment_outputs,
@@ -85,10 +98,12 @@ void backward(const Problem& problem, const float* state, const Operand& output,
   const Layout layout(problem);
   const bool to_scores = gradients.scores.data != nullptr;
   const ScoreSums score_sums(problem, layout, to_scores);
+  const bool to_sinks = gradients.sinks.data != nullptr;
+  const Buffer sink_gradients(to_sinks ? problem.batch * problem.query_heads * problem.rows : 0);
   const auto make = [&] { return WorkspaceMemory::for_backward(problem, gradients); };
   const auto body = [&](const RowBlock& rows, Workspace& w) {
     passes.backward(problem, rows, state, output, grad_output, gradients.query,
-                    score_sums.of(rows), w);
+                    score_sums.of(rows), sink_gradients.data(), w);
   };
   const bool to_keys = gradients.key.data != nullptr || gradients.value.data != nullptr ||
                        gradients.prefix_key.data != nullptr ||
@@ -104,12 +119,13 @@ void backward(const Problem& problem, const float* state, const Operand& output,
     parallel_for(sums.sum_count(), threads, [&](int, int64_t sum) { sums.finish_sum(sum); });
   } else {
     auto blocks = list_row_blocks(problem, layout, {RowKind::kScored});
-    if (gradients.query.data != nullptr) {
+    if (gradients.query.data != nullptr || to_sinks) {
       blocks = list_row_blocks(problem, layout, {RowKind::kScored, RowKind::kPlain});
     }
     for_each_row_block(problem, layout, blocks, threads, make, body);
   }
   if (to_scores) score_sums.finish(gradients.scores);
+  if (to_sinks) sum_over_rows(problem, sink_gradients.data(), gradients.sinks);
 }
 
 void backward_of_scores(const Problem& problem, const float* state, const void* segment_outputs,

@@ -1,6 +1,7 @@
 #include "layout.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -13,7 +14,14 @@ struct Span {
   int64_t document;
 };
 
+constexpr int64_t kHighest = std::numeric_limits<int32_t>::max();
+
 int64_t total_length(const Problem& p) { return p.prefix_length + p.local_length; }
+
+int64_t position_of(const Problem& p, int64_t b, int64_t j) {
+  return static_cast<const int64_t*>(
+      p.positions.data)[b * p.positions.strides[0] + j * p.positions.strides[1]];
+}
 
 // The present documents of one batch element, by document.
 std::vector<Span> read_spans(const Problem& p, int64_t b) {
@@ -34,22 +42,27 @@ std::vector<Span> read_spans(const Problem& p, int64_t b) {
   return spans;
 }
 
-// Appends the stretches of [begin, end) that are no padding for batch element b.
-void append_runs(const Problem& p, int64_t b, int64_t begin, int64_t end, int64_t tag,
-                 std::vector<Run>* runs) {
-  if (p.mask.data == nullptr) {
+// Appends the stretches of [begin, end) that are no padding for batch element b, and within which
+// the group's window positions do not descend.
+void append_runs(const Problem& p, const RowGroup& group, int64_t b, int64_t begin, int64_t end,
+                 int64_t tag, std::vector<Run>* runs) {
+  if (p.mask.data == nullptr && group.window_positions == nullptr) {
     if (end > begin) runs->push_back({begin, end, tag});
     return;
   }
-  const auto* mask = static_cast<const uint8_t*>(p.mask.data) + b * p.mask.strides[0];
+  const auto* mask = static_cast<const uint8_t*>(p.mask.data);
+  const int32_t* positions = group.window_positions;
+  if (positions != nullptr) positions += (b - group.first_batch) * total_length(p);
   int64_t open = -1;
   for (int64_t j = begin; j < end; ++j) {
-    const bool token = mask[j * p.mask.strides[1]] != 0;
-    if (token && open < 0) open = j;
-    if (!token && open >= 0) {
+    const bool token =
+        mask == nullptr || mask[b * p.mask.strides[0] + j * p.mask.strides[1]] != 0;
+    const bool descends = positions != nullptr && j > begin && positions[j] < positions[j - 1];
+    if ((!token || descends) && open >= 0) {
       runs->push_back({open, j, tag});
       open = -1;
     }
+    if (token && open < 0) open = j;
   }
   if (open >= 0) runs->push_back({open, end, tag});
 }
@@ -59,10 +72,10 @@ void append_runs(const Problem& p, int64_t b, int64_t begin, int64_t end, int64_
 void append_runs(const Problem& p, const RowGroup& group, int64_t begin, int64_t end,
                  std::vector<Run>* runs) {
   const int64_t first = group.first_batch;
-  if (group.batches == 1) return append_runs(p, first, begin, end, first, runs);
-  append_runs(p, first, begin, std::min(end, p.prefix_length), kEveryBatch, runs);
+  if (group.batches == 1) return append_runs(p, group, first, begin, end, first, runs);
+  append_runs(p, group, first, begin, std::min(end, p.prefix_length), kEveryBatch, runs);
   for (int64_t b = first; b < first + group.batches; ++b) {
-    append_runs(p, b, std::max(begin, p.prefix_length), end, b, runs);
+    append_runs(p, group, b, std::max(begin, p.prefix_length), end, b, runs);
   }
 }
 
@@ -87,6 +100,7 @@ Layout::Layout(const Problem& problem) : problem_(problem) {
   const int64_t merged = merged_batches();
   runs_.reserve(problem.batch);
   segments_.reserve(problem.batch);
+  window_positions_.reserve(problem.batch);
   groups_.reserve(problem.batch);
   for (int64_t b = 0; b < problem.batch; b += merged) {
     add_group(b, std::min(merged, problem.batch - b));
@@ -115,7 +129,7 @@ int64_t Layout::merged_batches() const {
   return together < apart && share_keys() ? merged : 1;
 }
 
-// Whether all batch elements have the same documents, inside the same prefix.
+// Whether all batch elements have the same documents, inside the same prefix at the same positions.
 bool Layout::share_keys() const {
   const Problem& p = problem_;
   if (p.prefix_length == 0 || p.prefix_key.shape[0] != 1) return false;
@@ -136,14 +150,71 @@ bool Layout::share_keys() const {
       const uint8_t* token = mask + j * p.mask.strides[1];
       if (token[0] != token[b * p.mask.strides[0]]) return false;
     }
+    for (int64_t j = 0; p.positions.data != nullptr && j < p.prefix_length; ++j) {
+      if (position_of(p, b, j) != position_of(p, 0, j)) return false;
+    }
   }
   return true;
+}
+
+// Copies the window positions of a group's keys in numbers of 32 bits that compare as they do: what
+// they are above the lowest or, where that is too much, their places in the order of all.
+void Layout::add_window_positions(RowGroup* group) {
+  const Problem& p = problem_;
+  const int64_t length = total_length(p), count = group->batches * length;
+  std::vector<int64_t> given(count);
+  for (int64_t i = 0; i < count; ++i) {
+    given[i] = position_of(p, group->first_batch + i / length, i % length);
+  }
+  std::vector<int64_t> order;
+  int64_t lowest = 0, above = 0;
+  if (count > 0) {
+    const auto [low, high] = std::minmax_element(given.begin(), given.end());
+    lowest = *low;
+    if (__builtin_sub_overflow(*high, *low, &above) || above > kHighest) {
+      order = given;
+      std::sort(order.begin(), order.end());
+    }
+  }
+  const auto narrow = [&](int64_t position) {
+    if (order.empty()) return static_cast<int32_t>(position - lowest);
+    const auto at = std::lower_bound(order.begin(), order.end(), position);
+    return static_cast<int32_t>(at - order.begin());
+  };
+  std::vector<int32_t>& narrowed = window_positions_.emplace_back();
+  narrowed.reserve(count + group->batches * p.rows);
+  for (const int64_t position : given) narrowed.push_back(narrow(position));
+  for (int64_t b = 0; b < group->batches; ++b) {
+    for (int64_t row = 0; row < p.rows; ++row) {
+      const int64_t place = length - p.rows + row;
+      int64_t first;
+      if (place < 0) {
+        narrowed.push_back(kHighest);
+      } else if (__builtin_sub_overflow(given[b * length + place], p.window - 1, &first) ||
+                 first < lowest) {
+        narrowed.push_back(0);
+      } else {
+        narrowed.push_back(narrow(first));
+      }
+    }
+  }
+  group->window_positions = narrowed.data();
+  group->reach = narrowed.data() + count;
+}
+
+// The lowest window position that a row sees; none at all before the first key.
+int32_t Layout::reach_of(const RowGroup& group, int64_t batch, int64_t row) const {
+  if (group.reach != nullptr) return group.reach[batch * problem_.rows + row];
+  const int64_t place = total_length(problem_) - problem_.rows + row;
+  return static_cast<int32_t>(place < 0 ? kHighest
+                                        : std::max<int64_t>(place - (problem_.window - 1), 0));
 }
 
 void Layout::add_group(int64_t first_batch, int64_t batches) {
   RowGroup& group = groups_.emplace_back();
   group.first_batch = first_batch;
   group.batches = batches;
+  if (problem_.window > 0 && problem_.positions.data != nullptr) add_window_positions(&group);
   const int64_t length = total_length(problem_);
   const std::vector<Span> documents = read_spans(problem_, first_batch);
   std::vector<Span> by_position = documents;
@@ -223,6 +294,8 @@ void Layout::fill(const RowBlockIndex& index, RowBlock* block) const {
   block->group = &group;
   block->key_head = index.key_head;
   block->kind = index.kind;
+  block->length = length;
+  block->windowed = problem_.window > 0;
   block->count = static_cast<int>(std::min<int64_t>(count - index.first, kMaxLanes));
   block->lanes = static_cast<int>(round_up_lanes(block->count));
   const int64_t targets = score_heads(index.key_head);
@@ -250,13 +323,18 @@ void Layout::fill(const RowBlockIndex& index, RowBlock* block) const {
     block->head[i] = head_list[head];
     block->limit[i] = static_cast<int32_t>(
         problem_.causal ? std::max<int64_t>(length - problem_.rows + row, -1) : length - 1);
+    if (block->windowed) block->reach[i] = reach_of(group, batch, row);
   }
   for (int i = block->count; i < block->lanes; ++i) {
     block->batch[i] = block->batch[block->count - 1];
     block->limit[i] = block->limit[block->count - 1];
+    if (block->windowed) block->reach[i] = block->reach[block->count - 1];
   }
   block->min_limit = *std::min_element(block->limit, block->limit + block->lanes);
   block->max_limit = *std::max_element(block->limit, block->limit + block->lanes);
+  if (!block->windowed) return;
+  block->min_reach = *std::min_element(block->reach, block->reach + block->lanes);
+  block->max_reach = *std::max_element(block->reach, block->reach + block->lanes);
 }
 
 }  // namespace dream::cpu

@@ -18,7 +18,8 @@ constexpr int64_t kMergedLocalKeys = 512;
 // Run::batch of keys in a prefix that the rows of several batch elements see.
 constexpr int64_t kEveryBatch = -1;
 
-// Neighbouring key positions [begin, end) without padding, as batch element `batch` sees them.
+// Neighbouring key positions [begin, end) without padding, as batch element `batch` sees them. The
+// positions from which a window counts do not descend within a run.
 struct Run {
   int64_t begin;
   int64_t end;
@@ -42,6 +43,17 @@ struct RowGroup {
   int64_t segment_count;
   Segment all;              // every key that is not padding, for plain rows
   int64_t first_scored;     // rows from here on are scored in the heads that receive scores
+
+  // Set where a window counts from given positions. In 32 bits, as Layout made them.
+  const int32_t* window_positions;  // [batches, T], of the keys
+  const int32_t* reach;             // [batches, M], the lowest that a row sees
+
+  // A key's position for a window.
+  int32_t window_position(int64_t position, int64_t batch, int64_t length) const {
+    if (window_positions == nullptr) return static_cast<int32_t>(position);
+    const int64_t element = batch == kEveryBatch ? 0 : batch - first_batch;
+    return window_positions[element * length + position];
+  }
 };
 
 enum class RowKind : int32_t {
@@ -66,6 +78,16 @@ struct RowBlock {
   int64_t number;               // kScored only: of the block among all scored ones
   int32_t min_limit;
   int32_t max_limit;
+  int64_t length;               // T
+  bool windowed;                // whether the following are set
+  int32_t reach[kMaxLanes];     // lowest window position that a row sees
+  int32_t min_reach;
+  int32_t max_reach;
+
+  // Scored rows see their documents whatever the window; everything else is subject to it.
+  bool windows(const Segment& segment) const {
+    return windowed && (kind == RowKind::kAll || segment.slot == group->all.slot);
+  }
 };
 
 // Where a row block starts in the rows of its kind; small enough to list all of them.
@@ -114,6 +136,8 @@ class Layout {
   int64_t merged_batches() const;
   bool share_keys() const;
   void add_group(int64_t first_batch, int64_t batches);
+  void add_window_positions(RowGroup* group);
+  int32_t reach_of(const RowGroup& group, int64_t batch, int64_t row) const;
   int64_t row_count(const RowGroup& group, int64_t key_head, RowKind kind) const;
 
   const Problem& problem_;
@@ -122,6 +146,7 @@ class Layout {
   std::vector<int64_t> scored_heads_;  // per key head, how many receive scores
   std::vector<std::vector<Run>> runs_;
   std::vector<std::vector<Segment>> segments_;
+  std::vector<std::vector<int32_t>> window_positions_;
   std::vector<RowGroup> groups_;
   std::vector<int64_t> first_numbers_;  // by group and key head, and the number of all
 };

@@ -10,7 +10,6 @@ constexpr int64_t kAlignment = 64 / sizeof(float);
 // What a backward row block keeps between its two sweeps; with the rest of a workspace it stays
 // under 1 MiB, about what a core's own cache holds. Keys beyond that are computed twice.
 constexpr int64_t kRetainedBytes = 800 << 10;
-constexpr int64_t kRetainedKeys = kRetainedBytes / (2 * kMaxLanes * sizeof(float));
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -77,11 +76,14 @@ void plan_backward(const Problem& p, const Gradients& gradients, Carver* carver,
   w->products_mean = carver->take((p.documents + 1) * kMaxLanes);
   w->correction = carver->take((p.documents + 1) * kMaxLanes);
   w->shift = carver->take((p.documents + 1) * kMaxLanes);
+  if (p.softcap > 0.0f) w->slopes = carver->take(kKeyBlock * kMaxLanes);
+  if (p.sinks.data != nullptr) w->sinks = carver->take(kMaxLanes);
   if (gradients.query.data != nullptr || to_key || to_value) {
+    const int64_t per_key = (p.softcap > 0.0f ? 3 : 2) * kMaxLanes;
+    const int64_t most = kRetainedBytes / (per_key * static_cast<int64_t>(sizeof(float)));
     // Padding of blocks at most multiplies the number of keys by kKeyUnit.
-    w->retained_keys =
-        std::min(kRetainedKeys, kKeyUnit * (p.prefix_length + p.local_length));
-    w->retained = carver->take(2 * w->retained_keys * kMaxLanes);
+    w->retained_keys = std::min(most, kKeyUnit * (p.prefix_length + p.local_length));
+    w->retained = carver->take(per_key * w->retained_keys);
   }
 }
 

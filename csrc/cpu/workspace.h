@@ -38,6 +38,7 @@ struct Workspace {
   float* key_block;  // [kKeyBlock, Dp], keys or values, or their gradient
   float* logits;     // [kKeyBlock, lanes], then probabilities
   float* products;   // [kKeyBlock, lanes], dO.v, then logit gradients
+  float* slopes;     // [kKeyBlock, lanes], derivatives of the soft cap; null without one
   float* pairs;      // [kKeyBlock, lanes / 2], one of the two in bfloat16
   float* share;      // [kKeyBlock, lanes], of each document in a block of several
   float* total;      // [kKeyBlock, lanes], its sum of exp(logit - peak)
@@ -54,7 +55,10 @@ struct Workspace {
   float* factor;         // f_s: o = sum of f_s o_s
   float* shift;          // gradient in the segment's log-sum-exp
 
-  // Probabilities and dO.v of the first keys of a backward row block, kept for its second sweep.
+  float* sinks;  // [lanes], the rows' sinks and then the gradient in them; null without sinks
+
+  // Probabilities, dO.v and, with a soft cap, its derivatives of the first keys of a backward row
+  // block, kept for its second sweep.
   float* retained;
   int64_t retained_keys;
 

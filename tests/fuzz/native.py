@@ -25,13 +25,17 @@ PACKAGE = Path(
 SEEDS = [random.Random(i).randbytes(160) for i in range(32)]
 NAMES = (
     "dtype", "query", "key", "value", "prefix_key", "prefix_value", "scores", "spans", "mask",
-    "heads", "mode", "document_mass", "scale", "causal", "output", "state", "segment_outputs",
-    "grad_output", "threads", "mass",
+    "positions", "sinks", "heads", "mode", "document_mass", "scale", "causal", "window", "softcap",
+    "output", "state", "segment_outputs", "grad_output", "threads", "mass",
 )  # fmt: skip
 EXTREMES = (
     0, 1, -1, 2, -2, 3, 7, 48, 64, 65, 255, 2**16, 2**31 - 2, 2**31 - 1, 2**31, 2**31 + 1, 2**32,
     2**32 + 1, 2**61, 2**62, 2**63 - 1, -(2**31), -(2**31) - 1, -(2**62), -(2**63), 2**63, 2**64,
 )  # fmt: skip
+OPTIONAL = ("prefix_key", "prefix_value", "mask", "positions", "sinks")
+GRADIENTS = ("query", "key", "value", "scores", "prefix_key", "prefix_value", "sinks")
+# Near each other and, more rarely, at both ends of their range.
+POSITIONS = (0, 0, 0, 0, 20, 20, 2**31, -(2**63), 2**63 - 9)
 # More would be a long computation, not a hang.
 MOST_PRODUCTS = 1e7
 _GUARD = 64
@@ -142,6 +146,16 @@ class Case:
         if draws.below(4) == 0:
             spans[draws.below(len(spans))] = draws.choice_of_extremes()
         self.inputs["spans"].write_int64(spans)
+        window = draws.choose((*[None] * 8, 1, 3, 3, 20, 20, 2**31, 2**62, EXTREMES))
+        if window == EXTREMES:
+            window = draws.choice_of_extremes()
+        if window is not None and draws.below(4):
+            self.inputs["positions"] = Block([batch, length], 8)
+            period = [draws.choose(POSITIONS) + draws.below(9) for _ in range(2 + draws.below(12))]
+            positions = [period[i % len(period)] for i in range(batch * length)]
+            self.inputs["positions"].write_int64(positions)
+        if draws.below(2):
+            self.inputs["sinks"] = Block([heads], 4, fill)
         segments = documents + 1
         self.outputs = {
             "output": Block(queries, size),
@@ -151,8 +165,8 @@ class Case:
             "mass": Block([batch, heads, rows, documents], 4),
         }
         self.gradients = {
-            name: Block(self.inputs[name].shape, 4 if name == "scores" else size)
-            for name in ("query", "key", "value", "scores", "prefix_key", "prefix_value")
+            name: Block(self.inputs[name].shape, 4 if name in ("scores", "sinks") else size)
+            for name in GRADIENTS
             if name in self.inputs and draws.below(4)
         }
         self.options: dict[str, Any] = {
@@ -160,13 +174,15 @@ class Case:
             "mode": draws.choose(("reweight", "bias")),
             "document_mass": None,
             "scale": draws.choose((0.1, 1.0, 0.0, -1.0, 1e38)),
-            "causal": bool(draws.below(2)),
+            "causal": bool(draws.below(2 if window is None else 16)),
+            "window": window,
+            "softcap": draws.choose((None, None, 0.5, 30.0, 1e-300, 1e300)),
         }
         if self.options["mode"] == "reweight":
             self.options["document_mass"] = draws.choose((None, 0.5, 1.0))
         odd = draws.below(24)
-        if odd < 2:
-            name = ("document_mass", "scale")[odd]
+        if odd < 3:
+            name = ("document_mass", "scale", "softcap")[odd]
             self.options[name] = draws.choose((0.0, -1.0, math.nan, math.inf, -math.inf, 2.0))
         self.threads = draws.choose((1, 1, 1, 1, 2, 3, 16, 2**31 - 1))
         if draws.below(16) == 0:
@@ -179,7 +195,7 @@ class Case:
         self.dropped = draws.choose((*[None] * 9, "prefix_key", "prefix_value"))
 
     def problem(self, native: ModuleType) -> Any:
-        arguments: dict[str, Any] = dict.fromkeys(("prefix_key", "prefix_value", "mask"))
+        arguments: dict[str, Any] = dict.fromkeys(OPTIONAL)
         arguments |= {name: block.argument() for name, block in self.inputs.items()}
         if self.dropped:
             arguments[self.dropped] = None
@@ -200,9 +216,7 @@ class Case:
         if not self.is_short():
             return 1
         out = {name: block.argument() for name, block in self.outputs.items()}
-        grads: dict[str, Any] = dict.fromkeys(
-            ("query", "key", "value", "scores", "prefix_key", "prefix_value")
-        )
+        grads: dict[str, Any] = dict.fromkeys(GRADIENTS)
         grads |= {name: block.argument() for name, block in self.gradients.items()}
         problem, threads = made[0], {"threads": self.threads}
         kept = {"segment_outputs": out["segment_outputs"]}

@@ -77,19 +77,27 @@ def test_a_hundred_thousand_documents_of_one_token() -> None:
     torch.testing.assert_close(output[0, 0, 0], key[0, 0].mean(0), atol=1e-4, rtol=1e-3)
 
 
-def valid_case() -> native.Case:
-    """A call that the extension runs, with at least two of everything."""
+def valid_case(name: str = "query") -> native.Case:
+    """A call that the extension runs, with ``name`` and at least two of everything."""
     for seed in range(1000):
         case = native.Case(random.Random(seed).randbytes(160))
         several = all(min(block.shape) > 1 for block in case.inputs.values() if block.bytes)
         batch = case.inputs["query"].shape[0]
-        if several and batch > 1 and case.gradients and case.run(native.load_native()) == 6:
+        if (
+            name in case.inputs
+            and several
+            and batch > 1
+            and case.gradients
+            and case.run(native.load_native()) == 6
+        ):
             return case
     raise AssertionError("no seed gives one")
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["query", "key", "value", "scores", "spans", "heads"])
+@pytest.mark.parametrize(
+    "name", ["query", "key", "value", "scores", "spans", "positions", "sinks", "heads"]
+)
 @pytest.mark.parametrize(
     "change",
     [
@@ -105,7 +113,7 @@ def valid_case() -> native.Case:
     ids=("overflow", "lowest", "stride", "behind", "before", "short", "around", "elsewhere"),
 )
 def test_what_may_exceed_its_memory_is_refused_by_name(name: str, change) -> None:
-    module, case = native.load_native(), valid_case()
+    module, case = native.load_native(), valid_case(name)
     change(case.inputs[name])
     with pytest.raises(ValueError, match=rf"{name} must"):
         case.problem(module)
@@ -149,7 +157,7 @@ def test_a_written_tensor_overlaps_itself_or_not(strides: tuple[int, int], fits:
         module.backward(
             case.problem(module), state=state.argument(), output=output.argument(),
             grad_output=output.argument(), query=None, key=None, value=None, scores=scores,
-            prefix_key=None, prefix_value=None, threads=1,
+            prefix_key=None, prefix_value=None, sinks=None, threads=1,
         )  # fmt: skip
 
     if fits:

@@ -364,7 +364,8 @@ def native_arguments(problem: Problem) -> dict:
     arrays = {name: as_array(getattr(problem, name)) for name in names}
     return {
         **arrays, "heads": as_array(HEADS), "dtype": "float32", "mode": "reweight",
-        "document_mass": None, "scale": 1.0, "causal": True,
+        "document_mass": None, "scale": 1.0, "causal": True, "positions": None, "sinks": None,
+        "window": None, "softcap": None,
     }  # fmt: skip
 
 
@@ -386,6 +387,11 @@ def native_arguments(problem: Problem) -> dict:
         ("spans", torch.zeros(2, 0, 2, dtype=torch.long), "spans must name"),
         ("mask", torch.ones(2, 170, dtype=torch.bool), "mask must have shape"),
         ("heads", torch.ones(5, dtype=torch.bool), "heads must have shape"),
+        ("positions", torch.zeros(2, 171, dtype=torch.long), "positions need a window"),
+        ("sinks", torch.zeros(5), "sinks must have shape"),
+        ("window", 0, "window must be at least 1"),
+        ("softcap", 0.0, "softcap must be positive and finite"),
+        ("softcap", float("inf"), "softcap must be positive and finite"),
         ("key", (0, (2, 2, 21, 24), (1008, 504, 24, 1), 0, 8064), "key must have a non-null"),
         ("key", (2, (2, 2, 21, 24), (1008, 504, 24, 1), 0, 8066), "key must have .* aligned"),
     ],

@@ -19,6 +19,7 @@ from types import ModuleType
 
 PACKAGE = Path(__file__).resolve().parents[2] / "dream_kernels"
 BATCH, HEADS, KEY_HEADS, ROWS, LOCAL, PREFIX, HEAD_DIM = 2, 4, 2, 7, 9, 37, 24
+LENGTH = PREFIX + LOCAL
 SPANS = (2, 11, 11, 12, 15, 36)  # three documents
 DOCUMENTS = len(SPANS) // 2
 
@@ -65,7 +66,9 @@ def load_native() -> ModuleType:
     return module
 
 
-def run(native: ModuleType, mode: str, document_mass: float | None, causal: bool) -> None:
+def run(
+    native: ModuleType, mode: str, document_mass: float | None, causal: bool, options: bool
+) -> None:
     queries = (BATCH, HEADS, ROWS, HEAD_DIM)
     local = (BATCH, KEY_HEADS, LOCAL, HEAD_DIM)
     prefix = (1, KEY_HEADS, PREFIX, HEAD_DIM)
@@ -77,16 +80,25 @@ def run(native: ModuleType, mode: str, document_mass: float | None, causal: bool
         "prefix_value": normal(*prefix),
         "scores": normal(BATCH, 1, DOCUMENTS),
         "spans": Array(ctypes.c_int64, (BATCH, DOCUMENTS, 2), SPANS),
-        "mask": Array(ctypes.c_bool, (BATCH, PREFIX + LOCAL), (False, *[True] * 45)),
+        "mask": Array(ctypes.c_bool, (BATCH, LENGTH), (False, *[True] * 45)),
         "heads": Array(ctypes.c_bool, (HEADS,), (True, True, False, True)),
     }
+    given: dict[str, tuple | None] = {name: array.argument for name, array in inputs.items()}
+    # Positions that start anew at every document, one that no 32 bits hold, and a window of them.
+    positions = Array(ctypes.c_int64, (BATCH, LENGTH), (2**40, *range(10), 5, *range(34)))
+    sinks = normal(HEADS)
+    windows = options and causal
+    given["positions"] = positions.argument if windows else None
+    given["sinks"] = sinks.argument if options else None
     problem = native.Problem(
         dtype="float32",
         mode=mode,
         document_mass=document_mass,
         scale=HEAD_DIM**-0.5,
         causal=causal,
-        **{name: array.argument for name, array in inputs.items()},
+        window=20 if windows else None,
+        softcap=2.0 if options else None,
+        **given,
     )
     segments = DOCUMENTS + 1
     output, state = unwritten(*queries), unwritten(BATCH, HEADS, ROWS, segments)
@@ -109,13 +121,15 @@ def run(native: ModuleType, mode: str, document_mass: float | None, causal: bool
         "prefix_key": unwritten(*prefix),
         "prefix_value": unwritten(*prefix),
     }
+    if options:
+        wanted["sinks"] = unwritten(HEADS)
     native.backward(
         problem,
         state=state.argument,
         output=output.argument,
         grad_output=grad_output.argument,
         threads=2,
-        **{name: array.argument for name, array in wanted.items()},
+        **{"sinks": None, **{name: array.argument for name, array in wanted.items()}},
     )
     alone = unwritten(BATCH, 1, DOCUMENTS)
     native.backward_of_scores(
@@ -135,8 +149,9 @@ def run(native: ModuleType, mode: str, document_mass: float | None, causal: bool
 def main() -> None:
     native = load_native()
     cases = (("reweight", None), ("reweight", 0.5), ("bias", None))
-    for (mode, document_mass), causal in itertools.product(cases, (True, False)):
-        run(native, mode, document_mass, causal)
+    both = (True, False)
+    for (mode, document_mass), causal, options in itertools.product(cases, both, both):
+        run(native, mode, document_mass, causal, options)
     print(f"valgrind case: nothing wrong with {native.instruction_set()}")
 
 

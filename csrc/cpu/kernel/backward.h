@@ -21,7 +21,7 @@ template <typename Products>
 class Backward {
  public:
   Backward(const Problem& problem, const RowBlock& rows, bool wants_query, bool wants_scores,
-           Workspace& workspace)
+           bool wants_sinks, Workspace& workspace)
       : problem_(problem),
         rows_(rows),
         group_(*rows.group),
@@ -31,23 +31,25 @@ class Backward {
         dim_(padded_head_dim(problem)),
         lanes_(rows.lanes),
         wants_query_(wants_query),
+        wants_sinks_(wants_sinks),
         wants_logits_(wants_query || !is_empty(workspace.key_range)),
-        wants_products_(wants_logits_ || wants_scores) {}
+        wants_products_(wants_logits_ || wants_scores || wants_sinks) {}
 
   bool needs_second_sweep() const { return wants_logits_ || !is_empty(w_.value_range); }
 
   // Whether the first sweep over all keys can be kept for the second.
   bool fits() const { return room_for(0) == segment_count_; }
 
-  // Both sweeps over all segments. Leaves the query's gradient in w.segment_sum and the scores' in
-  // w.scores.
+  // Both sweeps over all segments. Leaves the query's gradient in w.segment_sum, the scores' in
+  // w.scores and the sinks' in w.sinks.
   void run() {
     start();
     // The other keys have no part in the weights' gradient.
-    const bool documents_only = rows_.kind == RowKind::kScored &&
+    const bool documents_only = rows_.kind == RowKind::kScored && !wants_sinks_ &&
                                 problem_.mode == Mode::kReweight && !needs_second_sweep();
     sweep_means(0, segment_count_ - documents_only);
     compute_shifts(problem_, rows_, w_);
+    if (wants_sinks_) finish_sinks();
     if (needs_second_sweep()) sweep_gradients(0, segment_count_);
   }
 
@@ -59,6 +61,7 @@ class Backward {
     if (rows_.kind == RowKind::kPlain) return sweep_plain(delta);
     const int64_t rest = segment_count_ - 1;
     run_group(rest, 1, delta);
+    if (wants_sinks_) finish_sinks();
     for (int64_t s = 0; s < rest;) {
       const int64_t count = smaller(larger(room_for(s), 1), rest - s);
       run_group(s, count, delta);
@@ -72,6 +75,31 @@ class Backward {
     fill(w_.products_mean, (problem_.documents + 1) * lanes_, 0.0f);
     fill(w_.correction, (problem_.documents + 1) * lanes_, 0.0f);
     fill(w_.segment_sum, dim_ * lanes_, 0.0f);
+    if (problem_.sinks.data != nullptr) start_sinks();
+  }
+
+  // The rest's sums start with its sink, whose value is 0. Leaves its probability in w.sinks.
+  void start_sinks() {
+    const int64_t rest = problem_.documents * lanes_;
+    load_sinks(problem_, rows_, w_.sinks);
+    for (int64_t v = 0; v < lanes_; v += kWidth) {
+      Vec lse = load(w_.lse + rest + v);
+      lse = lse == splat(-kInfinity) ? splat(kInfinity) : lse;
+      const Vec p = exp(load(w_.sinks + v) - lse);
+      store(w_.sinks + v, p);
+      store(w_.correction + rest + v, p);
+    }
+  }
+
+  // Turns the sinks' probabilities into their gradient, that of a logit with g = 0. A rest of no
+  // keys has the sink's probability, 1, as its sum.
+  void finish_sinks() {
+    const int64_t rest = problem_.documents * lanes_;
+    for (int64_t v = 0; v < lanes_; v += kWidth) {
+      const Vec p = load(w_.sinks + v) * load(w_.correction + rest + v);
+      const Vec above = load(w_.factor + rest + v) * load(w_.products_mean + rest + v);
+      store(w_.sinks + v, p * (load(w_.shift + rest + v) - above));
+    }
   }
 
   // How many segments from the first on can be kept together, the padding of their blocks included.
@@ -97,11 +125,13 @@ class Backward {
     for (int64_t r = 0; r < lanes_; ++r) w_.products_mean[at + r] = delta[r];
     fill(w_.correction + at, lanes_, 1.0f);
     fill(w_.shift + at, lanes_, 0.0f);
+    if (wants_sinks_) finish_sinks();
     KeyBlocks blocks(rows_, segments_, 1);
     for (KeyBlock block; blocks.next(&block);) {
-      compute_probabilities(block, w_.logits);
-      if (wants_logits_) compute_products(block, w_.products);
-      add_gradients(block, {w_.logits, w_.products, false});
+      const Matrices m = in_scratch();
+      compute_probabilities(block, m);
+      if (wants_logits_) compute_products(block, m.products);
+      add_gradients(block, m);
     }
   }
 
@@ -112,7 +142,7 @@ class Backward {
     KeyBlocks blocks(rows_, segments_ + first, count);
     for (KeyBlock block; blocks.next(&block);) {
       const Matrices m = place(block);
-      compute_probabilities(block, m.probabilities);
+      compute_probabilities(block, m);
       if (wants_products_) compute_products(block, m.products);
       for (int i = 0; i < block.piece_count; ++i) add_means(block.pieces[i], m);
     }
@@ -125,32 +155,36 @@ class Backward {
     for (KeyBlock block; blocks.next(&block);) {
       const Matrices m = place(block);
       if (!m.retained) {
-        compute_probabilities(block, m.probabilities);
+        compute_probabilities(block, m);
         if (wants_logits_) compute_products(block, m.products);
       }
       add_gradients(block, m);
     }
   }
 
-  // Where the probabilities and products of a block are: kept for the second sweep while they
-  // fit, in scratch otherwise.
+  // Where the probabilities and products of a block are, and the slopes of a soft cap: kept for the
+  // second sweep while they fit, in scratch otherwise.
   struct Matrices {
     float* probabilities;
     float* products;
+    float* slopes;  // null without a soft cap
     bool retained;
   };
 
+  Matrices in_scratch() const { return {w_.logits, w_.products, w_.slopes, false}; }
+
   Matrices place(const KeyBlock& block) {
-    if (w_.retained == nullptr || kept_ + block.padded > w_.retained_keys) {
-      return {w_.logits, w_.products, false};
-    }
-    float* base = w_.retained + 2 * kept_ * lanes_;
+    if (w_.retained == nullptr || kept_ + block.padded > w_.retained_keys) return in_scratch();
+    const bool capped = w_.slopes != nullptr;
+    const int64_t size = block.padded * lanes_;
+    float* base = w_.retained + (capped ? 3 : 2) * kept_ * lanes_;
     kept_ += block.padded;
-    return {base, base + block.padded * lanes_, true};
+    return {base, base + size, capped ? base + 2 * size : nullptr, true};
   }
 
-  void compute_probabilities(const KeyBlock& block, float* p) {
-    compute_logits<Products>(problem_, rows_, block, w_, p);
+  void compute_probabilities(const KeyBlock& block, const Matrices& m) {
+    float* p = m.probabilities;
+    compute_logits<Products>(problem_, rows_, block, w_, p, wants_logits_ ? m.slopes : nullptr);
     for (int i = 0; i < block.piece_count; ++i) {
       const Piece& piece = block.pieces[i];
       for (int64_t v = 0; v < lanes_; v += kWidth) {
@@ -204,11 +238,19 @@ class Backward {
         }
       }
     }
+    if (wants_logits_ && m.slopes != nullptr) multiply_by_slopes(block, m);
     if (wants_query_) {
       Products::add(KeySource::keys(problem_), rows_, block, m.products, w_, w_.segment_sum, true);
     }
     if (to_key) add_key_rows(block, m.products, w_.query_rows, w_.key_range, w_.key_grad);
     if (to_value) add_key_rows(block, m.probabilities, w_.grad_rows, w_.value_range, w_.value_grad);
+  }
+
+  // From the gradients of capped logits to those of the products of query and key.
+  void multiply_by_slopes(const KeyBlock& block, const Matrices& m) const {
+    for (int64_t i = 0; i < block.count * lanes_; i += kWidth) {
+      store(m.products + i, load(m.products + i) * load(m.slopes + i));
+    }
   }
 
   // Place of a key in a range: positions count on over the batch elements of the group.
@@ -243,6 +285,7 @@ class Backward {
   const int64_t dim_;
   const int64_t lanes_;
   const bool wants_query_;
+  const bool wants_sinks_;
   const bool wants_logits_;    // logit gradients: for query or key
   const bool wants_products_;  // dO.v: for all but the value's gradient
   int64_t kept_ = 0;  // keys placed in w.retained so far
@@ -268,7 +311,7 @@ void compute_delta(const Problem& problem, const RowBlock& rows, const Operand& 
 template <typename Products>
 void backward(const Problem& problem, const RowBlock& rows, const float* state,
               const Operand& output, const Operand& grad_output, const Operand& grad_query,
-              float* score_sums, Workspace& w) {
+              float* score_sums, float* sink_gradients, Workspace& w) {
   const bool scored = rows.kind == RowKind::kScored;
   Products::load_columns(problem, rows, problem.query, w, w.query_columns);
   Products::load_columns(problem, rows, grad_output, w, w.grad_columns);
@@ -280,7 +323,8 @@ void backward(const Problem& problem, const RowBlock& rows, const float* state,
 
   const bool wants_query = grad_query.data != nullptr;
   const bool wants_scores = scored && score_sums != nullptr;
-  Backward<Products> pass(problem, rows, wants_query, wants_scores, w);
+  const bool wants_sinks = sink_gradients != nullptr;
+  Backward<Products> pass(problem, rows, wants_query, wants_scores, wants_sinks, w);
   if (!pass.needs_second_sweep() || pass.fits()) {
     pass.run();
   } else {
@@ -289,6 +333,9 @@ void backward(const Problem& problem, const RowBlock& rows, const float* state,
     pass.run_in_groups(delta);
   }
   if (wants_scores) sum_scores(problem, rows, w.scores, score_sums);
+  for (int r = 0; wants_sinks && r < rows.count; ++r) {
+    sink_gradients[state_index(problem, rows, r)] = w.sinks[r];
+  }
   if (wants_query) store_rows(problem, rows, w.segment_sum, problem.scale, w, grad_query);
 }
 

@@ -28,6 +28,7 @@ struct Piece {
 // Some keys, not necessarily neighbours: several whole segments, or a part of one.
 struct KeyBlock {
   int32_t position[kKeyBlock];
+  int32_t window_position[kKeyBlock];  // of windowed row blocks; the highest where all rows see
   int32_t lowest;     // position; documents may come in any order
   int32_t highest;
   bool neighbours;    // whether every position is the one before it plus 1
@@ -41,15 +42,37 @@ struct KeyBlock {
   Piece pieces[kKeyBlock];
 };
 
-// How many keys of a run any row of the block sees.
-DREAM_INLINE int64_t visible_keys(const RowBlock& rows, const Run& run) {
+// The first key of a run in [begin, end) that the window of any row of the block reaches.
+inline int64_t first_in_reach(const RowBlock& rows, const Run& run, int64_t end) {
+  const auto reached = [&](int64_t position) {
+    return rows.group->window_position(position, run.batch, rows.length) >= rows.min_reach;
+  };
+  int64_t begin = run.begin;
+  if (begin >= end || reached(begin)) return begin;
+  // Positions do not descend within a run.
+  while (begin < end) {
+    const int64_t middle = begin + (end - begin) / 2;
+    if (reached(middle)) {
+      end = middle;
+    } else {
+      begin = middle + 1;
+    }
+  }
+  return end;
+}
+
+// The keys of a run of `segment` that any row of the block sees.
+DREAM_INLINE KeyRange visible_keys(const RowBlock& rows, const Segment& segment, const Run& run) {
   const int64_t end = run.end <= rows.max_limit ? run.end : rows.max_limit + 1;
-  return end > run.begin ? end - run.begin : 0;
+  const int64_t begin = rows.windows(segment) ? first_in_reach(rows, run, end) : run.begin;
+  return {begin, end > begin ? end : begin};
 }
 
 DREAM_INLINE int64_t visible_keys(const RowBlock& rows, const Segment& segment) {
   int64_t keys = 0;
-  for (int64_t i = 0; i < segment.run_count; ++i) keys += visible_keys(rows, segment.runs[i]);
+  for (int64_t i = 0; i < segment.run_count; ++i) {
+    keys += visible_keys(rows, segment, segment.runs[i]).size();
+  }
   return keys;
 }
 
@@ -88,7 +111,7 @@ class KeyBlocks {
   }
 
  private:
-  int64_t visible(const Run& run) const { return visible_keys(rows_, run); }
+  KeyRange visible(const Run& run) const { return visible_keys(rows_, *segment_, run); }
 
   const Run* last_run() const { return segment_->runs + segment_->run_count; }
 
@@ -104,20 +127,27 @@ class KeyBlocks {
 
   // Stands at the first visible key from `run` on and counts those of its batch element.
   bool open_stretch(const Run* run) {
-    while (run != last_run() && visible(*run) == 0) ++run;
+    while (run != last_run() && visible(*run).size() == 0) ++run;
     if (run == last_run()) return false;
-    run_ = run;
-    position_ = run->begin;
+    enter(run);
     left_ = 0;
     continues_ = false;
     for (; run != last_run(); ++run) {
+      const int64_t keys = visible(*run).size();
       if (run->batch == run_->batch) {
-        left_ += visible(*run);
-      } else if (visible(*run) > 0) {
+        left_ += keys;
+      } else if (keys > 0) {
         continues_ = true;
       }
     }
     return true;
+  }
+
+  void enter(const Run* run) {
+    const KeyRange range = visible(*run);
+    run_ = run;
+    position_ = range.first;
+    stop_ = range.last;
   }
 
   // Moves the next `count` keys, all of one segment and batch element, into the block.
@@ -128,10 +158,11 @@ class KeyBlocks {
     piece.end = block->count + static_cast<int>(count);
     piece.opens = opens_;
     for (int i = piece.begin; i < piece.end; ++i) {
-      while (position_ >= run_->begin + visible(*run_)) position_ = (++run_)->begin;
+      while (position_ >= stop_) enter(run_ + 1);
       block->position[i] = static_cast<int32_t>(position_++);
     }
     block->count = piece.end;
+    if (rows_.windowed) take_window_positions(piece, block);
     // Positions ascend within a piece, and not from one piece to the next.
     const int32_t first = block->position[piece.begin], last = block->position[piece.end - 1];
     const bool follows = piece.begin == 0 || first == block->position[piece.begin - 1] + 1;
@@ -153,12 +184,23 @@ class KeyBlocks {
     }
   }
 
+  void take_window_positions(const Piece& piece, KeyBlock* block) const {
+    const bool windows = rows_.windows(*segment_);
+    for (int i = piece.begin; i < piece.end; ++i) {
+      block->window_position[i] =
+          windows ? rows_.group->window_position(block->position[i], block->batch, rows_.length)
+                  : INT32_MAX;
+      block->masked |= block->window_position[i] < rows_.max_reach;
+    }
+  }
+
   const RowBlock& rows_;
   const Segment* segment_;
   const Segment* end_;
   const bool packs_;
   const Run* run_ = nullptr;
   int64_t position_ = 0;
+  int64_t stop_ = 0;        // after the last visible key of the run
   int64_t left_ = 0;        // visible keys of this segment and batch element still to take
   bool continues_ = false;  // whether keys of other batch elements follow in this segment
   bool opens_ = true;       // whether nothing of the segment was taken yet

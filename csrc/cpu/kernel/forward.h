@@ -12,6 +12,15 @@ struct Softmax {
   float total[kMaxLanes];
 };
 
+// Starts with one entry of the given log-sum-exp, a sink, or with none where it is -inf.
+DREAM_INLINE void open_softmax(const float* lse, int64_t lanes, Softmax* softmax) {
+  for (int64_t v = 0; v < lanes; v += kWidth) {
+    const Vec peak = load(lse + v);
+    store(softmax->peak + v, peak);
+    store(softmax->total + v, peak == splat(-kInfinity) ? Vec{} : splat(1.0f));
+  }
+}
+
 // A lane that has seen nothing yet must not compute inf - inf.
 DREAM_INLINE Vec finite_or_zero(Vec peak) { return peak == splat(-kInfinity) ? Vec{} : peak; }
 
@@ -81,7 +90,7 @@ class Forward {
 
   void run(const Operand& output, float* state) {
     Products::load_columns(problem_, rows_, problem_.query, w_, w_.query_columns);
-    fill(w_.lse, (problem_.documents + 1) * lanes_, -kInfinity);
+    start_lse(problem_, rows_, w_);
     const bool scored = rows_.kind == RowKind::kScored;
     const RowGroup& group = *rows_.group;
     if (segment_outputs_ != nullptr) clear_outputs();
@@ -124,10 +133,7 @@ class Forward {
   // Takes a part of a segment into w.segment_sum, the sum of exp(logit - peak) v.
   void attend_part(const KeyBlock& block, Softmax* softmax) {
     const Piece& piece = block.pieces[0];
-    if (piece.opens) {
-      fill(softmax->peak, lanes_, -kInfinity);
-      fill(softmax->total, lanes_, 0.0f);
-    }
+    if (piece.opens) open_softmax(w_.lse + piece.slot * lanes_, lanes_, softmax);
     float shrink[kMaxLanes];
     const bool shrinks = update_softmax(piece, lanes_, w_.logits, softmax, shrink);
     if (shrinks && !piece.opens) scale_columns(w_.segment_sum, dim_, lanes_, shrink);
@@ -301,7 +307,7 @@ void mass(const Problem& problem, const RowBlock& rows, float* masses, Workspace
   const RowGroup& group = *rows.group;
   const int64_t lanes = rows.lanes, slots = problem.documents + 1;
   Products::load_columns(problem, rows, problem.query, w, w.query_columns);
-  fill(w.lse, slots * lanes, -kInfinity);
+  start_lse(problem, rows, w);
   Softmax softmax;
   float shrink[kMaxLanes];
   KeyBlocks blocks(rows, group.segments, group.segment_count);
@@ -309,10 +315,7 @@ void mass(const Problem& problem, const RowBlock& rows, float* masses, Workspace
     compute_logits<Products>(problem, rows, block, w, w.logits);
     for (int i = 0; i < block.piece_count; ++i) {
       const Piece& piece = block.pieces[i];
-      if (piece.opens) {
-        fill(softmax.peak, lanes, -kInfinity);
-        fill(softmax.total, lanes, 0.0f);
-      }
+      if (piece.opens) open_softmax(w.lse + piece.slot * lanes, lanes, &softmax);
       update_softmax(piece, lanes, w.logits, &softmax, shrink);
       if (piece.closes) finish_softmax(softmax, lanes, w.lse + piece.slot * lanes);
     }

@@ -13,10 +13,11 @@ struct Passes {
                   float* state, void* segment_outputs, Workspace& workspace);
 
   // Writes the query's gradient, adds to the workspace's key and value gradients, and writes the
-  // sums of the scores' gradient to `score_sums` [targets, C], as far as they are wanted.
+  // sums of the scores' gradient to `score_sums` [targets, C] and what each row adds to that of its
+  // sink to `sink_gradients` [B, Hq, M], as far as they are wanted.
   void (*backward)(const Problem& problem, const RowBlock& rows, const float* state,
                    const Operand& output, const Operand& grad_output, const Operand& grad_query,
-                   float* score_sums, Workspace& workspace);
+                   float* score_sums, float* sink_gradients, Workspace& workspace);
 
   // Writes the sums of the scores' gradient, from the outputs that forward kept.
   void (*scores)(const Problem& problem, const RowBlock& rows, const float* state,

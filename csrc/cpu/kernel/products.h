@@ -273,23 +273,49 @@ void store_rows(const Problem& problem, const RowBlock& rows, const float* by_co
   }
 }
 
-// The block's logits [padded, lanes], -inf where a row does not see a key.
-template <typename Products>
-void compute_logits(const Problem& problem, const RowBlock& rows, const KeyBlock& block,
-                    Workspace& w, float* logits) {
+// Turns `n` logits a into c tanh(a / c), and writes the derivatives unless `slopes` is null.
+__attribute__((noinline)) void cap_logits(float c, int64_t n, float* logits, float* slopes) {
+  const float inverse = 1.0f / c;
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const Tanh capped = tanh(load(logits + i) * inverse);
+    store(logits + i, capped.value * c);
+    if (slopes != nullptr) store(slopes + i, capped.slope);
+  }
+}
+
+// Writes -inf where a row does not see a key.
+template <bool kWindowed>
+__attribute__((noinline)) void mask_logits(const RowBlock& rows, const KeyBlock& block,
+                                           float* logits) {
   const int64_t lanes = rows.lanes;
-  Products::dot(KeySource::keys(problem), rows, block, w.query_columns, problem.scale, w, logits);
-  if (!block.masked && !block.of_one_batch) return;
   for (int64_t v = 0; v < lanes; v += kWidth) {
     const VecInt limit = load(rows.limit + v);
     const VecInt batch = block.of_one_batch ? VecInt{} + static_cast<int32_t>(block.batch)
                                             : load(rows.batch + v);
     const VecInt own = load(rows.batch + v) == batch;
     for (int i = 0; i < block.count; ++i) {
-      const VecInt position = VecInt{} + block.position[i];
+      VecInt seen = own & ((VecInt{} + block.position[i]) <= limit);
+      if (kWindowed) seen &= (VecInt{} + block.window_position[i]) >= load(rows.reach + v);
       float* x = logits + i * lanes + v;
-      store(x, (own & (position <= limit)) != 0 ? load(x) : splat(-kInfinity));
+      store(x, seen != 0 ? load(x) : splat(-kInfinity));
     }
+  }
+}
+
+// The block's logits [padded, lanes], -inf where a row does not see a key. With a soft cap, `slopes`
+// gets its derivatives unless it is null.
+template <typename Products>
+void compute_logits(const Problem& problem, const RowBlock& rows, const KeyBlock& block,
+                    Workspace& w, float* logits, float* slopes = nullptr) {
+  Products::dot(KeySource::keys(problem), rows, block, w.query_columns, problem.scale, w, logits);
+  if (problem.softcap > 0.0f) {
+    cap_logits(problem.softcap, block.count * rows.lanes, logits, slopes);
+  }
+  if (!block.masked && !block.of_one_batch) return;
+  if (rows.windowed) {
+    mask_logits<true>(rows, block, logits);
+  } else {
+    mask_logits<false>(rows, block, logits);
   }
 }
 

@@ -21,6 +21,14 @@ DREAM_INLINE void scale_columns(float* columns, int64_t count, int64_t lanes, co
   }
 }
 
+// The sink of every lane's head.
+DREAM_INLINE void load_sinks(const Problem& problem, const RowBlock& rows, float* target) {
+  const auto* sinks = static_cast<const float*>(problem.sinks.data);
+  for (int r = 0; r < rows.lanes; ++r) {
+    target[r] = sinks[rows.head[r < rows.count ? r : 0] * problem.sinks.strides[0]];
+  }
+}
+
 // Softmax over the first `count` segments, of the first `columns` lanes; all 0 where every logit is
 // -inf. `shares` may be `logits`.
 void softmax_over_segments(const RowGroup& group, int64_t count, int64_t lanes, int64_t columns,
@@ -44,6 +52,14 @@ void softmax_over_segments(const RowGroup& group, int64_t count, int64_t lanes, 
       store(shares + at, load(shares + at) * inverse);
     }
   }
+}
+
+// Sets w.lse to that of no keys: -inf, in the rest (or all keys) the row's sink.
+void start_lse(const Problem& problem, const RowBlock& rows, Workspace& w) {
+  const int64_t lanes = rows.lanes;
+  fill(w.lse, (problem.documents + 1) * lanes, -kInfinity);
+  if (problem.sinks.data == nullptr) return;
+  load_sinks(problem, rows, w.lse + problem.documents * lanes);
 }
 
 // Sets w.scores of scored rows. In bias these are the scores, that of the rest being 0, all less

@@ -86,6 +86,29 @@ DREAM_INLINE Vec exp(Vec x) {
   return p * power;
 }
 
+// tanh(x) to 2 ulp, and its derivative 1 - tanh(x)^2 to as much, however small; NaN for NaN.
+struct Tanh {
+  Vec value;
+  Vec slope;
+};
+
+DREAM_INLINE Tanh tanh(Vec x) {
+  const Vec size = x < Vec{} ? -x : x;
+  const Vec e = exp(-2.0f * size);
+  const Vec inverse = 1.0f / (1.0f + e);
+  const Vec large = (1.0f - e) * inverse;
+  // Near 0 the difference would cancel: minimax for (tanh(x) - x) / x^3 over |x| <= 0.55.
+  const Vec square = x * x;
+  Vec p = splat(-6.27423916e-3f);
+  p = p * square + 2.10716780e-2f;
+  p = p * square - 5.38523085e-2f;
+  p = p * square + 1.33325860e-1f;
+  p = p * square - 3.33333164e-1f;
+  const Vec small = p * (square * x) + x;
+  const Vec value = x < Vec{} ? -large : large;
+  return {size <= splat(0.55f) ? small : value, 4.0f * e * (inverse * inverse)};
+}
+
 // Natural logarithm of a normal positive number, to 1 ulp; NaN for NaN.
 DREAM_INLINE Vec log(Vec x) {
   // x = 2^n (1 + r) with 1 + r between sqrt(1/2) and sqrt(2).
