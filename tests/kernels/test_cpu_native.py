@@ -13,14 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from dream_kernels import reference
 from dream_kernels.cpu import CpuImplementation, native_import_error
 from dream_kernels.problem import Gradients, Needs, Problem
 from dream_kernels.reference import ReferenceImplementation
+from dream_kernels.spans import document_of_key
 from helpers.agreement import Oracle
 from helpers.own_process import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = Needs(*[True] * 6, sinks=False)
+WITH_SINKS = Needs(*[True] * 7)
+# Nobody has checked that the window reaches the documents: scored rows see them anyway.
+OPTIONS = {"window": 40, "positions": "restart", "softcap": 1.5, "sinks": True}
 HEADS = torch.tensor([False, True, True, True, True, True])
 NOTHING = Needs(*[False] * 7)
 
@@ -45,6 +50,10 @@ def make_problem(
     document_mass: float | None = None,
     prefix_batch: int = 1,
     seed: int = 0,
+    window: int | None = None,
+    positions: str | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
 ) -> Problem:
     g = torch.Generator().manual_seed(seed)
 
@@ -61,16 +70,36 @@ def make_problem(
         prefix_key=normal(prefix_batch, key_heads, prefix, head_dim) if has_prefix else None,
         prefix_value=normal(prefix_batch, key_heads, prefix, head_dim) if has_prefix else None,
         scores=normal(batch, 1, len(spans)).float(),
-        sinks=None,
+        sinks=normal(query_heads).float() if sinks else None,
         spans=torch.tensor(spans).expand(batch, -1, -1),
         mask=mask,
-        positions=None,
+        positions=make_positions(positions, batch, prefix, local, g) if positions else None,
         heads=(False,) + (True,) * (query_heads - 1),
         mode=mode,
         document_mass=document_mass,
         scale=head_dim**-0.5,
         causal=True,
+        window=window,
+        softcap=softcap,
     )
+
+
+def make_positions(kind: str, batch: int, prefix: int, local: int, g: torch.Generator) -> Tensor:
+    """``[B, T]``: as of documents read alone, or in another order that a caller may give."""
+    place = torch.arange(prefix + local).expand(batch, -1).clone()
+    if kind == "descending":
+        return 10_000 - place
+    if kind == "random":
+        return torch.randint(0, prefix + local, place.shape, generator=g)
+    # Anew every 30 keys; then the local keys count on, in each batch element from elsewhere.
+    place[:, :prefix] %= 30
+    place[:, prefix:] += 30 - prefix + torch.arange(batch)[:, None]
+    if kind == "beyond 32 bits":
+        place += 2**40
+        place[:, : prefix // 2] -= 2**41
+    if kind == "apart":  # the batch elements differ in the prefix, too
+        place[:, :prefix] += torch.arange(batch)[:, None]
+    return place
 
 
 def grad_output_of(problem: Problem) -> Tensor:
@@ -90,7 +119,7 @@ def run(problem: Problem, needs: Needs = ALL, implementation=None) -> dict[str, 
 
 def oracle(problem: Problem, needs: Needs = ALL) -> Oracle:
     """The reference on the same numbers in float64."""
-    tensors = ("query", "key", "value", "prefix_key", "prefix_value", "scores")
+    tensors = ("query", "key", "value", "prefix_key", "prefix_value", "scores", "sinks")
     given = {name: getattr(problem, name) for name in tensors}
     wide = replace(problem, **{name: t if t is None else t.double() for name, t in given.items()})
     exact = run(wide, needs, ReferenceImplementation())
@@ -103,7 +132,9 @@ def without(needs: Needs, *names: str) -> Needs:
 
 
 @needs_native
-@pytest.mark.parametrize("mode", ["reweight", "bias"])
+@pytest.mark.parametrize(
+    "mode, options", [("reweight", {}), ("reweight", OPTIONS), ("bias", {}), ("bias", OPTIONS)]
+)
 @pytest.mark.parametrize(
     "needs",
     [
@@ -112,9 +143,12 @@ def without(needs: Needs, *names: str) -> Needs:
         pytest.param(ALL, id="shared prefix gradient"),
     ],
 )
-def test_threads_do_not_change_a_bit(mode: str, needs: Needs) -> None:
+def test_threads_do_not_change_a_bit(mode: str, options: dict, needs: Needs) -> None:
     # Large enough that every thread gets work.
-    problem = make_problem(mode=mode, batch=3, query_heads=12, key_heads=4, rows=60, local=60)
+    problem = make_problem(
+        mode=mode, batch=3, query_heads=12, key_heads=4, rows=60, local=60, **options
+    )
+    needs = needs._replace(sinks=bool(options))
     before = torch.get_num_threads()
     try:
         results = []
@@ -143,23 +177,124 @@ def test_threads_do_not_change_a_bit(mode: str, needs: Needs) -> None:
             ("query", "scores"),
             ("key", "prefix_value"),
             ("value", "prefix_key", "scores"),
+            ("sinks",),
+            ("scores", "sinks"),
         )
     ],
     ids=lambda needs: "+".join(n for n, needed in needs._asdict().items() if needed),
 )
-def test_each_gradient_alone_is_the_one_of_all_together(needs: Needs) -> None:
-    problem = make_problem()
-    everything = run(problem)
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=("plain", "options"))
+def test_each_gradient_alone_is_the_one_of_all_together(options: dict, needs: Needs) -> None:
+    if needs.sinks and not options:
+        options = {"sinks": True}
+    problem = make_problem(**options)
+    everything = run(problem, WITH_SINKS if problem.sinks is not None else ALL)
     alone = run(problem, needs)
     assert {n for n in Gradients._fields if n in alone} == {
         n for n, needed in needs._asdict().items() if needed
     }
     for name, tensor in alone.items():
-        if needs == NOTHING._replace(scores=True):
+        if needs == NOTHING._replace(scores=True) and name != "mass":
             # Forward keeps each document's output, which rounds in other places.
             assert oracle(problem, needs).complaint(name, tensor) is None
         else:
             assert torch.equal(tensor, everything[name]), name
+
+
+@needs_native
+@pytest.mark.parametrize("mode, document_mass", [("reweight", 0.5), ("bias", None)])
+@pytest.mark.parametrize("rows", [3, 21], ids=("batch elements together", "each alone"))
+@pytest.mark.parametrize(
+    "positions", [None, "restart", "apart", "descending", "random", "beyond 32 bits"]
+)
+def test_windows_by_any_positions(
+    positions: str | None, rows: int, mode: str, document_mass: float | None
+) -> None:
+    """Scored rows have the documents however far they are: here nobody has checked the window."""
+    for window in (1, 25, 2**62):
+        problem = make_problem(
+            mode=mode, document_mass=document_mass, batch=3, query_heads=4, rows=rows, local=rows,
+            window=window, positions=positions, sinks=True,
+        )  # fmt: skip
+        results = run(problem, WITH_SINKS)
+        del results["mass"]
+        oracle(problem, WITH_SINKS).check(results)
+        # The masses are those of plain attention, whatever the heads.
+        plain = replace(problem, heads=(False,) * 4)
+        exact = Oracle(plain, grad_output_of(plain), {}, torch.float32).analysis.mass[..., :-1]
+        assert (CpuImplementation().mass(problem) - exact).abs().max() < 1e-5
+
+
+@needs_native
+@pytest.mark.parametrize("positions", [None, "restart"])
+def test_keys_beyond_every_window_are_not_read(positions: str | None) -> None:
+    """A key that is only masked would spoil the sums: 0 times NaN is NaN."""
+    spans = ((0, 0), (150, 160))
+    problem = make_problem(
+        window=12, positions=positions, spans=spans, prefix_batch=2, softcap=2.0, sinks=True
+    )
+    near = visible_keys(problem)
+    assert 0 < near.sum() < near.numel() / 2
+    expected = run(problem, WITH_SINKS)
+    far = ~near[:, None, :, None]
+    for name in ("key", "value"):
+        prefix, local = getattr(problem, f"prefix_{name}"), getattr(problem, name)
+        prefix.masked_fill_(far[:, :, :150], torch.nan)
+        local.masked_fill_(far[:, :, 150:], torch.nan)
+    for name, tensor in run(problem, WITH_SINKS).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def visible_keys(problem: Problem) -> Tensor:
+    """``[B, T]``: the keys that some row sees."""
+    of_key = document_of_key(problem.spans, problem.total_length)
+    return reference._visible(problem, of_key[:, None, None]).any(2).any(1)
+
+
+@needs_native
+@pytest.mark.parametrize("mode", ["reweight", "bias"])
+def test_options_that_change_nothing(mode: str) -> None:
+    """Not a bit; a soft cap far above the logits is left out of that."""
+    without_options = run(make_problem(mode=mode))
+    problem = make_problem(mode=mode, window=171, sinks=True)
+    problem.sinks.fill_(-torch.inf)
+    results = run(problem, WITH_SINKS)
+    assert torch.equal(results.pop("sinks"), torch.zeros(6))
+    for name, tensor in results.items():
+        assert torch.equal(tensor, without_options[name]), name
+    for softcap in (1e4, 1e30, 1e300):
+        for name, tensor in run(make_problem(mode=mode, softcap=softcap)).items():
+            torch.testing.assert_close(tensor, without_options[name])
+
+
+@needs_native
+def test_the_soft_cap_is_exact_at_every_size_of_logits() -> None:
+    """A row that sees two keys, of logits x and 0, gives their softmax."""
+    x = torch.cat([torch.logspace(-30, 30, 400), torch.linspace(0.4, 12, 400)])
+    x = torch.cat([x, -x])
+    rows = len(x)
+    problem = replace(
+        make_problem(batch=rows, query_heads=1, key_heads=1, prefix=0, rows=1, local=2,
+                     head_dim=1, spans=((0, 0),), softcap=3.0),
+        mask=None, scale=1.0, query=x.view(rows, 1, 1, 1),
+        key=torch.tensor([1.0, 0.0]).view(1, 1, 2, 1).expand(rows, -1, -1, -1),
+        value=torch.tensor([1.0, -1.0]).view(1, 1, 2, 1).expand(rows, -1, -1, -1),
+    )  # fmt: skip
+    needs = NOTHING._replace(query=True)
+    output, saved = CpuImplementation().forward(problem, needs)
+    one = torch.ones_like(output)
+    grad = CpuImplementation().backward(problem, output, saved, one, needs).query
+    wide = x.double().requires_grad_()
+    expected = torch.tanh(3 * torch.tanh(wide / 3) / 2)
+    expected.sum().backward()
+    error = (output.flatten() - expected.detach()).abs()
+    assert (error <= 1e-6 * expected.detach().abs() + 1e-7).all()
+    assert grad is not None and wide.grad is not None
+    # Relative, however close the cap is; below that float32 has no such exponential.
+    near = wide.detach().abs() < 30
+    error = (grad.flatten() - wide.grad).abs() / wide.grad.clamp(min=1e-9)
+    assert error[near].max() < 1e-5
+    assert grad.isfinite().all()
 
 
 # More keys than a row block keeps between its two sweeps.
@@ -174,18 +309,26 @@ LONG = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spans", LONG.values(), ids=LONG)
 @pytest.mark.parametrize(
-    "mode, document_mass", [("reweight", None), ("reweight", 0.5), ("bias", None)]
+    "mode, document_mass, options",
+    [
+        ("reweight", None, {}),
+        ("reweight", 0.5, {}),
+        ("bias", None, {}),
+        ("reweight", None, {"softcap": 1.5, "sinks": True}),
+    ],
 )
 def test_more_keys_than_are_retained(
-    mode: str, document_mass: float | None, spans: tuple, dtype: torch.dtype
+    mode: str, document_mass: float | None, options: dict, spans: tuple, dtype: torch.dtype
 ) -> None:
     problem = make_problem(
         mode=mode, document_mass=document_mass, rows=4, local=64, prefix=5000,
-        batch=3, query_heads=4, key_heads=2, spans=spans, dtype=dtype,
+        batch=3, query_heads=4, key_heads=2, spans=spans, dtype=dtype, **options,
     )  # fmt: skip
-    expected = oracle(problem)
-    expected.check(run(problem))
-    for names in (("query", "scores"), ("value",), ("prefix_key",)):
+    needs = ALL._replace(sinks=bool(options))
+    expected = oracle(problem, needs)
+    expected.check(run(problem, needs))
+    more = (("sinks",), ("query", "sinks")) if options else ()
+    for names in (("query", "scores"), ("value",), ("prefix_key",), *more):
         needs = NOTHING._replace(**dict.fromkeys(names, True))
         part = run(problem, needs)
         assert part.keys() == {"output", "mass", *names}
@@ -195,10 +338,11 @@ def test_more_keys_than_are_retained(
 
 INSTRUCTION_SET_SCRIPT = """
 import sys, torch
-from test_cpu_native import make_problem, run
+from test_cpu_native import OPTIONS, WITH_SINKS, make_problem, run
 from dream_kernels import _native
 results = [run(make_problem(head_dim=d, dtype=t)) for d in (24, 80, 256)
            for t in (torch.float32, torch.bfloat16, torch.float16)]
+results.append(run(make_problem(**OPTIONS), WITH_SINKS))
 torch.save((_native.instruction_set(), results), sys.argv[1])
 """
 
@@ -230,6 +374,9 @@ def test_every_instruction_set_agrees_with_the_reference(name: str, tmp_path: Pa
     for head_dim in (24, 80, 256):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             oracle(make_problem(head_dim=head_dim, dtype=dtype)).check(results.pop(0))
+    (with_options,) = results
+    del with_options["mass"]
+    oracle(make_problem(**OPTIONS), WITH_SINKS).check(with_options)
 
 
 @needs_native

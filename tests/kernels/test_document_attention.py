@@ -24,10 +24,10 @@ from helpers.cases import (
 IMPLS = ("reference", "cpu")
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-case_grid = pytest.mark.parametrize("case", CASES, ids=str)
+case_grid = pytest.mark.parametrize("case", [*CASES, *OPTION_CASES], ids=str)
 
 
-@pytest.mark.parametrize("case", [*CASES, *OPTION_CASES], ids=str)
+@case_grid
 def test_closed_form_equals_autograd_in_float64(case: Case) -> None:
     inputs = make_inputs(case).require_grad()
     expected = inputs.run(formulas)
@@ -70,7 +70,9 @@ def test_only_scores_gradient_equals_the_full_one(impl: str, mode: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("size", range(1, len(GRADIENTS)))
 def test_every_subset_of_gradients(impl: str, size: int) -> None:
-    inputs = make_inputs(Case("subset", prefix=19, local=8), torch.float32)
+    inputs = make_inputs(
+        Case("subset", prefix=19, local=8, softcap=1.5, sinks=True, window=24), torch.float32
+    )
     oracle = Oracle.of(inputs)
     for names in itertools.combinations(GRADIENTS, size):
         part = inputs.require_grad(names).run(document_attention, impl=impl)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dream_kernels import document_attention
-from helpers.agreement import Oracle
+from helpers.agreement import Oracle, problem_of
 from helpers.cases import GRADIENTS, Inputs
 
 DEFAULT_EXAMPLES = 200
@@ -97,6 +97,12 @@ def calls(draw: st.DrawFn) -> Inputs:
         mask = torch.rand(batch, length, generator=g) > draw(st.sampled_from((0.05, 0.5, 0.99)))
         if draw(st.booleans()):
             mask[:] = mask[:1]
+    value_dim = draw(st.sampled_from((head_dim, head_dim, 8, 33)))
+    for name in ("value", "prefix_value"):
+        if name in tensors:
+            tensors[name] = normal(*tensors[name].shape[:3], value_dim)
+    if draw(st.booleans()):
+        tensors["sinks"] = draw(st.sampled_from((1.0, 10.0))) * normal(query_heads)
     mode = draw(st.sampled_from(("reweight", "bias")))
     options = {
         "mode": mode,
@@ -105,10 +111,32 @@ def calls(draw: st.DrawFn) -> Inputs:
         "causal": draw(st.booleans()),
         "attention_mask": mask,
         "scale": draw(st.sampled_from((None, 0.3))),
+        "softcap": draw(st.sampled_from((None, None, 0.5, 3.0, 50.0))),
     }
-    grad = normal(batch, query_heads, rows, head_dim)
-    dtype = draw(st.sampled_from(DTYPES))
-    return Inputs(tensors, torch.tensor(spans), options, grad).cast(dtype)
+    grad = normal(batch, query_heads, rows, value_dim)
+    inputs = Inputs(tensors, torch.tensor(spans), options, grad)
+    if draw(st.booleans()):
+        narrow(draw, inputs, length)
+    return inputs.cast(draw(st.sampled_from(DTYPES)))
+
+
+def narrow(draw: st.DrawFn, inputs: Inputs, length: int) -> None:
+    """Give a call a window: where that would cut a scored row off, without heads for the scores."""
+    options = inputs.options
+    options |= {"causal": True, "window": draw(st.integers(1, 2 * length))}
+    if draw(st.booleans()):
+        start = st.integers(0, length)
+        parts = draw(st.lists(st.tuples(start, start), min_size=1, max_size=6))
+        positions = torch.arange(length).repeat(len(inputs.spans), 1)
+        for place, first in parts:
+            positions[:, place:] = first + torch.arange(length - place)
+        options["positions"] = positions
+    try:
+        inputs.call(problem_of)
+    except ValueError as error:
+        if "window must reach" not in str(error):
+            raise
+        options["heads"] = ()
 
 
 @settings(settings.get_profile("dream_kernels"))
@@ -117,7 +145,7 @@ def test_any_valid_call_agrees_with_the_reference(call, data, names) -> None:
     inputs, names = call, tuple(names)
     oracle = Oracle.of(inputs, names)
     for name, tensor in inputs.tensors.items():
-        if name != "scores":
+        if name not in ("scores", "sinks"):
             inputs.tensors[name] = data.draw(relaid(tensor.detach()))
     inputs.grad_output = data.draw(relaid(inputs.grad_output))
     oracle.check(inputs.require_grad(names).run(document_attention, impl="cpu"))
