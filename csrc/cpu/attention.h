@@ -8,8 +8,8 @@ namespace dream::cpu {
 constexpr int64_t kMaxHeadDim = 256;
 
 // What forward saves for backward: `state` is [B, Hq, M, C + 1] float32, contiguous, the
-// log-sum-exp of each row's visible logits in each document and, last, outside all documents. A
-// plain row keeps all its keys in that last entry.
+// log-sum-exp of each row's visible logits in each document and, last, outside all documents, its
+// sink included. A plain row keeps all its keys in that last entry.
 //
 // Results do not depend on `threads`: the partition of the work and the order of every sum are
 // fixed by the problem alone.

@@ -315,6 +315,7 @@ LONG = {
         ("reweight", 0.5, {}),
         ("bias", None, {}),
         ("reweight", None, {"softcap": 1.5, "sinks": True}),
+        ("bias", None, {"sinks": True}),
     ],
 )
 def test_more_keys_than_are_retained(
