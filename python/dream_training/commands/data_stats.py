@@ -17,7 +17,8 @@ from dream_training.console import (
 )
 
 Model = Annotated[
-    str | None, typer.Option(help="folder or hub name: count its tokens, and what is cut")
+    str | None,
+    typer.Option(help="folder, GGUF file or hub name: count its tokens, and what is cut"),
 ]
 MaxLen = Annotated[int, typer.Option(min=1, help="tokens that are kept")]
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 def targets(
     source: Source,
     output: Output,
-    reader: Annotated[str, typer.Option(help="folder or hub name of the model that writes")],
+    reader: Annotated[
+        str, typer.Option(help="folder, GGUF file or hub name of the model that writes")
+    ],
     split: Split = "train",
     limit: Limit = None,
     instruction: Annotated[
@@ -92,7 +94,7 @@ def _load_writer(
     from dream_training.trust import load_language_model, load_tokenizer
 
     check_choice("dtype", dtype, DTYPES)
-    path = resolve_model(name, dtype)
+    path = resolve_model(name, dtype, "reader")
     model = load_language_model(
         path,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),

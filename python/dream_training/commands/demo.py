@@ -15,7 +15,7 @@ def demo(
         "runs/demo"
     ),
     reader: Annotated[
-        str, typer.Option(help="folder or hub name of the frozen language model")
+        str, typer.Option(help="folder, GGUF file or hub name of the frozen language model")
     ] = "smollm2",
     part: Annotated[
         int | None,

@@ -19,7 +19,7 @@ from dream_training.console import (
 if TYPE_CHECKING:
     from dream_training.heads.options import HeadOptions
 
-Reader = Annotated[str, typer.Option(help="folder or hub name of the language model")]
+Reader = Annotated[str, typer.Option(help="folder, GGUF file or hub name of the language model")]
 Data = Annotated[
     str, typer.Option(help="training data of any form; qr criteria need known positives")
 ]

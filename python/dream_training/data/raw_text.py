@@ -17,6 +17,8 @@ SUFFIXES = (".txt", ".md")
 # A word, or a character of a script that puts no spaces between words.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")
 _SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f][\"')\]\u201d\u2019]*$")
+# Any; to count the tokens of others after it.
+_A_WORD = "the"
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,10 @@ def count_tokens(tokenizer: Any) -> Callable[[Sequence[str]], Sequence[int]]:
     def count(words: Sequence[str]) -> Sequence[int]:
         if not words:
             return []
-        ids = tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"]
-        return [len(tokens) for tokens in ids]
+        # After another word: at the beginning of a text, some tokenizers put one more space.
+        texts = [_A_WORD, *(f"{_A_WORD} {word}" for word in words)]
+        first, *ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [len(tokens) - len(first) for tokens in ids]
 
     return count
 

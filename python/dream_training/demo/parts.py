@@ -243,4 +243,4 @@ def _layers_of(reader: str) -> int:
 def _config_of(reader: str) -> Any:
     from dream_training.trust import load_model_config
 
-    return load_model_config(resolve_model(reader), what="reader")
+    return load_model_config(resolve_model(reader, what="reader"), what="reader")

@@ -16,8 +16,8 @@ from dream_training.demo.docstrings import DEFAULT_PACKAGES, load_documentation
 from dream_training.demo.parts import DATA, Setup, adapt_trained, train_from_nothing
 from dream_training.demo.results import ADAPTED, Results
 from dream_training.json_file import read_json, write_json
-from dream_training.known_models import PACKAGED, PACKAGED_RETRIEVER, check_name
-from dream_training.models.loading import resolve_model
+from dream_training.known_models import PACKAGED_RETRIEVER
+from dream_training.models.loading import check_model, resolve_model
 from dream_training.training.output_folder import CONFIG, results_in
 
 _PACKAGES = ("torch", "transformers", "sentence-transformers", "peft")
@@ -70,8 +70,7 @@ def run_demo(
         raise ValueError(f"part must be 1 or 2, or None for both, got {part!r}")
     _check_folder(output_dir)
     for name, what in ((reader, "reader"), (trained, "retriever")):
-        if name not in PACKAGED:
-            check_name(name, what)
+        check_model(name, what)
     begin = time.perf_counter()
     console = show_on(make_console())
     missing = _why_missing(trained) if part != 1 else None
@@ -130,7 +129,7 @@ def _check_folder(output_dir: Path) -> None:
 def _why_missing(trained: str) -> str | None:
     """Why the retriever of part 2 is missing, with the command that installs it."""
     try:
-        resolve_model(trained)
+        resolve_model(trained, what="retriever")
     except ModuleNotFoundError as error:
         return str(error)
     return None

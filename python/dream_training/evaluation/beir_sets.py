@@ -34,7 +34,7 @@ def fetch(name: str, cache_dir: Path | None = None) -> Path:
     Args:
         name: as in BEIR's table, such as ``scifact``.
         cache_dir: where sets are kept; ``beir`` in
-            :func:`~dream_training.models.smollm2.cache_root` by default.
+            :func:`~dream_training.models.cache.cache_root` by default.
 
     Raises:
         FileNotFoundError: the set could not be fetched.
@@ -43,7 +43,7 @@ def fetch(name: str, cache_dir: Path | None = None) -> Path:
     """
     from beir import util
 
-    from dream_training.models.smollm2 import cache_root, make_cache
+    from dream_training.models.cache import cache_root, make_cache
 
     check_name(name)
     cache = cache_dir or cache_root() / "beir"

@@ -40,7 +40,8 @@ def build_retriever(
     end-of-sequence token, whose state is the embedding (as in the DREAM paper).
 
     Args:
-        path: a sentence-transformers model or a transformers decoder, as folder or hub name.
+        path: a sentence-transformers model or a transformers decoder, as folder or hub name, or a
+            decoder's GGUF file.
         layers: keep only the first ``layers`` of a decoder's layers; None for all.
         lora_r: rank of the LoRA adapters on all linear layers; 0 trains every weight.
         lora_alpha: LoRA's scale, twice the rank by default.
@@ -62,10 +63,12 @@ def build_retriever(
     from sentence_transformers.util import is_sentence_transformer_model
 
     from dream_training.known_models import check_name
+    from dream_training.models.gguf_files import unpacked
     from dream_training.models.retriever import load_sentence_transformer
     from dream_training.models.text_tokens import check_vocabulary
     from dream_training.trust import guarded
 
+    path = unpacked(path, dtype, "retriever")
     check_name(path, "retriever")
     model_kwargs = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if is_sentence_transformer_model(str(path)):

@@ -7,6 +7,7 @@ text of a million tokens of which 128 are read is not tokenised to its end.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # Characters per token to begin with; most tokens have four.
@@ -21,20 +22,42 @@ def text_tokens(tokenizer: Any, text: str, limit: int) -> list[int]:
     They are those of the whole text: the tokens of a beginning count only if as many follow them,
     so that the cut is far away.
     """
+
+    def of_beginning(size: int) -> tuple[list[int], int, int]:
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        ids = tokenizer(text[:size], **options)["input_ids"]
+        own = [ids[i] for i in in_text(tokenizer, ids)]
+        return own, 0, len(own)
+
+    return tokens_of_beginning(of_beginning, len(text), limit)[0][:limit]
+
+
+def tokens_of_beginning(
+    of_beginning: Callable[[int], tuple[list[int], int, int]], length: int, limit: int
+) -> tuple[list[int], int, int]:
+    """Tokenise as little of a text as decides its first ``limit`` tokens.
+
+    Args:
+        of_beginning: returns the tokens of so many characters of the text, and the begin and end
+            of those that count among them.
+        length: characters of the text.
+        limit: how many tokens are used.
+    """
     size = _CHARACTERS * limit
     while True:
-        ids = _plain_tokens(tokenizer, text[:size])
-        if size >= len(text) or len(ids) >= 2 * limit:
-            return ids[:limit]
+        ids, begin, end = of_beginning(size)
+        if size >= length or end - begin >= 2 * limit:
+            return ids, begin, end
         size *= 4
 
 
-def _plain_tokens(tokenizer: Any, text: str) -> list[int]:
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    ids = tokenizer(text, **options)["input_ids"]
-    # Some vocabularies list special tokens among the pieces that texts are made of.
+def in_text(tokenizer: Any, ids: Sequence[int]) -> list[int]:
+    """Return the places of the tokens that are not special.
+
+    Some vocabularies list special tokens among the pieces that texts are made of.
+    """
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    return [token for token in ids if token not in special]
+    return [place for place, token in enumerate(ids) if token not in special]
 
 
 def cut_text(text: str, limit: int | None) -> str:

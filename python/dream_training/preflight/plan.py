@@ -146,7 +146,7 @@ def measured_rate(device: torch.device, dtype: torch.dtype, size: int = 1536) ->
 def architecture_of(name: str, what: str, run: RunConfig) -> Any:
     """The transformers configuration of the model that the config key ``what`` names."""
     return model_config(
-        resolve_model(name, run.dtype), trust_remote_code=run.trust_remote_code, what=what
+        resolve_model(name, run.dtype, what), trust_remote_code=run.trust_remote_code, what=what
     )
 
 

@@ -59,7 +59,8 @@ def truncation(patient: Patient) -> list[Check]:
         kept = {}
         if prompt is not None:
             tokenizer: Any = patient.model.tokenizer
-            around = len(tokenizer(prompt)["input_ids"])
+            # A space between prompt and text belongs to the text's first token.
+            around = len(tokenizer(prompt.rstrip(" "))["input_ids"])
             kept["retriever"] = _shares_kept(tokenizer, [prompt + t for t in texts], limit, around)
         if patient.reader is not None:
             kept["reader"] = _shares_kept(patient.reader.tokenizer, texts, limit, 0)

@@ -33,7 +33,7 @@ def load_reader(
     sharded = reader.reader_sharding == "sharded"
     with loaded_whole():
         loaded = Reader.from_pretrained(
-            resolve_model(reader.model, run.dtype),
+            resolve_model(reader.model, run.dtype, "reader"),
             heads,
             dtype=run.dtype if run.dtype == "auto" else getattr(torch, run.dtype),
             device="cpu" if sharded else device,
@@ -45,7 +45,7 @@ def load_reader(
 
 def all_heads(reader: ReaderConfig, run: RunConfig) -> dict[int, list[int]]:
     """Every head of every layer of the reader that a config names."""
-    path = resolve_model(reader.model, run.dtype)
+    path = resolve_model(reader.model, run.dtype, "reader")
     settings = load_model_config(path, run.trust_remote_code, "reader").get_text_config()
     heads = list(range(settings.num_attention_heads))
     return dict.fromkeys(range(settings.num_hidden_layers), heads)

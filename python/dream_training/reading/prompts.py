@@ -1,7 +1,7 @@
 """The text around documents, query and target: plain, the reader's chat template, or a user's own.
 
 A template is rendered with known texts, and what it puts around them is cut out into a
-:class:`ReaderPrompt`. Its pieces are tokenised one by one: the spans of the documents are exact
+:class:`ReaderPrompt`. No token is in two of its parts: the spans of the documents are exact
 whatever the tokenizer merges, and a document has the same tokens alone as beside others.
 """
 
@@ -37,8 +37,9 @@ Render = Callable[[Sequence[str], str, str], str]
 class ReaderPrompt:
     """The text around documents, query and target.
 
-    The pieces are tokenised one by one and joined as tokens, so that the spans of the documents
-    are exact whatever the tokenizer merges.
+    Header, documents, query and target are tokenised one by one, each with its own text around it
+    and as it is tokenised between the others, and joined as tokens: the spans of the documents are
+    exact whatever the tokenizer merges. Spaces at the end of a part belong to the next one.
 
     Attributes:
         header: the text before the documents.

@@ -26,6 +26,7 @@ from dream_training.choices import (
     check_document_store,
 )
 from dream_training.distributed.sharding import Pace, shard_model
+from dream_training.models.gguf_files import unpacked
 from dream_training.models.text_tokens import check_vocabulary
 from dream_training.reading.document_store import open_document_store
 from dream_training.reading.prompts import ReaderPrompt, load_reader_prompt
@@ -150,7 +151,9 @@ class Reader(nn.Module):
         trust_remote_code: bool = False,
         **options: Any,
     ) -> Reader:
-        """Load model and tokenizer from a folder or the hub; ``options`` as in the constructor.
+        """Load model and tokenizer from a folder, GGUF file or the hub.
+
+        ``options`` are those of the constructor.
 
         Raises:
             ValueError: the model brings code and ``trust_remote_code`` is not set, or its weights
@@ -158,6 +161,7 @@ class Reader(nn.Module):
         """
         from dream_training.trust import load_language_model, load_tokenizer
 
+        path = unpacked(path, dtype, "reader")
         tokenizer = load_tokenizer(path, trust_remote_code, "reader")
         model = load_language_model(
             path, dtype=dtype, trust_remote_code=trust_remote_code, what="reader"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dream_kernels.parsing import shortened, why_not_text
 from dream_training.choices import check_at_least
-from dream_training.models.text_tokens import text_tokens
+from dream_training.reading.frame import SOME_TEXT, Frame, part_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 class PromptTokens:
     """Tokenises the texts of a prompt, one by one, and cuts them to their lengths.
 
-    The names of special tokens in a text are read as the characters that they are written with.
+    The tokens are those of the whole prompt as one text, unless the tokenizer would merge two parts
+    of it across their border: header, documents, query and target share no token. The names of
+    special tokens in a text are read as the characters that they are written with.
 
     Args:
         tokenizer: the reader's.
@@ -54,14 +56,15 @@ class PromptTokens:
         self.query_max_len = query_max_len
         self.passage_max_len = passage_max_len
         self.target_max_len = target_max_len
-        self.header = self._header()
-        self.around_document = self._around(prompt.document, "{document}")
-        self._around_query = self._around(prompt.query, "{query}")
-        before, after = prompt.target.split("{target}")
-        # The space before a target belongs to its first word, as tokenizers have it.
-        self._target_space = before[len(before.rstrip(" ")) :]
-        self._around_target = self._ids(before.rstrip(" ")), self._ids(after)
-        self.no_query = [*self._around_query[0], *self._around_query[1]]
+        header, documents, queries, targets = _with_spaces_ahead(prompt)
+        self.header = self._header(header, documents[0] + SOME_TEXT)
+        # A document is after another one or the first: its tokens are the same.
+        end = SOME_TEXT + documents[1] if documents[1] else header
+        self._documents = Frame(tokenizer, *documents, end, documents[0] + SOME_TEXT)
+        end = SOME_TEXT + documents[1]
+        self._queries = Frame(tokenizer, *queries, end, targets[0] + SOME_TEXT)
+        self._targets = Frame(tokenizer, *targets, SOME_TEXT + queries[1])
+        self.no_query = self._queries.empty
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of documents.
@@ -70,9 +73,8 @@ class PromptTokens:
             ValueError: a text is blank, is not valid Unicode, or has no token; the message names
                 its index, here and in the other methods.
         """
-        before, after = self.around_document
         return [
-            before + self._text(text, self.passage_max_len, "documents", i) + after
+            self._text(self._documents, text, self.passage_max_len, "documents", i)[0]
             for i, text in enumerate(texts)
         ]
 
@@ -82,48 +84,61 @@ class PromptTokens:
 
     def queries_and_spans(self, texts: Sequence[str]) -> list[tuple[list[int], tuple[int, int]]]:
         """Token ids of queries, and the begin and end of each query's own tokens among them."""
-        before, after = self._around_query
         found = []
         for i, text in enumerate(texts):
-            own = self._text(text, self.query_max_len, "queries", i)
-            found.append((before + own + after, (len(before), len(before) + len(own))))
+            ids, begin, end = self._text(self._queries, text, self.query_max_len, "queries", i)
+            found.append((ids, (begin, end)))
         return found
 
     def targets(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of targets, prompt included cut to ``target_max_len``."""
-        before, after = self._around_target
         limit = self.target_max_len
         return [
-            (before + self._text(text, limit, "targets", i, self._target_space) + after)[:limit]
+            self._text(self._targets, text, limit, "targets", i, strip=True)[0][:limit]
             for i, text in enumerate(texts)
         ]
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _header(self) -> list[int]:
-        header = self._ids(self.prompt.header)
+    def _header(self, header: str, right: str) -> list[int]:
+        ids = part_tokens(self.tokenizer, header, right=right)
         begin = getattr(self.tokenizer, "bos_token_id", None)
-        if begin is None or not self.prompt.bos or header[:1] == [begin]:
-            return header
-        return [begin, *header]
-
-    def _around(self, template: str, placeholder: str) -> tuple[list[int], list[int]]:
-        before, after = template.split(placeholder)
-        return self._ids(before), self._ids(after)
+        if begin is None or not self.prompt.bos or ids[:1] == [begin]:
+            return ids
+        return [begin, *ids]
 
     def _text(
-        self, text: str, limit: int, name: str, index: int, space: str | None = None
-    ) -> list[int]:
-        """Tokens of a text; with ``space`` it is stripped, and the space put before it."""
+        self, frame: Frame, text: str, limit: int, name: str, index: int, strip: bool = False
+    ) -> tuple[list[int], int, int]:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{name} must not be blank, got {shortened(text)} at {index}")
         if (reason := why_not_text(text)) is not None:
             raise ValueError(f"{name} must be texts, but in {name}[{index}] {reason}")
-        own = text_tokens(self.tokenizer, text if space is None else space + text.strip(), limit)
-        if not own:
+        ids, begin, end = frame.tokens(text.strip() if strip else text, limit)
+        if begin == end:
             raise ValueError(f"{name} must have a token each, got {shortened(text)} at {index}")
-        return own
+        return ids, begin, end
+
+
+_Around = tuple[str, str]
+
+
+def _with_spaces_ahead(prompt: ReaderPrompt) -> tuple[str, _Around, _Around, _Around]:
+    """Header, and what is around document, query and target; spaces between are the later one's."""
+    header = prompt.header
+    begin, end = prompt.document.split("{document}")
+    query, ask = prompt.query.split("{query}")
+    answer, last = prompt.target.split("{target}")
+    # A document is after the header or another document, a query after a document.
+    count = min(_spaces(header), _spaces(end))
+    begin, query = " " * count + begin, " " * count + query
+    answer = " " * _spaces(ask) + answer
+    ask = ask[: len(ask) - _spaces(ask)]
+    header, end = header[: len(header) - count], end[: len(end) - count]
+    return header, (begin, end), (query, ask), (answer, last)
+
+
+def _spaces(text: str) -> int:
+    """How many spaces a text ends with."""
+    return len(text) - len(text.rstrip(" "))
 
 
 def pad(sequences: Sequence[list[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
