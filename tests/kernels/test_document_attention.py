@@ -71,7 +71,8 @@ def test_only_scores_gradient_equals_the_full_one(impl: str, mode: str) -> None:
 @pytest.mark.parametrize("size", range(1, len(GRADIENTS)))
 def test_every_subset_of_gradients(impl: str, size: int) -> None:
     inputs = make_inputs(
-        Case("subset", prefix=19, local=8, softcap=1.5, sinks=True, window=24), torch.float32
+        Case("subset", prefix=19, local=8, softcap=1.5, sinks=True, window="tight"),
+        torch.float32,
     )
     oracle = Oracle.of(inputs)
     for names in itertools.combinations(GRADIENTS, size):
