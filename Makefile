@@ -19,7 +19,7 @@ SANITIZER_RUN = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -pr
   ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib:tests
 SANITIZER_TESTS ?= tests/kernels
 
-.PHONY: install demo test test-shuffled test-slow soak test-old-transformers test-sanitizers test-valgrind fuzz \
+.PHONY: install demo test test-shuffled test-slow soak test-old-transformers readers test-sanitizers test-valgrind fuzz \
   lint format clean check-system
 
 install: $(STAMP)
@@ -83,6 +83,13 @@ soak: $(STAMP)
 test-old-transformers: $(OLD_STAMP)
 	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -n 2 -m "not slow and not soak" \
 	  --ignore tests/kernels --ignore tests/benchmarks --ignore tests/hostile --ignore tests/distributed
+
+# The table of docs/readers.md, from the newest and the oldest transformers.
+readers: $(STAMP) $(OLD_STAMP)
+	for python in $(BIN)/python $(OLD_VENV)/bin/python; do \
+	  DREAM_UPDATE_READERS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $$python -m pytest -m slow \
+	    tests/injection/test_architectures.py || exit 1; \
+	done
 
 $(SANITIZED)/.built: $(STAMP) $(NATIVE)
 	CXXFLAGS="-O2 -g1 -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" \

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dream_kernels.injection.context import Prefix
+from dream_kernels.injection.windows import places_of
 
 Layers = list[tuple[Tensor, Tensor]]
 
@@ -46,9 +47,10 @@ class PoolAssembly:
                 self._spans[row, c, 1] = end
             ends.append(end)
         self._ends = torch.tensor(ends)
-        self._next_position = torch.tensor(
-            [header + max(lengths[i] for i in pool) for pool in pools]
-        )
+        longest = [max(lengths[i] for i in pool) for pool in pools]
+        self._longest = max(longest)
+        self._next_position = header + torch.tensor(longest)
+        self._positions = places_of([[lengths[i] for i in pool] for pool in pools], header)
         self._layers: Layers = []
         self._whole: Tensor | None = None
 
@@ -112,6 +114,9 @@ class PoolAssembly:
             self._spans.to(self.device),
             self._next_position.to(self.device),
             mask,
+            None if self._positions is None else self._positions.to(self.device),
+            extent=self.header + self._longest,
+            reach=self._longest,
         )
 
     def _copy(self, states: Tensor, row: int, begin: int) -> None:

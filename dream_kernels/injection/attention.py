@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dream_kernels import api
 from dream_kernels.injection.call import KEYWORDS
 from dream_kernels.injection.context import DocumentContext
+from dream_kernels.injection.windows import check_window, effective_window
 from dream_kernels.validation import is_traced
 from dream_kernels.value_checks import checks_values_of
 
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
 
 CONTEXT_KEYWORD = "document_context"
 _NAME = "dream_"
-
-
-class WindowError(ValueError):
-    """A sliding window of the model is shorter than the keys of a pass with documents."""
 
 
 def base_name(name: str) -> str:
@@ -42,6 +39,11 @@ def attention_of(model: PreTrainedModel) -> str:
     transformers has no public getter, so this module alone reads and sets the private one.
     """
     return model.config.get_text_config()._attn_implementation
+
+
+def is_injected(model: PreTrainedModel) -> bool:
+    """Whether the attention that a model calls is one of this module."""
+    return attention_of(model).startswith(_NAME)
 
 
 def use_attention(model: PreTrainedModel, name: str) -> None:
@@ -90,13 +92,16 @@ def _make_attention(base: str) -> Callable[..., Any]:
             layer = int(module.layer_idx)  # type: ignore[arg-type]
             _refuse_a_second_call(context, layer, module)
             context.reached.add(layer)
+            if context.states is not None:
+                context.states[layer] = key.contiguous(), value.contiguous()
             heads = context.heads.get(layer, [])
             scored = context.prefix is not None or (heads and context.scores is not None)
             if context.recorder is not None or scored:
                 own_key, own_value = _written(context, layer, key, value)
                 _refuse_parts_of_heads(context, layer, query)
-                _refuse_what_the_operator_cannot(context, layer, own_key, own_value, kwargs)
-                _refuse_other_masks(context, layer, attention_mask, base)
+                _refuse_what_the_operator_cannot(layer, kwargs)
+                window = kwargs.get("sliding_window")
+                _refuse_other_masks(context, layer, attention_mask, base, window)
             if context.recorder is not None:
                 _record_mass(context, layer, query, own_key, kwargs)
             if scored:
@@ -124,11 +129,12 @@ def _document_attention(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """Attend through the operator; returns ``[B, M, Hq, D]`` as transformers expects."""
-    prefix = None if context.prefix is None else context.prefix.layers[layer]
     rows, first = query.shape[2], context.first_row
-    all_scores = context.scores_of(layer)
+    all_scores, formula = context.scores_of(layer), _formula(context, layer, query, kwargs)
     if all_scores is None or context.spans is None or not heads:
         first = rows
+    if first < rows and formula["window"] is not None:
+        check_window(context, layer, formula["window"], rows)
 
     def attend(begin: int, end: int) -> Tensor:
         """Attend with rows ``begin .. end``, all of them scored or none."""
@@ -138,22 +144,22 @@ def _document_attention(
             own = []
             scores = torch.zeros(len(query), 1, device=query.device)
             spans = torch.zeros(len(query), 1, 2, dtype=torch.long, device=query.device)
-        mask, last = context.attention_mask, key.shape[2] - rows + end
-        if mask is not None:
-            mask = mask[:, : mask.shape[1] - rows + end].to(query.device)
+        local = key.shape[2] - rows + end
+        seen = {
+            name: formula[name][:, : formula[name].shape[1] - rows + end]
+            for name in ("attention_mask", "positions")
+            if formula[name] is not None
+        }
         return api.document_attention(
             _places(query, begin, end),
-            _places(key, 0, last),
-            _places(value, 0, last),
+            _places(key, 0, local),
+            _places(value, 0, local),
             scores.to(query.device),
             spans.to(query.device),
             mode=context.mode,
             heads=own,
             document_mass=context.document_mass,
-            scale=kwargs.get("scaling"),
-            attention_mask=mask,
-            prefix=prefix,
-            impl=context.impl,
+            **{**formula, **seen},
         )
 
     if first in (0, rows):
@@ -170,8 +176,10 @@ def _refuse_a_second_call(context: DocumentContext, layer: int, module: nn.Modul
         )
 
 
-def _refuse_other_masks(context: DocumentContext, layer: int, mask: Any, base: str) -> None:
-    """Raise if the model's own mask says anything but what is padding and what comes later.
+def _refuse_other_masks(
+    context: DocumentContext, layer: int, mask: Any, base: str, window: int | None
+) -> None:
+    """Raise if the model's own mask hides other keys than padding, later ones and those too far.
 
     Each mask of a pass is read once, where contents are checked.
     """
@@ -180,23 +188,29 @@ def _refuse_other_masks(context: DocumentContext, layer: int, mask: Any, base: s
     # On an accelerator those are read that transformers itself does not make so: not of booleans,
     # though the attention is not its eager one.
     read = checks_values_of(mask) or (base != "eager" and mask.dtype != torch.bool)
-    if not read or is_traced(mask) or any(mask is known for known in context.masks):
+    if not read or is_traced(mask):
+        return
+    if any(mask is known and window == width for known, width in context.masks):
         return
     rows, length = mask.shape[2], context.length
     visible = mask[..., :length] if mask.dtype == torch.bool else mask[..., :length] == 0
     places = torch.arange(length, device=mask.device)
-    expected = places <= places[length - rows :, None]
+    own = places[length - rows :, None]
+    expected = places <= own
+    if window is not None:
+        expected &= places > own - window
     real_rows = torch.ones(1, rows, dtype=torch.bool, device=mask.device)
     if context.attention_mask is not None:
         local = context.attention_mask[:, -length:].to(mask.device)
         expected, real_rows = expected & local[:, None], local[:, -rows:]
     same = (visible == expected[..., None, :, :]) | ~real_rows[:, None, :, None]
     if not same.all():
+        within = "" if window is None else f" within {window} keys"
         raise ValueError(
-            f"layer {layer} attends with a mask that is not causal attention with padding, which "
-            "is all that is supported with document_scores"
+            f"layer {layer} attends with a mask that is not causal attention with padding{within}, "
+            "which is all that is supported with document_scores"
         )
-    context.masks.append(mask)
+    context.masks.append((mask, window))
 
 
 def _refuse_parts_of_heads(context: DocumentContext, layer: int, query: Tensor) -> None:
@@ -243,43 +257,40 @@ def _record_mass(
     context: DocumentContext, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]
 ) -> None:
     assert context.recorder is not None and context.spans is not None
-    prefix = None if context.prefix is None else context.prefix.layers[layer]
-    mask = context.attention_mask
     mass = api.document_mass(
         query,
         key,
         context.spans.to(query.device),
-        scale=kwargs.get("scaling"),
-        attention_mask=None if mask is None else mask.to(query.device),
-        prefix=prefix,
-        impl=context.impl,
+        **_formula(context, layer, query, kwargs),
     )
     context.recorder.record(layer, mass)
 
 
-def _refuse_what_the_operator_cannot(
-    context: DocumentContext, layer: int, key: Tensor, value: Tensor, kwargs: dict[str, Any]
-) -> None:
+def _refuse_what_the_operator_cannot(layer: int, kwargs: dict[str, Any]) -> None:
     """Raise if the model asks its attention for something that the operator does not support."""
-    if value.shape[3] != key.shape[3]:
-        raise ValueError(
-            f"layer {layer} has values of another width than its keys ({value.shape[3]} and "
-            f"{key.shape[3]}), which the operator does not do"
-        )
-    length = key.shape[2] + (0 if context.prefix is None else context.prefix.length)
-    window = kwargs.get("sliding_window")
-    if window is not None and length > window:
-        raise WindowError(
-            f"layer {layer} attends through a sliding window of {window} keys, which is exact only "
-            f"up to that length; this pass has {length}: read fewer or shorter documents, or "
-            "choose heads in layers with full attention and read without a prefix"
-        )
-    if kwargs.get("softcap") is not None:
-        raise ValueError(f"layer {layer} caps its attention logits, which the operator cannot do")
-    if kwargs.get("s_aux") is not None:
-        raise ValueError(f"layer {layer} has attention sinks, which the operator does not support")
     if kwargs.get("dropout"):
         raise ValueError(
             f"layer {layer} drops attention weights (dropout {kwargs['dropout']}): call "
             "model.eval(), or set attention_dropout to 0 in its config"
         )
+    for name in ("head_mask", "cu_seq_lens_q", "cu_seq_lens_k"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} is not supported with document_scores")
+
+
+def _formula(
+    context: DocumentContext, layer: int, query: Tensor, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """What the model's own attention does besides attending, as arguments of the operator."""
+    window = effective_window(context, kwargs.get("sliding_window"))
+    mask, positions = context.attention_mask, context.positions
+    return {
+        "scale": kwargs.get("scaling"),
+        "softcap": kwargs.get("softcap"),
+        "sinks": kwargs.get("s_aux"),
+        "window": window,
+        "positions": None if positions is None or window is None else positions.to(query.device),
+        "attention_mask": None if mask is None else mask.to(query.device),
+        "prefix": context.prefix_of(layer),
+        "impl": context.impl,
+    }

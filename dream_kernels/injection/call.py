@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from dream_kernels.injection.context import DocumentContext, Prefix
+from dream_kernels.injection.layers import Layers
 
 KEYWORDS = ("document_scores", "document_spans", "document_prefix", "document_first_row")
+# Inputs of models that read more than text.
+_OF_IMAGES = ("pixel_values", "pixel_values_videos", "mm_token_type_ids")
 # For the injection's own use: a MassRecorder.
 RECORDER_KEYWORD = "document_recorder"
 
@@ -40,8 +43,8 @@ def prepare(
     documents: dict[str, Any],
     given: dict[str, Any],
     *,
-    layers: int,
-    takes_positions: bool,
+    layers: Layers,
+    why_no_prefix: str | None,
     **options: Any,
 ) -> tuple[DocumentContext, dict[str, Any]]:
     """Check a call and return its context, and the keyword arguments that it changes.
@@ -50,7 +53,7 @@ def prepare(
         documents: what :func:`take_documents` returned.
         given: all other arguments of the call, by name.
         layers: of the model.
-        takes_positions: see :func:`dream_kernels.injection.support.takes_positions`.
+        why_no_prefix: see :func:`dream_kernels.injection.support.why_no_prefix`.
         **options: the fields of the context that belong to the injection.
 
     Raises:
@@ -66,6 +69,11 @@ def prepare(
         raise ValueError("input_ids or inputs_embeds must be given with document_scores")
     if given.get("encoder_hidden_states") is not None:
         raise ValueError("encoder_hidden_states is not supported with document_scores")
+    for name in _OF_IMAGES:
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{name} is not supported with document_scores: tokens of an image see later ones"
+            )
     batch, rows = inputs.shape[:2]
     first_row = check_first_row(first_row, rows)
     past, past_length = cache_of(given)
@@ -73,21 +81,26 @@ def prepare(
         _check_cache_position(given["cache_position"], past_length, rows)
 
     changes: dict[str, Any] = {}
+    positions = None
     if prefix is not None:
-        _check_prefix(prefix, batch, layers)
+        if why_no_prefix is not None:
+            raise ValueError(f"document_prefix does not go with this model: {why_no_prefix}")
+        _check_prefix(prefix, batch, len(layers.attention))
         if spans is None:
             spans = prefix.spans
-        if not takes_positions:
-            raise ValueError(
-                "document_prefix needs a model that takes position_ids, counted from 0; this one "
-                "cannot be told that input_ids does not begin at the first position"
-            )
-        if given.get("position_ids") is None:
-            changes["position_ids"] = _suffix_positions(
-                prefix, given.get("attention_mask"), batch, past_length, rows, inputs.device
-            )
+        local = _local_positions(
+            prefix, given.get("attention_mask"), batch, past_length + rows, inputs.device
+        )
+        own = given.get("position_ids")
+        if own is None:
+            changes["position_ids"] = local[:, -rows:]
+        else:
+            local = torch.cat([local[:, :-rows], own.to(local).expand(batch, -1)], dim=1)
+        positions = _all_positions(prefix, local)
         if "use_cache" not in given:
             changes["use_cache"] = False
+        if layers.states:
+            _check_continued(prefix, layers, past, given)
     elif given.get("position_ids") is not None and given.get("attention_mask") is None:
         _refuse_packing(given["position_ids"])
     if spans is not None and len(spans) == 1:
@@ -97,7 +110,7 @@ def prepare(
     if scores is None and spans is not None and prefix is None and recorder is None:
         raise ValueError("document_spans needs document_scores")
     if scores is not None and scores.dim() == 4:
-        _check_layers_of_scores(scores, layers)
+        _check_layers_of_scores(scores, layers.count)
     context = DocumentContext(
         scores=scores,
         spans=spans,
@@ -109,6 +122,10 @@ def prepare(
         cache=past,
         first_row=first_row,
         recorder=recorder,
+        places=layers.places(),
+        positions=positions,
+        own_spans=prefix is not None and documents.get("document_spans") is None,
+        positions_given=prefix is not None and given.get("position_ids") is not None,
         **options,
     )
     return context, changes
@@ -142,12 +159,32 @@ def _check_cache_position(places: Tensor, past: int, rows: int) -> None:
         )
 
 
+def _check_continued(prefix: Prefix, layers: Layers, past: Any, given: dict[str, Any]) -> None:
+    """Refuse what would not continue the states of a prefix as one sequence does."""
+    if prefix.states.keys() != layers.states.keys():
+        raise ValueError(
+            f"document_prefix must hold the states of layers {sorted(layers.states)}, got those "
+            f"of {sorted(prefix.states)}"
+        )
+    if past is not None or given.get("use_cache"):
+        raise ValueError(
+            "a cache is not supported with a document_prefix that holds states: pass "
+            "use_cache=False and no cache"
+        )
+    mask = given.get("attention_mask")
+    if mask is not None and not mask.bool().cummin(dim=1).values.eq(mask.bool()).all():
+        raise ValueError(
+            "attention_mask must have its padding at the end with a document_prefix that holds "
+            "states: they would continue over padding before a token"
+        )
+
+
 def _check_prefix(prefix: object, batch: int, layers: int) -> None:
     if not isinstance(prefix, Prefix):
         raise TypeError(f"document_prefix must be a Prefix, got {type(prefix).__name__}")
     if len(prefix.layers) != layers:
         raise ValueError(
-            f"document_prefix must hold {layers} layers, as the model does, got "
+            f"document_prefix must hold {layers} layers with attention, as the model does, got "
             f"{len(prefix.layers)}"
         )
     if prefix.batch not in (1, batch):
@@ -179,14 +216,22 @@ def _full_mask(
     return torch.cat([before.to(device).expand(batch, -1), local.bool()], dim=1)
 
 
-def _suffix_positions(
-    prefix: Prefix, mask: Tensor | None, batch: int, past: int, rows: int, device: torch.device
+def _local_positions(
+    prefix: Prefix, mask: Tensor | None, batch: int, length: int, device: torch.device
 ) -> Tensor:
-    """Position ids ``[B, M]`` of a suffix, continuing after the prefix; padding has none."""
+    """Position ids ``[B, length]`` of what follows the prefix; padding has none."""
     start = prefix.next_position.to(device)[:, None]
     if mask is None:
-        return (start + past + torch.arange(rows, device=device)).expand(batch, -1)
-    return start + (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -rows:]
+        return (start + torch.arange(length, device=device)).expand(batch, -1)
+    return start + (mask.to(device).long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _all_positions(prefix: Prefix, local: Tensor) -> Tensor:
+    """Positions ``[B, P + length]`` of prefix and local keys."""
+    before = prefix.positions
+    if before is None:
+        before = torch.arange(prefix.length)[None]
+    return torch.cat([before.to(local.device).expand(len(local), -1), local], dim=1)
 
 
 def _refuse_packing(position_ids: Tensor) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dream_kernels.injection.states import States, of_rows
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -16,18 +18,28 @@ class Prefix:
     Nothing here is copied, expanded or joined when it is used, and no gradient flows into it.
 
     Attributes:
-        layers: for every layer ``(key, value)`` of ``[1 or B, Hkv, P, D]``; batch 1 is one pool
-            shared by every row of a suffix batch.
+        layers: for every layer with attention ``(key, value)`` of ``[1 or B, Hkv, P, D]``; batch 1
+            is one pool shared by every row of a suffix batch.
         spans: ``[1 or B, C, 2]`` int64, the range of each document in the prefix.
         next_position: ``[1 or B]`` int64, the position id at which a suffix starts.
         mask: ``[1 or B, P]`` bool, False for padding, or None when there is none; ``[B, P]`` over
             a shared pool hides documents from some rows.
+        positions: ``[1 or B, P]`` int64, the position of every token, from which the windows of a
+            model count; None where they count up from 0.
+        extent: the greatest ``next_position`` if the host knows it, otherwise None.
+        reach: the most tokens from the start of a document to ``next_position``, likewise.
+        states: what layers without attention keep of the documents, by layer, batch 1 or B; empty
+            for most models.
     """
 
     layers: list[tuple[Tensor, Tensor]]
     spans: Tensor
     next_position: Tensor
     mask: Tensor | None = None
+    positions: Tensor | None = None
+    extent: int | None = None
+    reach: int | None = None
+    states: States = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -48,6 +60,18 @@ class Prefix:
     def documents(self) -> int:
         return self.spans.shape[1]
 
+    def farthest(self) -> int:
+        """The most tokens from the start of a document to ``next_position``, see ``reach``."""
+        if self.reach is not None:
+            return self.reach
+        start, end = self.spans.unbind(-1)
+        positions = self.positions
+        if positions is None:
+            positions = torch.arange(self.length, device=start.device)[None]
+        first = positions.expand(len(start), -1).gather(1, start.clamp(max=self.length - 1))
+        distance = self.next_position[:, None] - first
+        return int(distance.masked_fill(end == start, 0).max())
+
     def of_rows(self, rows: Tensor) -> Prefix:
         """The prefix of some suffixes of a batch; a shared prefix serves all of them.
 
@@ -66,6 +90,10 @@ class Prefix:
             pick(self.spans),
             pick(self.next_position),
             None if self.mask is None else pick(self.mask),
+            None if self.positions is None else pick(self.positions),
+            self.extent,
+            self.reach,
+            of_rows(self.states, place),
         )
 
 
@@ -99,10 +127,16 @@ class DocumentContext:
         impl: as in :func:`dream_kernels.document_attention`.
         length: tokens of this pass and of its cache, those of the prefix not counted.
         cache: the model's cache, or None.
+        positions: ``[B, T]``, the positions of prefix and local keys, or None where they count up.
+        own_spans: whether the spans are those of the prefix.
+        positions_given: whether the caller chose the positions of the local keys.
+        places: the index of each layer with attention among them.
         first_row: the first row of the local tokens that the scores act on.
         recorder: collects document masses, or None.
+        states: collects the keys and values of every layer, or None.
         reached: the layers whose attention has received this context; detects models that drop it.
         finished: whether the pass is over. Layers are called again by gradient checkpointing alone.
+        needed_window: the least window in which scored rows see the documents in full, once known.
         masks: the model's own masks that agree with ``attention_mask``.
     """
 
@@ -117,11 +151,43 @@ class DocumentContext:
     impl: str
     length: int
     cache: Any = None
+    positions: Tensor | None = None
+    own_spans: bool = False
+    positions_given: bool = False
+    places: dict[int, int] = field(default_factory=dict)
     first_row: int = 0
     recorder: MassRecorder | None = None
+    states: dict[int, tuple[Tensor, Tensor]] | None = None
     reached: set[int] = field(default_factory=set)
     finished: bool = False
-    masks: list[Tensor] = field(default_factory=list)
+    needed_window: int | None = None
+    masks: list[tuple[Tensor, int | None]] = field(default_factory=list)
+
+    @classmethod
+    def plain(cls, length: int, states: dict[int, tuple[Tensor, Tensor]]) -> DocumentContext:
+        """A pass of ``length`` tokens without documents that collects keys and values."""
+        return cls(
+            heads={},
+            query_heads=0,
+            scores=None,
+            spans=None,
+            attention_mask=None,
+            prefix=None,
+            mode="reweight",
+            document_mass=None,
+            impl="auto",
+            length=length,
+            states=states,
+        )
+
+    @property
+    def total(self) -> int:
+        """Number of keys, those of the prefix included."""
+        return self.length + (0 if self.prefix is None else self.prefix.length)
+
+    def prefix_of(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the prefix in a layer, None without a prefix."""
+        return None if self.prefix is None else self.prefix.layers[self.places[layer]]
 
     def scores_of(self, layer: int) -> Tensor | None:
         """The scores that act in a layer: ``[B, C]`` or ``[B, Hq, C]``."""

@@ -15,7 +15,9 @@ from dream_kernels.dispatch import check_impl
 from dream_kernels.head_file import HeadFile, read_chosen_heads
 from dream_kernels.injection import attention, call, generation, support
 from dream_kernels.injection.context import DocumentContext, MassRecorder, Prefix
+from dream_kernels.injection.layers import Layers, layers_of
 from dream_kernels.injection.own_config import OwnConfig
+from dream_kernels.injection.states import continued
 from dream_kernels.validation import check_mode
 
 if TYPE_CHECKING:
@@ -41,14 +43,15 @@ class Injection:
         mode: str,
         document_mass: float | None,
         impl: str,
+        layers: Layers,
     ) -> None:
         self.model = model
         self.heads = heads
         self.mode = mode
         self.document_mass, self._impl = document_mass, impl
         _, *self._names = inspect.signature(type(model).forward).parameters
-        self._layers = frozenset(support.attention_modules(model))
-        self._takes_positions = support.takes_positions(model)
+        self._layers = layers
+        self._why_no_prefix = support.why_no_prefix(model, layers)
         self._original = attention.base_name(attention.attention_of(model))
         self._config = OwnConfig(model, attention.register(self._original))
         self._handles = [
@@ -87,7 +90,19 @@ class Injection:
             TypeError: ``heads`` has the wrong form.
             ValueError: the model has no such head, or a head file does not say which are chosen.
         """
-        self.heads = support.check_heads(_by_layer(heads, top_k), self.model)
+        self.heads = support.check_heads(_by_layer(heads, top_k), self.model, self._layers)
+
+    def layers_that_reach(self, tokens: int) -> list[int]:
+        """The layers in which scores can act on documents that start ``tokens - 1`` tokens back.
+
+        All that can be injected, except those with a shorter sliding window.
+        """
+        windows = self._layers.windows
+        return [
+            layer
+            for layer in sorted(self._layers.attention)
+            if (window := windows.get(layer)) is None or window >= tokens
+        ]
 
     def read_mass(self, row_weights: Tensor, **inputs: Any) -> Tensor:
         """Return the plain attention mass of every document in every layer and head.
@@ -101,7 +116,7 @@ class Injection:
                 ``document_prefix`` and ``document_scores``.
 
         Returns:
-            ``[layers, B, Hq, C]`` float32 on the CPU.
+            ``[layers, B, Hq, C]`` float32 on the CPU; 0 in layers in which no scores can act.
 
         Raises:
             ValueError: there are no documents, or the shapes do not fit.
@@ -109,8 +124,9 @@ class Injection:
         recorder = MassRecorder(row_weights)
         with torch.no_grad():
             self.model(**inputs, **{call.RECORDER_KEYWORD: recorder})
-        masses = recorder.layers
-        return torch.stack([masses[layer].cpu() for layer in sorted(masses)])
+        masses = {layer: mass.cpu() for layer, mass in recorder.layers.items()}
+        none = torch.zeros_like(next(iter(masses.values())))
+        return torch.stack([masses.get(layer, none) for layer in range(self._layers.count)])
 
     def decode(self, **inputs: Any) -> Tensor:
         """Run the decoder without its language-model head.
@@ -183,14 +199,22 @@ class Injection:
         context, changes = call.prepare(
             documents,
             given,
-            layers=len(self._layers),
-            takes_positions=self._takes_positions,
+            layers=self._layers,
+            why_no_prefix=self._why_no_prefix,
             heads=self.heads,
             query_heads=model.config.get_text_config().num_attention_heads,
             mode=self.mode,
             document_mass=self.document_mass,
             impl=self._impl,
         )
+        if context.prefix is not None and context.prefix.states:
+            if model.training and model.is_gradient_checkpointing:
+                raise ValueError(
+                    "a document_prefix that holds states does not go with gradient checkpointing, "
+                    "which drops them"
+                )
+            cache = continued(model, context.prefix.states, _batch_of(given))
+            changes[support.cache_keyword(model)] = cache
         return args, {**kwargs, **changes, attention.CONTEXT_KEYWORD: context}
 
     def _after_forward(
@@ -202,8 +226,13 @@ class Injection:
         if context is None:
             return
         context.finished = True
+        if context.prefix is not None and context.prefix.states:
+            # Nothing was written back to the cache of this pass: it continues nothing.
+            for name in ("cache", "past_key_values", "cache_params"):
+                if isinstance(output, dict) and name in output:
+                    output[name] = None
         everywhere = context.prefix is not None or context.recorder is not None
-        expected = self._layers if everywhere else set(context.heads)
+        expected = set(self._layers.attention if everywhere else context.heads)
         missed = expected - context.reached
         if missed:
             raise RuntimeError(
@@ -265,18 +294,24 @@ def inject_attention(
             "it is injected already; call remove() on the first injection, or use that one"
         )
     else:
-        reason = support.why_not(model)
+        layers = layers_of(model)
+        reason = support.why_not(model, layers)
     if reason is not None:
         raise ValueError(f"{type(model).__name__} cannot be injected: {reason}")
     check_mode(mode, document_mass)
     check_impl(impl)
-    checked = support.check_heads(_by_layer(heads, top_k), model)
-    return Injection(model, checked, mode, document_mass, impl)
+    checked = support.check_heads(_by_layer(heads, top_k), model, layers)
+    return Injection(model, checked, mode, document_mass, impl, layers)
 
 
 def _is_injected(model: PreTrainedModel) -> bool:
     hooks = model._forward_pre_hooks.values()
     return any(isinstance(getattr(hook, "__self__", None), Injection) for hook in hooks)
+
+
+def _batch_of(given: Mapping[str, Any]) -> int:
+    inputs = given.get("input_ids")
+    return len(given["inputs_embeds"] if inputs is None else inputs)
 
 
 def _by_layer(heads: Heads, top_k: int | None) -> Mapping[int, Sequence[int]]:

@@ -7,14 +7,18 @@ documents are scored. So their keys and values are computed once and every suffi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from dream_kernels.injection import support
+from dream_kernels.injection import attention, support
 from dream_kernels.injection.assembly import Layers, PoolAssembly
-from dream_kernels.injection.context import Prefix
+from dream_kernels.injection.context import DocumentContext, Prefix
+from dream_kernels.injection.inject import inject_attention
+from dream_kernels.injection.layers import layers_of
+from dream_kernels.injection.states import States, empty_cache, states_of
 from dream_kernels.value_checks import check_span_values
 
 if TYPE_CHECKING:
@@ -54,8 +58,8 @@ def read_jointly(
         The prefix; a suffix continues at the position after the last token.
 
     Raises:
-        ValueError: padding precedes a token, the spans do not fit, or a sliding window of
-            the model is shorter than the sequence.
+        ValueError: padding precedes a token, the spans do not fit, or the model keeps more of
+            earlier tokens than keys and values.
     """
     check_span_values(spans, input_ids.shape[1])
     mask = None
@@ -65,8 +69,18 @@ def read_jointly(
         if (mask[:, 1:] & ~mask[:, :-1]).any():
             raise ValueError("attention_mask of a prefix must have its padding at the end")
         next_position = mask.sum(1)
-    layers = _keys_and_values(model, input_ids, mask)
-    return Prefix(layers, spans.long(), next_position, mask)
+    layers, states = _keys_and_values(model, input_ids, mask)
+    starts = spans[..., 0][spans[..., 1] > spans[..., 0]].tolist()
+    length = input_ids.shape[1]
+    return Prefix(
+        layers,
+        spans.long(),
+        next_position,
+        mask,
+        extent=length,
+        reach=length - min(starts, default=length),
+        states=states,
+    )
 
 
 @torch.no_grad()
@@ -181,19 +195,53 @@ def _read_alone(
         tokens = [*header, *document]
         ids[i, : len(tokens)] = torch.tensor(tokens)
         mask[i, : len(tokens)] = True
-    return _keys_and_values(model, ids.to(device), mask)
+    layers, states = _keys_and_values(model, ids.to(device), mask)
+    if states:
+        raise ValueError(
+            f"documents cannot be read independently by {type(model).__name__}: what layer "
+            f"{min(states)} keeps of one continues with the next; read them jointly"
+        )
+    return layers
 
 
-def _keys_and_values(model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None) -> Layers:
-    """Run the decoder without its language-model head and return every layer's cache."""
-    from transformers import DynamicCache
+def _keys_and_values(
+    model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None
+) -> tuple[Layers, States]:
+    """Run the decoder without its language-model head and return what every attention received.
 
-    cache, decoder = DynamicCache(), support.decoder_of(model).base_model
-    decoder(
+    A cache may hold something else, such as the projections from which keys are computed.
+    """
+    whole = support.decoder_of(model)
+    injected = attention.is_injected(whole)
+    with nullcontext() if injected else inject_attention(whole, {}):
+        return _received(whole, input_ids, mask)
+
+
+def _received(
+    model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None
+) -> tuple[Layers, States]:
+    layers = layers_of(model)
+    reason = support.why_no_prefix(model, layers)
+    if reason is not None:
+        raise ValueError(f"{type(model).__name__} cannot read documents into a prefix: {reason}")
+    if layers.states and mask is not None and not mask.all():
+        raise ValueError(
+            f"the documents of {type(model).__name__} must be read without padding, over which "
+            f"the state of layer {min(layers.states)} would continue"
+        )
+    received: dict[int, tuple[Tensor, Tensor]] = {}
+    context = DocumentContext.plain(input_ids.shape[1], received)
+    cache = empty_cache(model) if layers.states else None
+    model.base_model(
         input_ids=input_ids,
         attention_mask=None if mask is None else mask.long().to(input_ids.device),
-        use_cache=True,
-        **{support.cache_keyword(decoder): cache},
+        use_cache=cache is not None,
+        **{attention.CONTEXT_KEYWORD: context, support.cache_keyword(model.base_model): cache},
     )
-    layers: list[Any] = cache.layers
-    return [(layer.keys, layer.values) for layer in layers]
+    states = {} if cache is None else states_of(cache, layers)
+    if states.keys() != layers.states.keys():
+        raise ValueError(
+            f"{type(model).__name__} cannot read documents into a prefix: its cache does not hold "
+            f"the states of layers {sorted(layers.states.keys() - states.keys())}"
+        )
+    return [received[layer] for layer in sorted(layers.attention)], states

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from dream_kernels.injection.layers import Layers
+from dream_kernels.injection.states import why_not_continued
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Attention of a layer that is exact under the operator (a window, as long as it holds all keys).
-_SUPPORTED_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 def decoder_of(model: object) -> PreTrainedModel:
@@ -44,22 +44,6 @@ def decoder_of(model: object) -> PreTrainedModel:
                 f"PeftModel, got {type(inner).__name__}"
             )
     return inner
-
-
-def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
-    """Return the attention module of every layer, by layer index."""
-    return {
-        module.layer_idx: module  # type: ignore[misc]
-        for module in model.modules()
-        if isinstance(getattr(module, "layer_idx", None), int)
-        and type(module).__name__.endswith("Attention")
-    }
-
-
-def _head_sizes(attention: nn.Module) -> list[int]:
-    """Widths of keys and values, where the layer says them."""
-    sizes = [getattr(attention, name, None) for name in ("qk_head_dim", "v_head_dim")]
-    return [size for size in sizes if isinstance(size, int)]
 
 
 def _drops_keywords(model: nn.Module, modules: Mapping[int, nn.Module]) -> str | None:
@@ -126,78 +110,67 @@ def takes_positions(model: PreTrainedModel) -> bool:
     )
 
 
-def why_not(model: PreTrainedModel) -> str | None:
+def why_not(model: PreTrainedModel, layers: Layers) -> str | None:
     """Return why ``model`` cannot be injected, or None when it can."""
     config = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder, and only decoders are supported"
     if not type(model)._can_set_attn_implementation():
-        return "it does not dispatch through transformers' AttentionInterface"
+        return "it does not use transformers' AttentionInterface"
     parts = getattr(model, "_tp_size", None) or 1
     if parts > 1:
         return (
             f"its heads are split over {parts} processes (tensor parallelism): each would count "
             "its own from 0, and hold a part of the scores' gradient"
         )
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return (
-            f"it caps its attention logits (attn_logit_softcapping="
-            f"{config.attn_logit_softcapping}), which the operator does not do"
-        )
-    if getattr(config, "use_bidirectional_attention", False):
+    if getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"):
         return "its attention is bidirectional"
-    kinds = set(getattr(config, "layer_types", None) or ()) - _SUPPORTED_LAYER_TYPES
-    if kinds:
-        return f"it has layers of type {', '.join(sorted(kinds))}"
-    modules = attention_modules(model)
-    if sorted(modules) != list(range(config.num_hidden_layers)):
-        return (
-            f"{config.num_hidden_layers} layers with attention were expected, and attention was "
-            f"found in layers {sorted(modules)}"
-        )
-    if any(getattr(module, "is_causal", True) is False for module in modules.values()):
-        return "not all of its attention is causal"
-    narrow = {
-        layer: sizes
-        for layer, module in modules.items()
-        if len(set(sizes := _head_sizes(module))) > 1
-    }
-    if narrow:
-        layer, (of_keys, of_values) = next(iter(narrow.items()))
-        return (
-            f"its values are of another width than its keys ({of_values} and {of_keys} in layer "
-            f"{layer}), which the operator does not do"
-        )
-    dropper = _drops_keywords(model, modules)
+    if not layers.attention:
+        reasons = dict.fromkeys(layers.refused[layer] for layer in sorted(layers.refused))
+        return f"not one of its layers can be: {'; '.join(reasons)}"
+    if not hasattr(config, "num_attention_heads"):
+        return "its layers have different numbers of heads"
+    dropper = _drops_keywords(model, layers.attention)
     if dropper is not None:
         return (
             f"{dropper} does not pass keyword arguments on, by which the attention gets its "
             "documents"
         )
-    sinks = [layer for layer, module in modules.items() if hasattr(module, "sinks")]
-    if sinks:
-        return f"layers {sinks} have attention sinks"
-    if getattr(config, "num_kv_shared_layers", 0):
-        return "some of its layers share the keys and values of others"
     return None
 
 
-def check_heads(heads: Mapping[Any, Sequence[int]], model: PreTrainedModel) -> dict[int, list[int]]:
+def why_no_prefix(model: PreTrainedModel, layers: Layers) -> str | None:
+    """Return why documents cannot be read apart from what follows them, or None when they can."""
+    if not takes_positions(model):
+        return "it does not take position_ids that count from 0"
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        return "some layers share the keys and values of others"
+    return why_not_continued(model, layers) if layers.states else None
+
+
+def check_heads(
+    heads: Mapping[Any, Sequence[int]], model: PreTrainedModel, layers: Layers
+) -> dict[int, list[int]]:
     """Return ``{layer: [head, ...]}`` after checking it against the model.
 
     Raises:
         TypeError: a layer or head is not an integer.
-        ValueError: the model has no such layer or head, or a head is named twice.
+        ValueError: the model has no such layer or head, scores cannot act in the layer, or a head
+            is named twice.
     """
-    config = model.config.get_text_config()
-    layers, query_heads = config.num_hidden_layers, config.num_attention_heads
+    query_heads = model.config.get_text_config().num_attention_heads
     checked: dict[int, list[int]] = {}
     for layer, layer_heads in heads.items():
         if isinstance(layer, bool) or not isinstance(layer, int):
             raise TypeError(f"heads must map layer numbers to lists of heads, got layer {layer!r}")
-        if not 0 <= layer < layers:
+        if not 0 <= layer < layers.count:
             raise ValueError(
-                f"heads names layer {layer}, and the model has layers 0 .. {layers - 1}"
+                f"heads names layer {layer}, and the model has layers 0 .. {layers.count - 1}"
+            )
+        if layer_heads and layer in layers.refused:
+            raise ValueError(
+                f"heads names layer {layer}, in which scores cannot act: {layers.refused[layer]}; "
+                f"they can in layers {sorted(layers.attention)}"
             )
         for head in layer_heads:
             if isinstance(head, bool) or not isinstance(head, int):

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dream_kernels import HeadFile, inject_attention, write_heads
+from dream_kernels import (
+    HeadFile,
+    inject_attention,
+    read_independently,
+    read_jointly,
+    write_heads,
+)
+from dream_kernels.injection import WindowError
 from dream_kernels.injection.support import cache_keyword
 from helpers.injected_models import NAMES, VOCABULARY, make_model, register_oracle, target_loss
 
@@ -284,8 +291,6 @@ def test_a_head_file_for_a_larger_model_is_refused(tmp_path) -> None:
 
 
 def test_models_that_cannot_be_exact_are_refused_with_the_reason() -> None:
-    with pytest.raises(ValueError, match="attn_logit_softcapping=50"):
-        inject_attention(make_model("Gemma2", attn_logit_softcapping=50.0), HEADS)
     import transformers
 
     t5 = transformers.T5ForConditionalGeneration(
@@ -300,21 +305,59 @@ def test_models_that_cannot_be_exact_are_refused_with_the_reason() -> None:
         inject_attention(torch.nn.Linear(2, 2), HEADS)
 
 
-def test_a_sliding_window_shorter_than_the_sequence_is_refused() -> None:
+def test_a_window_that_cuts_a_scored_row_off_from_documents_is_refused() -> None:
     ids, _, scores = _inputs()
     documents = {"document_scores": scores, "document_spans": SPANS}
     model = make_model("Mistral", sliding_window=12)
     with inject_attention(model, HEADS):
         model(ids)
-        with pytest.raises(ValueError, match=r"sliding window of 12 keys.* this pass has 20"):
+        with pytest.raises(
+            WindowError,
+            match=r"layer 0 .* sliding window of 12 tokens, and row 19 is 17 tokens after",
+        ):
             model(ids, **documents)
+        # Without scores nothing is cut off, and documents that are near enough are seen in full.
+        near = torch.tensor([[[8, 10], [10, 12]]])
+        model(ids, document_scores=scores[:, :2], document_spans=near)
     # Gemma 3 attends fully in its last layer here: heads there are exact under any window.
     layer_types = ["sliding_attention", "sliding_attention", "full_attention"]
     model = make_model("Gemma3", sliding_window=12, layer_types=layer_types)
     with inject_attention(model, {2: [0, 1]}):
         model(ids, **documents)
-    with inject_attention(model, {1: [0]}), pytest.raises(ValueError, match="sliding window"):
+    with inject_attention(model, {1: [0]}), pytest.raises(WindowError, match="layer 1 "):
         model(ids, **documents)
+
+
+@torch.no_grad()
+def test_many_documents_that_were_read_alone_fit_into_a_window() -> None:
+    """No key is farther than a document and a suffix."""
+    g = torch.Generator().manual_seed(7)
+    documents = torch.randint(3, VOCABULARY, (17, 100), generator=g).tolist()
+    ids = torch.randint(3, VOCABULARY, (2, 30), generator=g)
+    scores = torch.randn(2, 17, generator=g)
+    logits = {}
+    for window in (130, 10_000):
+        model = make_model("Gemma3", torch.float32, sliding_window=window)
+        with inject_attention(model, HEADS) as injection:
+            prefix = read_independently(model, documents, header=[1])
+            logits[window] = model(ids, document_prefix=prefix, document_scores=scores).logits
+            # One more row is too far from where the documents start.
+            more = torch.cat([ids, ids[:, :1]], 1)
+            if window == 130:
+                with pytest.raises(
+                    WindowError, match="row 30 is 130 tokens after the start of a d"
+                ):
+                    model(more, document_prefix=prefix, document_scores=scores)
+                joint = read_jointly(
+                    model, torch.tensor([documents[0] * 2]), torch.tensor([[[0, 100]]])
+                )
+                with pytest.raises(
+                    WindowError, match="row 29 is 229 tokens after the start of a d"
+                ):
+                    model(ids, document_prefix=joint, document_scores=scores[:, :1])
+            assert injection.layers_that_reach(131) == ([] if window == 130 else [0, 1, 2])
+    # The header is out of the window's reach, as it is in the model itself.
+    assert (logits[130] - logits[10_000]).abs().max() > 0
 
 
 def test_attention_dropout_is_refused_in_training_only() -> None:

@@ -91,14 +91,17 @@ def test_per_query_pools_equal_full_sequences(name: str) -> None:
 
 
 @pytest.mark.parametrize("pools", (None, [[0, 2, 1], [3, 1]]), ids=("shared", "per_query"))
-@every_model
-def test_independent_reading_equals_one_sequence_with_a_block_mask(name: str, pools) -> None:
-    """The oracle reads all documents in one sequence whose mask hides them from each other."""
+@pytest.mark.parametrize("name,window", [*((name, None) for name in NAMES), ("Gemma3", 12)])
+def test_independent_reading_equals_one_sequence_with_a_block_mask(name, window, pools) -> None:
+    """The oracle reads all documents in one sequence whose mask hides them from each other.
+
+    A window counts by their positions: it reaches every document, and not the header.
+    """
     g = torch.Generator().manual_seed(3)
     header = [1, 7]
     documents = [_tokens(g, n).tolist() for n in ((4, 3, 5) if pools is None else (4, 3, 5, 2))]
     ids, mask, is_target, scores = _suffix(g)
-    model = make_model(name)
+    model = make_model(name, **({} if window is None else {"sliding_window": window}))
     with inject_attention(model, HEADS):
         prefix = read_independently(model, documents, pools, header=header, batch_size=2)
         loss, gradient = _loss_and_gradient(
@@ -134,7 +137,11 @@ def test_independent_reading_equals_one_sequence_with_a_block_mask(name: str, po
     additive = torch.zeros(2, 1, total, total, dtype=torch.float64)
     additive.masked_fill_(~visible[:, None], -1e30)
     model.config._attn_implementation = register_oracle(HEADS, "reweight", None)
-    layers = {"sliding_attention": additive, "full_attention": additive}
+    near = additive
+    if window is not None:
+        far = positions[:, :, None] - positions[:, None, :] >= window
+        near = additive.masked_fill(far[:, None], -1e30)
+    layers = {"sliding_attention": near, "full_attention": additive}
     logits = model(
         whole,
         attention_mask=layers if name.startswith("Gemma") else additive,

@@ -62,10 +62,15 @@ def join_pools(prefix: Prefix, share: Share) -> Prefix:
 
     with torch.no_grad():
         layers = [(join(key), join(value)) for key, value in prefix.layers]
+    starts = ends - lengths
+    before = (starts - header).flatten().repeat_interleave(lengths.flatten())
+    device = before.device
+    alone = header + torch.arange(len(before), device=device) - before
     return Prefix(
         layers,
-        torch.cat([ends - lengths, ends], dim=-1)[None],
+        torch.cat([starts, ends], dim=-1)[None],
         (header + lengths.max()).reshape(1),
+        positions=torch.cat([torch.arange(header, device=device), alone])[None],
     )
 
 
