@@ -7,10 +7,13 @@ import math
 import pytest
 import torch
 
+from dream_kernels.injection import WindowError
+from dream_training.choices import HEAD_CRITERIA
 from dream_training.heads.gradient import gradient_scores
 from dream_training.heads.mass import filtered_sums, qr_ndcg
 from dream_training.heads.selection import HeadExample, head_examples, make_pools, select_heads
 from dream_training.reading.reader import Reader
+from helpers.injected_models import make_model
 from helpers.tiny import make_decoder, make_tokenizer
 
 EXAMPLES = [
@@ -238,3 +241,24 @@ def test_too_little_to_choose_from_is_refused() -> None:
     unknown = [*EXAMPLES[:2], HeadExample("q", "t", ("d",))]
     with pytest.raises(ValueError, match="example 2 has none"):
         select_heads(reader, unknown, criterion="qr_ndcg")
+
+
+@pytest.mark.parametrize("criterion", HEAD_CRITERIA)
+def test_layers_whose_window_is_too_short_are_left_out(criterion: str) -> None:
+    """The last of three layers sees everything; a window of the others ends within the texts."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    model = make_model(
+        "Gemma3", torch.float32, sliding_window=30, layer_types=kinds, vocab_size=259
+    )
+    reader = Reader(model, make_tokenizer(), {})
+    selected = select_heads(reader, EXAMPLES, criterion=criterion, pool_size=5)
+    assert {layer for layer, _ in selected.heads} == {2} and len(selected.heads) == 6
+    assert selected.provenance["layers_left_out"] == [0, 1]
+    reader.injection.use_heads(selected, 6)
+    losses = reader(
+        reader.read(["The apple is at 1."]), ["Where is the apple?"], ["At 1."], torch.zeros(1, 1)
+    )
+    assert torch.isfinite(losses.loss)
+    none = make_model("Gemma3", torch.float32, sliding_window=30, vocab_size=259)
+    with pytest.raises(WindowError, match="no layer of the reader has a sliding window of"):
+        select_heads(Reader(none, make_tokenizer(), {}), EXAMPLES, criterion=criterion, pool_size=5)

@@ -136,6 +136,12 @@ def _select(options: HeadOptions, output: Path, criterion: str) -> None:
     if head_file.scores and not is_stream(output):
         paths["Their map:"] = plot_heads(head_file, output.with_suffix(".png"))
     print_paths(console, paths)
+    left_out = head_file.provenance.get("layers_left_out")
+    if left_out:
+        console.print(
+            f"Layers {', '.join(map(str, left_out))} are left out: they have no attention that "
+            "scores can act on, or a sliding window that is too short for the texts."
+        )
     preferred = head_file.provenance.get("prefers_the_positive")
     if preferred is not None:
         console.print(f"The loss prefers the document known to be relevant in {preferred:.0%}.")

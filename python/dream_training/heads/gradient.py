@@ -65,8 +65,8 @@ def gradient_scores(
 ) -> GradientScores:
     """Differentiate the loss in every head's weights over one pool of documents.
 
-    One forward and backward pass in which every head receives scores, after one forward pass for
-    the weights if ``point`` is ``"own"``. The reader's own heads are restored afterwards.
+    One forward and backward pass in which every head receives scores that can, after one forward
+    pass for the weights if ``point`` is ``"own"``. The reader's own heads are restored afterwards.
 
     Args:
         reader: the reader; its own heads do not matter here. In mode ``"bias"`` scores are added
@@ -84,11 +84,12 @@ def gradient_scores(
     injection, config = reader.injection, reader.model.config.get_text_config()
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     prefix = reader.read(documents)
+    ids, mask, rows = reader.suffix_rows(queries, targets)
+    reached = injection.layers_that_reach(prefix.farthest() + ids.shape[1])
     shape = (len(queries), layers, heads, len(documents))
     weights = torch.ones(shape)
     if injection.mode == "reweight":
         if point == "own":
-            ids, mask, rows = reader.suffix_rows(queries, targets)
             weights = injection.read_mass(
                 rows, input_ids=ids, attention_mask=mask, document_prefix=prefix
             ).transpose(0, 1)
@@ -97,7 +98,7 @@ def gradient_scores(
     scores = weights.log().requires_grad_()
     own_heads = injection.heads
     try:
-        injection.use_heads({layer: range(heads) for layer in range(layers)})
+        injection.use_heads({layer: range(heads) for layer in reached})
         reading = reader(prefix, queries, targets, scores)
         (gradient,) = torch.autograd.grad(reading.loss * reading.target_tokens, scores)
     finally:

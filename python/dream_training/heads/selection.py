@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dream_kernels import HeadFile
+from dream_kernels.injection import WindowError
 from dream_training.choices import HEAD_CRITERIA, check_at_least, check_choice
 from dream_training.console import progress
 from dream_training.heads.gradient import gradient_scores
@@ -115,7 +116,7 @@ def select_heads(
     data_name: str = "",
     reader_name: str = "",
 ) -> HeadFile:
-    """Rank all heads of the reader.
+    """Rank all heads of the reader that can receive scores for such texts.
 
     ``criterion`` is one of
 
@@ -153,7 +154,8 @@ def select_heads(
 
     Raises:
         ValueError: the criterion is unknown, there are fewer than two examples, a pool is smaller
-            than two, or an example lacks the positive that the criterion needs.
+            than two, an example lacks the positive that the criterion needs, or every layer has a
+            sliding window that is too short for the examples.
     """
     check_choice("criterion", criterion, HEAD_CRITERIA)
     provenance: dict[str, Any] = {
@@ -163,7 +165,10 @@ def select_heads(
     }
     if criterion == "random":
         provenance |= {"seed": seed, "date": datetime.date.today().isoformat()}
-        return HeadFile(random_order(reader, seed), provenance=provenance)
+        layers = usable_layers(reader, make_pools(examples, max(2, pool_size)))
+        heads = random_order(reader, seed, layers)
+        provenance |= _left_out(reader.model.config.get_text_config().num_hidden_layers, layers)
+        return HeadFile(heads, provenance=provenance)
     check_at_least("pool_size", pool_size, 2)
     if len(examples) < 2:
         raise ValueError(f"examples must hold at least 2, got {len(examples)}")
@@ -171,6 +176,7 @@ def select_heads(
     provenance["examples_digest"] = examples_digest(examples)
     provenance |= {"context": reader.context, "passage_max_len": reader.tokens.passage_max_len}
     pools = make_pools(examples, pool_size)
+    layers = usable_layers(reader, pools)
     if criterion == "loss_gradient":
         scores, found = _gradient_scores(reader, pools, point)
         provenance |= {"mode": reader.injection.mode, "point": point, **found}
@@ -184,7 +190,7 @@ def select_heads(
         scores = _qr_scores(reader, pools, criterion, null_query, token_filter)
         provenance |= {"null_query": null_query, "token_filter": token_filter}
     provenance["date"] = datetime.date.today().isoformat()
-    return _head_file(scores, provenance)
+    return _head_file(scores, provenance, layers)
 
 
 def examples_digest(examples: Sequence[HeadExample]) -> str:
@@ -193,14 +199,36 @@ def examples_digest(examples: Sequence[HeadExample]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def random_order(reader: Reader, seed: int) -> list[tuple[int, int]]:
-    """Return all heads of the reader in a random order."""
-    config = reader.model.config.get_text_config()
-    heads = [
-        (layer, head)
-        for layer in range(config.num_hidden_layers)
-        for head in range(config.num_attention_heads)
-    ]
+def usable_layers(reader: Reader, pools: Sequence[Sequence[HeadExample]]) -> list[int]:
+    """Return the layers whose heads can receive scores for texts like those of the pools.
+
+    The others have no such attention, or a sliding window that is too short for the texts.
+
+    Raises:
+        ValueError: there are none.
+    """
+    farthest = 0
+    for pool in pools:
+        documents = list(dict.fromkeys(d for example in pool for d in example.documents))
+        lengths = [len(ids) for ids in reader.tokens.documents(documents)]
+        queries = reader.tokens.queries([example.query for example in pool])
+        targets = reader.tokens.targets([example.target for example in pool])
+        suffix = max(len(query) + len(target) for query, target in zip(queries, targets))
+        reach = sum(lengths) if reader.context == "joint" else max(lengths)
+        farthest = max(farthest, reach + suffix)
+    layers = reader.injection.layers_that_reach(farthest)
+    if not layers:
+        raise WindowError(
+            f"no layer of the reader has a sliding window of {farthest} tokens, which the "
+            f"documents, query and target of an example need when read {reader.context}ly"
+        )
+    return layers
+
+
+def random_order(reader: Reader, seed: int, layers: Sequence[int]) -> list[tuple[int, int]]:
+    """Return all heads of some layers of the reader in a random order."""
+    count = reader.model.config.get_text_config().num_attention_heads
+    heads = [(layer, head) for layer in layers for head in range(count)]
     random.Random(seed).shuffle(heads)
     return heads
 
@@ -268,15 +296,23 @@ def _shown(pools: list[Sequence[HeadExample]]) -> Iterator[Sequence[HeadExample]
             work.advance(len(pool))
 
 
-def _head_file(scores: Tensor, provenance: dict[str, Any]) -> HeadFile:
+def _head_file(scores: Tensor, provenance: dict[str, Any], layers: Sequence[int]) -> HeadFile:
+    """Rank the heads of some layers; the others are named in the provenance."""
     scores = scores.double()
     ranked = scores.flatten().argsort(descending=True, stable=True).tolist()
-    heads = [divmod(index, scores.shape[1]) for index in ranked]
+    every = (divmod(index, scores.shape[1]) for index in ranked)
+    heads = [(layer, head) for layer, head in every if layer in layers]
+    provenance |= _left_out(len(scores), layers)
     return HeadFile(
         heads=heads,
         scores={(layer, head): round(scores[layer, head].item(), 6) for layer, head in heads},
         provenance=provenance,
     )
+
+
+def _left_out(count: int, layers: Sequence[int]) -> dict[str, Any]:
+    left_out = [layer for layer in range(count) if layer not in layers]
+    return {"layers_left_out": left_out} if left_out else {}
 
 
 def make_pools(examples: Sequence[HeadExample], pool_size: int) -> list[Sequence[HeadExample]]:

@@ -27,9 +27,10 @@ _EXAMPLES = 32  # questions that the reader answers
 _HEAD_EXAMPLES = 32
 _OTHER_HEADS = "name other heads, or heads: auto"
 # The documents' keys go through every layer, so that no choice of heads helps.
-_SHORTER_POOL = (
-    "lower batch_size or reader_passage_max_len until the pool fits into the window, or take a "
-    "reader without sliding windows"
+_WITHIN_WINDOW = (
+    "read documents with context: independent and lower reader_passage_max_len until a document "
+    "with query and target fits into the window, or take heads: auto, which leaves out layers with "
+    "short windows"
 )
 
 
@@ -141,7 +142,7 @@ def _of_reader(
 
 def _advice(error: ValueError) -> str:
     """What to do about an error of the reader; empty where its message is all that is known."""
-    return _SHORTER_POOL if isinstance(error, WindowError) else ""
+    return _WITHIN_WINDOW if isinstance(error, WindowError) else ""
 
 
 def _labelled(data: Dataset) -> bool:
