@@ -92,6 +92,11 @@ class Injection:
         """
         self.heads = support.check_heads(_by_layer(heads, top_k), self.model, self._layers)
 
+    @property
+    def keeps_states(self) -> bool:
+        """Whether layers keep a state, over which padding before a token would pass."""
+        return bool(self._layers.states)
+
     def layers_that_reach(self, tokens: int) -> list[int]:
         """The layers in which scores can act on documents that start ``tokens - 1`` tokens back.
 
@@ -265,11 +270,13 @@ def inject_attention(
     - ``document_first_row``: rows of ``input_ids`` before this one attend plainly, 0 by default.
       Without effect where there are no scores.
 
-    Called without them the model computes exactly what it did before. Works with every decoder
-    that dispatches through transformers' ``AttentionInterface``: Llama, Qwen2, Qwen3, Mistral,
-    Gemma 3, ... and with every cache that keeps all keys, static ones included. Sliding windows are
-    exact as long as the window holds all keys; beyond it the call is refused. What belongs to a
-    call stays with it, so that threads may share an injected model.
+    Called without them the model computes exactly what it did before. Works with decoders that
+    dispatch through transformers' ``AttentionInterface``: Llama, Qwen, Mistral, Gemma, gpt-oss,
+    DeepSeek V3, ... (docs/readers.md has them all) and with every cache that keeps all keys, static
+    ones included. Sliding windows, soft caps and attention sinks are the model's own; a window that
+    would cut a row with scores off from part of a document is refused (``WindowError``). In models
+    whose other layers are linear or chunked the heads in layers with full attention can be
+    injected. What belongs to a call stays with it, so that threads may share an injected model.
 
     Args:
         model: the reader; also one that ``torch.compile`` or a ``PeftModel`` wraps, whose forward

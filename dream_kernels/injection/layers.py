@@ -140,21 +140,26 @@ def _why_not_kind(kind: str | None, found: list[nn.Module]) -> str | None:
 
 
 def _why_not_module(module: nn.Module) -> str | None:
-    name = type(module).__name__
     if getattr(module, "is_causal", True) is False:
-        return f"{name} is not causal"
-    calls = _calls_of_attention(_forward_of(module))
-    assert calls is not None
+        reason: str | None = "is not causal"
+    else:
+        reason = _why_not_source(_forward_of(module))
+    return reason and f"{type(module).__name__} {reason}"
+
+
+@functools.cache
+def _why_not_source(forward: Callable[..., Any]) -> str | None:
+    calls = _calls_of_attention(forward) or []
     if len(calls) > 1:
-        return f"{name} attends more than once"
-    if _writes_elsewhere(_forward_of(module)):
-        return f"{name} is used more than once in a pass"
+        return "attends more than once"
+    if _writes_elsewhere(forward):
+        return "is used more than once in a pass"
     for call in calls:
         unknown = {keyword.arg for keyword in call.keywords if keyword.arg} - _KEYWORDS
         if unknown:
-            return f"{name} gives its attention {', '.join(sorted(map(str, unknown)))}"
-        if _computes_mask(_forward_of(module), call):
-            return f"{name} computes a mask of its own"
+            return f"gives its attention {', '.join(sorted(map(str, unknown)))}"
+        if _computes_mask(forward, call):
+            return "computes a mask of its own"
     return None
 
 

@@ -6,8 +6,8 @@ documents are scored. So their keys and values are computed once and every suffi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -126,6 +126,35 @@ def read_independently(
         raise ValueError(f"pools must name documents 0 .. {len(documents) - 1}, got {rows}")
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
     assembly = PoolAssembly(len(header), lengths, rows, device)
+    with _injected(model) as whole:
+        states = layers_of(whole).states
+        if states and support.why_no_prefix(whole, layers_of(whole)) is None:
+            raise ValueError(
+                f"documents cannot be read independently by {type(whole).__name__}: what layer "
+                f"{min(states)} keeps of one continues with the next; read them jointly"
+            )
+        _read_missing(model, assembly, documents, header, batch_size, store)
+    return assembly.prefix()
+
+
+@contextmanager
+def _injected(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The decoder inside its wrappers, injected without heads unless it is injected already."""
+    whole = support.decoder_of(model)
+    with nullcontext() if attention.is_injected(whole) else inject_attention(whole, {}):
+        yield whole
+
+
+def _read_missing(
+    model: PreTrainedModel,
+    assembly: PoolAssembly,
+    documents: Sequence[Sequence[int]],
+    header: Sequence[int],
+    batch_size: int,
+    store: DocumentStates | None,
+) -> None:
+    """Read what is not in the store, in batches, into the assembly."""
+    device = assembly.device
     missing = list(range(len(documents)))
     if store is not None:
         missing = [i for i in missing if not _from_store(assembly, store, header, documents[i], i)]
@@ -143,7 +172,6 @@ def read_independently(
         assembly.add_batch(layers, [])
         if store is not None:
             _into_store(store, header, [], layers)
-    return assembly.prefix()
 
 
 def _from_store(
@@ -195,13 +223,7 @@ def _read_alone(
         tokens = [*header, *document]
         ids[i, : len(tokens)] = torch.tensor(tokens)
         mask[i, : len(tokens)] = True
-    layers, states = _keys_and_values(model, ids.to(device), mask)
-    if states:
-        raise ValueError(
-            f"documents cannot be read independently by {type(model).__name__}: what layer "
-            f"{min(states)} keeps of one continues with the next; read them jointly"
-        )
-    return layers
+    return _keys_and_values(model, ids.to(device), mask)[0]
 
 
 def _keys_and_values(
@@ -211,9 +233,7 @@ def _keys_and_values(
 
     A cache may hold something else, such as the projections from which keys are computed.
     """
-    whole = support.decoder_of(model)
-    injected = attention.is_injected(whole)
-    with nullcontext() if injected else inject_attention(whole, {}):
+    with _injected(model) as whole:
         return _received(whole, input_ids, mask)
 
 

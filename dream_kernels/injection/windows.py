@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dream_kernels.injection.context import DocumentContext
+from dream_kernels.validation import is_traced
 
 
 class WindowError(ValueError):
@@ -37,7 +38,8 @@ def _needed(context: DocumentContext, rows: int) -> int:
     """The least window in which every scored row sees the documents in full.
 
     Read from what the host knows of the prefix, an upper bound where suffixes are padded. Other
-    documents are read from their tensors, once in a pass.
+    documents are read from their tensors, once in a pass; in a graph only the operator can, when it
+    runs.
     """
     if context.needed_window is None:
         prefix = context.prefix
@@ -50,6 +52,8 @@ def _needed(context: DocumentContext, rows: int) -> int:
 
 def _read_needed(context: DocumentContext, rows: int) -> int:
     assert context.spans is not None
+    if is_traced(context.spans):
+        return 0
     spans = context.spans.cpu()
     start, end = spans.unbind(-1)
     batch, length = len(spans), context.total

@@ -20,7 +20,7 @@ UPDATE = "DREAM_UPDATE_READERS"
 # three kinds; chunks; and each reason for a refusal.
 SOME = (
     "llama", "gemma2", "gemma3n_text", "gpt_oss", "deepseek_v3", "qwen3_next", "falcon_h1",
-    "jamba", "llama4_text", "bart", "bert", "bloom", "doge", "diffllama", "inkling_text",
+    "jamba", "llama4_text", "minimax", "bart", "bert", "bloom", "doge", "diffllama", "inkling_text",
     "mamba", "roberta", "stablelm",
 )  # fmt: skip
 

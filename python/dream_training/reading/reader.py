@@ -136,6 +136,8 @@ class Reader(nn.Module):
         self.injection = inject_attention(
             self.model, heads, top_k=top_k, mode=mode, document_mass=document_mass, impl=impl
         )
+        # A state would pass over padding before a token.
+        self._padding = "right" if self.injection.keeps_states else "left"
         self.store = open_document_store(document_store, self.model, document_store_gb)
         self._head = plain_head(self.model)
         self._pace: Pace | None = None
@@ -325,9 +327,11 @@ class Reader(nn.Module):
         """Return the loss of every target token, query after query; plain reading if no scores."""
         first_row = None
         if self.injected_rows == "all":
-            # Targets end at the right edge.
-            ids, mask = pad([q + t for q, t in zip(query_ids, target_ids)], "left", self.device)
-            begins = [ids.shape[1] - len(target) for target in target_ids]
+            pairs = [q + t for q, t in zip(query_ids, target_ids)]
+            ids, mask = pad(pairs, self._padding, self.device)
+            begins = [len(query) for query in query_ids]
+            if self._padding == "left":
+                begins = [ids.shape[1] - len(target) for target in target_ids]
         else:
             # Targets begin in one column, so that the rows before it are those of the queries.
             left = pad(query_ids, "left", self.device)
@@ -362,14 +366,14 @@ class Reader(nn.Module):
         """Tokenise queries alone, for head selection.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` ``[B, M]``, padded on the left, and
-            ``row_weights`` ``[B, M]`` that average over the tokens of the query text.
+            ``input_ids`` and ``attention_mask`` ``[B, M]``, padded, and ``row_weights`` ``[B, M]``
+            that average over the tokens of the query text.
         """
         pieces = self.tokens.queries_and_spans(queries)
-        ids, mask = pad([tokens for tokens, _ in pieces], "left", self.device)
+        ids, mask = pad([tokens for tokens, _ in pieces], self._padding, self.device)
         weights = torch.zeros(ids.shape, device=self.device)
         for b, (tokens, (start, end)) in enumerate(pieces):
-            offset = ids.shape[1] - len(tokens)
+            offset = ids.shape[1] - len(tokens) if self._padding == "left" else 0
             weights[b, offset + start : offset + end] = 1.0 / (end - start)
         return ids, mask, weights
 
@@ -379,11 +383,11 @@ class Reader(nn.Module):
         """Tokenise queries with their targets, as :meth:`forward` reads them.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` ``[B, M]``, padded on the left, and
-            ``row_weights`` ``[B, M]`` that average over all tokens of a row.
+            ``input_ids`` and ``attention_mask`` ``[B, M]``, padded, and ``row_weights`` ``[B, M]``
+            that average over all tokens of a row.
         """
         pairs = zip(self.tokens.queries(queries), self.tokens.targets(targets))
-        ids, mask = pad([query + target for query, target in pairs], "left", self.device)
+        ids, mask = pad([query + target for query, target in pairs], self._padding, self.device)
         return ids, mask, mask / mask.sum(1, keepdim=True)
 
     def check_context(
