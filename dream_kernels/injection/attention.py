@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 CONTEXT_KEYWORD = "document_context"
 _NAME = "dream_"
+# Keyword arguments of attention functions that change what is computed.
+_UNSUPPORTED = (
+    "head_mask", "cu_seq_lens_q", "cu_seq_lens_k", "position_bias", "indices", "block_indices",
+    "sinks",
+)  # fmt: skip
 
 
 def base_name(name: str) -> str:
@@ -273,9 +278,9 @@ def _refuse_what_the_operator_cannot(layer: int, kwargs: dict[str, Any]) -> None
             f"layer {layer} drops attention weights (dropout {kwargs['dropout']}): call "
             "model.eval(), or set attention_dropout to 0 in its config"
         )
-    for name in ("head_mask", "cu_seq_lens_q", "cu_seq_lens_k"):
+    for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise ValueError(f"{name} is not supported with document_scores")
+            raise ValueError(f"layer {layer}: {name} is not supported with document_scores")
 
 
 def _formula(

@@ -220,7 +220,7 @@ def alone(
 
 
 def prefixes(kind: str, lengths: list[int]) -> list[Any]:
-    """Spans, mask and keys of a pool that is read in shares, and of the pool read at once."""
+    """Places, masks and keys of a pool that is read in shares, and of the pool read at once."""
     texts = [f"{i} " + "word " * length for i, length in enumerate(lengths)]
     reader = Reader(in_double(make_decoder()), make_tokenizer(), HEADS, impl="reference")
     cut = len(lengths) // 3
@@ -229,8 +229,8 @@ def prefixes(kind: str, lengths: list[int]) -> list[Any]:
     joined = read(reader, {"texts": texts, "share": share})
     whole = read(reader, {"texts": texts})
     return [
-        (prefix.spans, prefix.next_position, prefix.mask, [key for key, _ in prefix.layers])
-        for prefix in (joined, whole)
+        (p.spans, p.next_position, p.mask, [key for key, _ in p.layers], p.positions)
+        for p in (joined, whole)
     ]
 
 
