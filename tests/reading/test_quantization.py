@@ -96,6 +96,10 @@ def test_what_cannot_quantise_is_refused_before_the_reader_is_loaded(
     # Needs a calibration, or a GPU, or a package: never the plain reader instead.
     for method in ("gptq", "awq", "eetq"):
         assert "cannot be used here" in message({"quant_method": method, "bits": 4})
+    if importlib.util.find_spec("torchao") is not None:
+        assert "it lacks the key 'quant_type'" in message({"quant_method": "torchao"})
+        # The int4 products of torchao are those of GPUs.
+        message({"quant_method": "torchao", "quant_type": "Int4WeightOnlyConfig"})
     stored = shutil.copytree(folder, tmp_path / "stored")
     content = json.loads((stored / "config.json").read_text())
     content["quantization_config"] = {"quant_method": "gptq", "bits": 4}

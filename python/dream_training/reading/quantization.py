@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,8 @@ _SHORT: dict[str, dict[str, Any]] = dict(
         strict=True,
     )
 )
+# Of a layer that any method divides into its blocks.
+_WIDTH = 256
 # Bytes of a weight by what a setting says; the scales of blocks are left out.
 _BYTES = (("4", 0.5), ("8", 1.0))
 
@@ -49,9 +52,10 @@ def load_frozen(
         return model if device is None else model.to(device)
     device = device or "cpu"
     config = quantization_config(quantization, path, device=device, **options)
-    return load_language_model(
-        path, what="reader", quantization_config=config, device_map={"": device}, **options
-    )
+    with _refused(quantization):
+        return load_language_model(
+            path, what="reader", quantization_config=config, device_map={"": device}, **options
+        )
 
 
 def quantization_config(
@@ -90,23 +94,34 @@ def quantization_config(
             f"{_KEY} must be null for the reader {path}, whose weights are quantised already "
             f"({getattr(method, 'value', method)})"
         )
-    try:
+    weights = getattr(torch, dtype, stored.dtype) if isinstance(dtype, str) else dtype
+    with _refused(choice):
         settings = dict(_SHORT[choice] if isinstance(choice, str) else choice)
         if settings["quant_method"] == "torchao":
-            config = _torchao_config(settings)
+            config = _torchao_config(settings, weights, device)
         else:
             config = AutoQuantizationConfig.from_dict(settings)
         quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-        weights = stored.dtype if dtype == "auto" else dtype
         quantizer.validate_environment(device_map={"": device}, dtype=weights, torch_dtype=weights)
-    except Exception as error:  # each method has its own
-        kind = ModuleNotFoundError if isinstance(error, ImportError) else ValueError
-        reason = first_line(error) if str(error) else type(error).__name__
-        raise kind(f"{_KEY} {shortened(choice)} cannot be used here: {reason}") from error
     return config
 
 
-def _torchao_config(settings: dict[str, Any]) -> Any:
+@contextmanager
+def _refused(choice: str | Mapping[str, Any]) -> Iterator[None]:
+    """Make an error inside, each method having its own, one line that names the key."""
+    try:
+        yield
+    except Exception as error:
+        kind = ModuleNotFoundError if isinstance(error, ImportError) else ValueError
+        reason = first_line(error) if str(error) else type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"it lacks the key {reason}"
+        raise kind(f"{_KEY} {shortened(choice)} cannot be used here: {reason}") from error
+
+
+def _torchao_config(
+    settings: dict[str, Any], dtype: torch.dtype | None, device: str | torch.device
+) -> Any:
     from transformers import TorchAoConfig
     from transformers.utils import is_torchao_available
 
@@ -115,12 +130,22 @@ def _torchao_config(settings: dict[str, Any]) -> Any:
     from torchao import quantization
 
     own = {key: value for key, value in settings.items() if key != "quant_method"}
-    kind = own.get("quant_type")
-    if not isinstance(kind, str):
-        return TorchAoConfig.from_dict(settings)
-    named = getattr(quantization, kind, None)
-    # Before 5.0, transformers had names of its own.
-    return TorchAoConfig(**{**own, "quant_type": named() if isinstance(named, type) else kind})
+    kind = own["quant_type"]
+    if isinstance(kind, str):
+        named = getattr(quantization, kind, None)
+        # Before 5.0, transformers had names of its own.
+        config = TorchAoConfig(
+            **{**own, "quant_type": named() if isinstance(named, type) else kind}
+        )
+    else:
+        config = TorchAoConfig.from_dict(settings)
+    if not isinstance(config.quant_type, str):
+        # Nothing else tells which of them the device has products for.
+        layer = nn.Linear(_WIDTH, _WIDTH, bias=False, device=device, dtype=dtype)
+        model = nn.Sequential(layer.requires_grad_(False))
+        quantization.quantize_(model, config.quant_type)
+        model(torch.zeros(1, _WIDTH, device=device, dtype=dtype))
+    return config
 
 
 def bytes_of_weight(choice: str | Mapping[str, Any] | None) -> float | None:
