@@ -18,6 +18,7 @@ INJECTED_ROWS = ("all", "target")
 PLAIN, CHAT = "plain", "chat"  # prompts; any other one is the path of a template
 MEMORY = "memory"  # a document store; any other one is a folder
 READER_SHARDINGS = ("replicated", "sharded")
+READER_QUANTIZATIONS = ("int8", "bnb-8bit", "bnb-4bit")
 # Its heads.
 HEAD_CRITERIA = ("qr_mass", "qr_ndcg", "loss_gradient", "random")
 GRADIENT_POINTS = ("own", "uniform")
@@ -107,6 +108,32 @@ def check_document_store(
         raise ValueError(
             "document_store must be null unless context is 'independent': documents read jointly "
             f"depend on those before them; got {os.fspath(choice)!r} with context {context!r}"
+        )
+
+
+def check_quantization(choice: Any, sharding: str) -> None:
+    """Check the quantisation of the reader as far as it can be without what does it.
+
+    Raises:
+        ValueError: there is no such name, a method is not named, or the reader is sharded.
+    """
+    if choice is None:
+        return
+    if isinstance(choice, str):
+        if choice not in READER_QUANTIZATIONS:
+            raise ValueError(
+                f"reader_quantization must be one of {', '.join(READER_QUANTIZATIONS)} or the keys "
+                f"of a config of transformers, got {_short.repr(choice)}"
+            )
+    elif not isinstance(choice.get("quant_method"), str):
+        raise ValueError(
+            "reader_quantization must name a quant_method, as configs of transformers do, got "
+            f"{_short.repr(choice)}"
+        )
+    if sharding != "replicated":
+        raise ValueError(
+            "reader_quantization must be null with reader_sharding 'sharded', which cuts plain "
+            "weights"
         )
 
 

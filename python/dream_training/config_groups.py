@@ -27,6 +27,7 @@ from dream_training.choices import (
     check_engine,
     check_pool,
     check_positive,
+    check_quantization,
     check_reader_prompt,
     check_temperature,
 )
@@ -50,6 +51,9 @@ class ReaderConfig(Group):
         document_store: where keys and values of documents are kept once they are read: ``memory``,
             a folder that later runs may share, or None. Independent reading only.
         document_store_gb: what the store keeps at most, in 10⁹ bytes.
+        reader_quantization: how the reader's weights are quantised while it is loaded: ``int8``
+            (torchao), ``bnb-8bit`` or ``bnb-4bit`` (bitsandbytes), the keys of one of transformers'
+            quantisation configs, ``quant_method`` among them, or None.
         reader_sharding: with several processes, ``replicated``, a whole reader in each; or
             ``sharded``, its layers cut over them and fetched as they run.
     """
@@ -62,12 +66,14 @@ class ReaderConfig(Group):
     reader_prompt: str = "plain"
     document_store: str | None = None
     document_store_gb: float = 2.0
+    reader_quantization: dict | str | None = None
     reader_sharding: str = "replicated"
 
     def check(self) -> None:
         check_choice("context", self.context, CONTEXTS)
         check_choice("injected_rows", self.injected_rows, INJECTED_ROWS)
         check_choice("reader_sharding", self.reader_sharding, READER_SHARDINGS)
+        check_quantization(self.reader_quantization, self.reader_sharding)
         check_reader_prompt(self.reader_prompt)
         check_document_store(self.document_store, self.document_store_gb, self.context)
 

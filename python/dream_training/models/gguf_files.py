@@ -150,6 +150,10 @@ def _convert(file: Path, folder: Path, dtype: torch.dtype, what: str) -> None:
         with tempfile.TemporaryDirectory() as alone:
             (Path(alone) / file.name).symlink_to(file.resolve())
             model, tokenizer, lacking = _load(Path(alone) / file.name)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{what}: reading {file.name} needs a package that is missing: {first_line(error)}"
+        ) from error
     except Exception as error:  # whatever a broken file makes the parser do
         reason = first_line(error) if str(error) else type(error).__name__
         raise ValueError(

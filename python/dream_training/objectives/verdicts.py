@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dream_training.reading.document_store import model_identity
+from dream_training.reading.document_store import model_identity, tensor_bytes
 
 if TYPE_CHECKING:
     from dream_training.reading.reader import Reader
@@ -74,10 +74,12 @@ def reader_identity(reader: Reader) -> str:
     Reads every weight once: about a second for each gigabyte.
     """
     injection, tokens = reader.injection, reader.tokens
-    head = reader.model.get_output_embeddings().weight.detach().cpu().contiguous()
+    head = hashlib.blake2b()
+    for part in tensor_bytes(reader.model.get_output_embeddings().weight):
+        head.update(part)
     settings: dict[str, Any] = {
         "model": model_identity(reader.model),
-        "head": hashlib.blake2b(head.view(torch.uint8).numpy().data).hexdigest(),
+        "head": head.hexdigest(),
         "heads": {str(layer): list(heads) for layer, heads in injection.heads.items()},
         "mode": injection.mode,
         "document_mass": injection.document_mass,
@@ -85,5 +87,7 @@ def reader_identity(reader: Reader) -> str:
         "injected_rows": reader.injected_rows,
         "lengths": [tokens.query_max_len, tokens.passage_max_len, tokens.target_max_len],
         "prompt": asdict(tokens.prompt),
+        # Not part after part, as in versions whose verdicts may have been kept.
+        "tokens": "of the whole prompt",
     }
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode()).hexdigest()

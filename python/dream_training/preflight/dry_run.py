@@ -128,9 +128,14 @@ def _print_plan(config: TrainConfig, plan: RunPlan, console: Console) -> None:
     device = torch.device(config.run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = torch.float32 if config.run.dtype == "float32" else torch.bfloat16
     rate = measured_rate(device, dtype)
+    quantization = config.reader.reader_quantization
     console.print("\nThe plan, at full length of every text:")
     for name, value in (
-        ("reader", f"{config.reader.model}, {plan.reader_weights / 1e6:,.0f} M weights, frozen"),
+        (
+            "reader",
+            f"{config.reader.model}, {plan.reader_weights / 1e6:,.0f} M weights, frozen"
+            + ("" if quantization is None else f", quantised: {quantization}"),
+        ),
         ("retriever", f"{config.retriever.model}, {plan.retriever_weights / 1e6:,.0f} M weights"),
         ("trained", f"{plan.trained_weights / 1e6:,.1f} M weights"),
         (

@@ -10,6 +10,7 @@ import torch
 
 from dream_training.models.architectures import model_config, parameter_count
 from dream_training.models.loading import resolve_model
+from dream_training.reading.quantization import bytes_of_weight
 
 if TYPE_CHECKING:
     from dream_training.config import TrainConfig
@@ -112,6 +113,8 @@ def make_plan(config: TrainConfig, documents_per_row: int = 1) -> RunPlan:
         operations += 2.0 * backbone["decoder"] * encoded
     operations *= steps.gradient_accumulation_steps
     size = _BYTES.get(config.run.dtype, 2)
+    # Embeddings and head are not quantised.
+    quantised = bytes_of_weight(config.reader.reader_quantization) or size
     key_heads = getattr(reader, "num_key_value_heads", reader.num_attention_heads)
     width = _head_dim(reader) * key_heads
     total_reader = sum(own.values())
@@ -125,7 +128,9 @@ def make_plan(config: TrainConfig, documents_per_row: int = 1) -> RunPlan:
         suffix_tokens=suffix,
         encoded_tokens=encoded,
         operations=operations,
-        weight_bytes=size * (total_reader + total_retriever) + _OPTIMIZER_BYTES * trained,
+        weight_bytes=int(quantised * own["decoder"])
+        + size * (total_reader - own["decoder"] + total_retriever)
+        + _OPTIMIZER_BYTES * trained,
         prefix_bytes=2 * size * reader.num_hidden_layers * width * read,
         activation_bytes=size * layers * kept * _kept_values(retriever),
         steps=steps.max_steps,

@@ -286,7 +286,9 @@ def _of_cost(patient: Patient, history: History) -> Check:
         return Check("time and memory", OK, figure)
     figure += f"; {peak / 2**30:.1f} of {total / 2**30:.0f} GiB of {kind} at the most"
     if peak > _MUCH_MEMORY * total:
-        advice = "memory is nearly full: lower batch_size or passage_max_len"
+        advice = (
+            "memory is nearly full: lower batch_size or passage_max_len, or quantise the reader"
+        )
         return Check("time and memory", WARNING, figure, advice)
     return Check("time and memory", OK, figure)
 

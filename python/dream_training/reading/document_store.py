@@ -16,12 +16,13 @@ import time
 import zlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dream_kernels.files import open_whole
 from dream_training.choices import MEMORY, check_positive
@@ -319,9 +320,22 @@ def model_identity(model: PreTrainedModel) -> str:
     state: dict[str, Any] = model.base_model.state_dict()
     for name in tracked(sorted(state), "digesting the reader's weights", len(state)):
         tensor = state[name]
+        if not isinstance(tensor, Tensor):  # settings of quantised layers
+            digest.update(f"{name} {tensor}".encode())
+            continue
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(_bytes_of(tensor))
+        for part in tensor_bytes(tensor):
+            digest.update(part)
     return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor, or of those that it is made of: a quantised one's integers, scales."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield _bytes_of(tensor)
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from tensor_bytes(getattr(tensor, name))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

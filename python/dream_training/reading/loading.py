@@ -28,6 +28,7 @@ def load_reader(
         "prompt": reader.reader_prompt,
         "document_store": reader.document_store,
         "document_store_gb": reader.document_store_gb,
+        "quantization": reader.reader_quantization,
     }
     device = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
     sharded = reader.reader_sharding == "sharded"

@@ -30,6 +30,7 @@ from dream_training.models.gguf_files import unpacked
 from dream_training.models.text_tokens import check_vocabulary
 from dream_training.reading.document_store import open_document_store
 from dream_training.reading.prompts import ReaderPrompt, load_reader_prompt
+from dream_training.reading.quantization import check_gradient, load_frozen, prepare_quantised
 from dream_training.reading.target_loss import (
     at_least_float32,
     loss_of_scores,
@@ -124,6 +125,7 @@ class Reader(nn.Module):
         check_at_least("rows_per_pass", rows_per_pass, 1)
         check_vocabulary(tokenizer, model, "reader")
         self.model = model.requires_grad_(False).eval()
+        self._unchecked = prepare_quantised(self, self.model)
         self.tokenizer = tokenizer
         self.context = context
         self.injected_rows = injected_rows
@@ -151,24 +153,30 @@ class Reader(nn.Module):
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         trust_remote_code: bool = False,
+        quantization: str | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Reader:
-        """Load model and tokenizer from a folder, GGUF file or the hub.
+        """Load model and tokenizer; ``heads`` and ``options`` as in the constructor.
 
-        ``options`` are those of the constructor.
+        Args:
+            path: folder, GGUF file or hub name.
+            dtype: of the weights; ``"auto"`` as stored.
+            device: where to put the model; None for the CPU.
+            trust_remote_code: run code that comes with the model.
+            quantization: of the weights, as
+                :func:`~dream_training.reading.quantization.quantization_config` takes it, or None.
 
         Raises:
-            ValueError: the model brings code and ``trust_remote_code`` is not set, or its weights
-                are pickled; or as in the constructor.
+            ModuleNotFoundError: a package that reads or quantises the model is missing.
+            ValueError: the model brings code that is not allowed, has pickled weights, or cannot be
+                quantised so; or as in the constructor.
         """
-        from dream_training.trust import load_language_model, load_tokenizer
+        from dream_training.trust import load_tokenizer
 
         path = unpacked(path, dtype, "reader")
         tokenizer = load_tokenizer(path, trust_remote_code, "reader")
-        model = load_language_model(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, what="reader"
-        )
-        return cls(model if device is None else model.to(device), tokenizer, heads, **options)
+        model = load_frozen(path, quantization, dtype, device, trust_remote_code)
+        return cls(model, tokenizer, heads, **options)
 
     def train(self, mode: bool = True) -> Reader:
         """Do nothing: the reader stays frozen and in eval mode inside a training loop."""
@@ -252,7 +260,8 @@ class Reader(nn.Module):
                 ``[B, Hq, C]`` or ``[B, layers, Hq, C]``, where heads differ.
 
         Raises:
-            ValueError: a target is blank, or does not fit into the reader's context.
+            ValueError: a target is blank, or does not fit into the reader's context; or a quantised
+                layer lets no gradient through.
         """
         if queries is None:
             query_ids = [self.tokens.no_query] * len(targets)
@@ -260,6 +269,9 @@ class Reader(nn.Module):
             query_ids = self.tokens.queries(queries)
         target_ids = self.tokens.targets(targets)
         self.check_context(prefix, query_ids, target_ids)
+        if self._unchecked and scores.requires_grad:
+            check_gradient(self.model)
+            self._unchecked = False
         passes = self.passes(query_ids, target_ids)
         losses, query_losses = loss_of_scores(
             scores, lambda own: self._run_passes(prefix, query_ids, target_ids, own, passes)
