@@ -10,25 +10,23 @@ from dream_kernels.triton.blocks import (
     LAST,
     N_REST,
     N_REST_PREFIX,
-    finite,
-    inverse,
     load_pack,
     load_pair,
     load_rest,
     load_run,
     load_tile,
-    log_add,
-    online_step,
     rest_range,
     store_rows,
 )
+from dream_kernels.triton.options import near_keys, products
+from dream_kernels.triton.softmax import finite, inverse, log_add, online_step
 
 
 @triton.jit
 def long_documents(
     b_q, b_acc, b_all_m, b_all_l, m_z, unlike, i_z, n_tiles, begin, end,
     k_l, k_p, v_l, v_p, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, tiles,
-    p_weights, p_state, part_o, part_lse, p_part, n_rows, scale, M, P, NT,
+    p_weights, p_state, part_o, part_lse, p_part, n_rows, scale, cap, M, P, NT,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr,
     HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr, SPLIT: tl.constexpr,
     IP: tl.constexpr,
@@ -48,7 +46,7 @@ def long_documents(
             k_l, k_p, v_l, v_p, key0 + o_n, m_n, key0 < P, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
             D, BD, HAS_PREFIX,
         )  # fmt: skip
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)  # [BM, BN]
+        b_s = products(b_q, b_k, cap, IP)  # [BM, BN]
         if HAS_MASK:
             m_n = tl.load(p_mask + key0 + o_n, mask=m_n, other=0) != 0
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
@@ -88,7 +86,7 @@ def long_documents(
 def short_documents(
     b_q, b_acc, b_all_m, b_all_l, m_z, i_z, n_tiles, rest_begin, begin, end,
     k_l, k_p, v_l, v_p, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, shorts, p_counts,
-    p_weights, p_state, scale, M, C,
+    p_weights, p_state, scale, cap, M, C,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
     BIAS: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr,
     IP: tl.constexpr,
@@ -106,7 +104,7 @@ def short_documents(
         m_s = m_n[None, :]
         if FOLD:
             m_s = m_s & m_z[:, None]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
+        b_s = products(b_q, b_k, cap, IP)
         b_s = tl.where(m_s, b_s, float("-inf"))
         b_s = tl.reshape(b_s, [BM, NS, SLOT]) * scale
         b_w = tl.load(p_weights[:, None] + b_doc[None, :], mask=m_doc[None, :], other=0.0)
@@ -142,8 +140,9 @@ def short_documents(
 
 @triton.jit
 def rest_keys(
-    b_q, b_m, b_l, b_acc, b_has_rest, b_pos, m_z, z, unlike, i_z, i_s, S, top_pos, low_pos,
-    k_l, k_p, v_l, v_p, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, rest, p_counts, scale, T,
+    b_q, b_m, b_l, b_acc, b_has_rest, b_pos, b_far, m_scored, m_z, z, unlike, i_z, i_s, S,
+    top_pos, low_pos, k_l, k_p, v_l, v_p, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
+    p_mask, positions, rest, p_counts, scale, cap, T,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr,
     SPLIT: tl.constexpr, IP: tl.constexpr,
@@ -161,7 +160,9 @@ def rest_keys(
         # All documents end before a scored row, so the keys after it are of the rest.
         n_clear = n_rest - (T - 1 - low_pos)
         n_rest = n_rest - (T - 1 - top_pos)
-    begin, end, reach = rest_range(p_counts, z, unlike, n_rest, i_s, S, BN, SLOT, FOLD, SPLIT)
+    begin, end, reach = rest_range(
+        p_counts, z, unlike, n_rest, b_far, positions, m_scored, T, i_s, S, BN, SLOT, FOLD, SPLIT
+    )  # fmt: skip
     b_has_rest = tl.where(m_z, reach, b_has_rest)
     b_zero = tl.zeros([BM], tl.float32)
     for t in range(begin, end):
@@ -170,7 +171,7 @@ def rest_keys(
             k_l, k_p, v_l, v_p, b_n, m_n, inside, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
             D, BD, HAS_PREFIX,
         )  # fmt: skip
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
+        b_s = products(b_q, b_k, cap, IP)
         if HAS_MASK:
             m_n = tl.load(p_mask + b_n, mask=m_n, other=0) != 0
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
@@ -179,6 +180,9 @@ def rest_keys(
             if CAUSAL:
                 m_s = m_s & (b_n[None, :] <= b_pos[:, None])
             b_s = tl.where(m_s, b_s, float("-inf"))
+        if b_far is not None:
+            m_near = near_keys(b_far, positions, i_z, T, b_n, m_n)
+            b_s = tl.where(m_near, b_s, float("-inf"))
         if FOLD:
             b_s = tl.where(m_z[:, None], b_s, float("-inf"))
         b_m, b_l, b_acc = online_step(b_s, b_v, b_m, b_l, b_acc, b_zero, scale, IP)
@@ -187,9 +191,9 @@ def rest_keys(
 
 @triton.jit
 def plain_keys(
-    b_q, b_m, b_l, b_acc, m_rows, b_pos, k, v, p_mask, s_kn, s_kd, s_vn, s_vd, begin, end, n_clear,
-    scale, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr, FOLD: tl.constexpr, IP: tl.constexpr,
+    b_q, b_m, b_l, b_acc, m_rows, b_pos, b_far, i_z, k, v, p_mask, positions, s_kn, s_kd, s_vn,
+    s_vd, begin, end, n_clear, scale, cap, T, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """Plain attention to the keys ``begin .. end`` of one segment of memory.
 
@@ -199,7 +203,7 @@ def plain_keys(
     clear = begin + tl.maximum(tl.minimum(end, n_clear) - begin, 0) // BN * BN
     for key0 in range(begin, clear, BN):
         o_n, m_n, b_k, b_v = load_run(k, v, key0, end, s_kn, s_vn, s_kd, s_vd, D, BD, BN)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
+        b_s = products(b_q, b_k, cap, IP)
         if HAS_MASK:
             m_n = tl.load(p_mask + o_n, mask=m_n, other=0) != 0
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
@@ -210,10 +214,12 @@ def plain_keys(
         o_n, m_n, b_k, b_v = load_run(k, v, key0, end, s_kn, s_vn, s_kd, s_vd, D, BD, BN)
         if HAS_MASK:
             m_n = tl.load(p_mask + o_n, mask=m_n, other=0) != 0
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
+        b_s = products(b_q, b_k, cap, IP)
         m_s = m_n[None, :]
         if CAUSAL:
             m_s = m_s & (o_n[None, :] <= b_pos[:, None])
+        if b_far is not None:
+            m_s = m_s & near_keys(b_far, positions, i_z, T, o_n, m_n)
         if FOLD:
             m_s = m_s & m_rows[:, None]
         b_s = tl.where(m_s, b_s, float("-inf"))

@@ -35,9 +35,6 @@ class TritonImplementation:
             return f"it supports {known}, got {problem.query.dtype}"
         if problem.widest_dim > MAX_HEAD_DIM:
             return f"it supports head sizes up to {MAX_HEAD_DIM}, got {problem.widest_dim}"
-        for option in ("window", "softcap", "sinks"):
-            if getattr(problem, option) is not None:
-                return f"it does not support {option} yet"
         if device.type == "cpu" and problem.query.dtype == torch.bfloat16:
             return "triton's interpreter computes wrong bfloat16 products"
         return device_refusal(device) if device.type == "cuda" else None
