@@ -16,12 +16,21 @@ from dream_kernels import document_attention, document_mass, set_value_checks
 from dream_kernels.problem import Needs
 from dream_kernels.triton.implementation import TritonImplementation
 from helpers.agreement import Oracle, problem_of
-from helpers.cases import BASE_CASES, CASES, GRADIENTS, Case, Inputs, make_inputs
+from helpers.cases import (
+    BASE_CASES,
+    CASES,
+    GRADIENTS,
+    OPTION_CASES,
+    Case,
+    Inputs,
+    make_inputs,
+)
 from helpers.own_process import run_command
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from dream_kernels.triton import call, device, launch, tiles, tuning
+from dream_kernels.triton.blocks import COUNTS, LIKE_FIRST
 from dream_kernels.triton.tiles import Config
 
 ON_GPU = torch.cuda.is_available()
@@ -31,6 +40,7 @@ if not ON_GPU and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
         allow_module_level=True,
     )
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPES_ON_GPU = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = (
     torch.float32,
     torch.float16,
@@ -74,9 +84,29 @@ def _with_one_key_head(case: Case) -> Case:
 def _grid() -> list:
     return [
         pytest.param(case, dtype, id=f"{case}-{str(dtype).removeprefix('torch.')}")
-        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        for dtype in DTYPES_ON_GPU
         for case in (CASES if ON_GPU else _interpreter_cases(dtype))
         if ON_GPU or dtype != torch.bfloat16
+    ]
+
+
+def _grid_with_options() -> list:
+    """Options alone, and every mandatory case with all of them; in the interpreter in turn.
+
+    There each case has one mode and one dtype, and four of five are slow.
+    """
+    if ON_GPU:
+        return [pytest.param(c, t, id=f"{c}-{t}") for c in OPTION_CASES for t in DTYPES_ON_GPU]
+    alone = OPTION_CASES[: -3 * len(BASE_CASES)]
+    crossed = OPTION_CASES[len(alone) :]
+    found = [(case, ()) for case in alone]
+    for i in range(len(BASE_CASES)):
+        case = _with_one_key_head(crossed[3 * i + i // 5 % 3])
+        found.append((case, () if i % 5 == 0 else pytest.mark.slow))
+    dtypes = (torch.float32, torch.float16)
+    return [
+        pytest.param(case, dtypes[i % 2], id=f"{case}-{dtypes[i % 2]}", marks=marks)
+        for i, (case, marks) in enumerate(found)
     ]
 
 
@@ -138,6 +168,52 @@ def test_agrees_with_reference(
     if case.prefix + case.local > 100:
         request.getfixturevalue("larger_tiles")
     check(inputs_of(case, dtype))
+
+
+@pytest.mark.parametrize("case,dtype", _grid_with_options())
+def test_options_agree_with_reference(
+    case: Case, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    if case.prefix + case.local > 100:
+        request.getfixturevalue("larger_tiles")
+    check(inputs_of(case, dtype))
+
+
+@MODES
+@pytest.mark.parametrize("names", (("sinks",), ("sinks", "scores")), ids="+".join)
+def test_gradient_of_the_sinks_alone(names: tuple[str, ...], mode: str, mass: float | None) -> None:
+    case = Case(
+        "sinks", mode=mode, document_mass=mass, heads=(0, 4), sinks=True, softcap=1.5,
+        padding=("everything",), window="tight",
+    )  # fmt: skip
+    check(inputs_of(case), names)
+
+
+@pytest.mark.parametrize("sink", (-60.0, 300.0))
+def test_sinks_far_from_the_logits(sink: float) -> None:
+    inputs = inputs_of(Case("far_sinks", sinks=True, rows=26, query_heads=3, key_heads=1))
+    inputs.tensors["sinks"][1:] = sink
+    check(inputs)
+
+
+@pytest.mark.parametrize("mass", (None, 0.6), ids=str)
+def test_a_sink_of_minus_infinity_is_none(mass: float | None, split: None) -> None:
+    case = Case("no_sinks", sinks=True, rows=26, document_mass=mass, padding=("everything",))
+    inputs = inputs_of(case)
+    inputs.tensors["sinks"].fill_(-torch.inf)
+    found = run(inputs.require_grad())
+    assert not found.pop("sinks").any()
+    del inputs.tensors["sinks"]
+    for name, expected in run(inputs).items():
+        assert torch.equal(found[name], expected), name
+
+
+@pytest.mark.parametrize("size", (1e-4, 30.0), ids=str)
+def test_soft_cap_of_tiny_and_of_large_logits(size: float) -> None:
+    """The cap is accurate where it does next to nothing, and where it saturates."""
+    inputs = inputs_of(Case("cap", softcap=2.0))
+    inputs.tensors["query"] *= size
+    check(inputs)
 
 
 @pytest.mark.parametrize("mode", ("reweight", "bias"))
@@ -207,6 +283,16 @@ def test_splits_of_the_keys_are_joined_exactly(
 
 
 @MODES
+def test_splits_with_all_options(mode: str, mass: float | None, split: None) -> None:
+    case = Case(
+        "split", spans=((60, 77), (80, 82), (40, 58), (84, 89)), mode=mode, document_mass=mass,
+        rows=20, local=95, query_heads=2, key_heads=1, heads=(1,), padding=("left",),
+        window="tight", softcap=1.5, sinks=True, positions=mass is not None,
+    )  # fmt: skip
+    check(inputs_of(case))
+
+
+@MODES
 @pytest.mark.parametrize(
     "spans,padding,heads",
     [
@@ -229,6 +315,41 @@ def test_rows_of_a_batch_share_tiles_over_a_shared_prefix(
     grid = call.Call(inputs_of(case).call(problem_of)).grid(Config(64, 16, 4, 1))
     assert grid.fold and grid.shape == (1, 1, 1)
     check(inputs_of(case))
+
+
+@MODES
+@pytest.mark.parametrize("apart", (0, 1000), ids=("alike", "other positions"))
+def test_folded_rows_with_all_options(apart: int, mode: str, mass: float | None) -> None:
+    case = Case(
+        "fold", spans=((2, 13), (14, 17), (17, 18)), heads=(1,), batch=3, rows=3, local=4,
+        prefix=19, query_heads=2, key_heads=1, mode=mode, document_mass=mass, window="tight",
+        positions=True, softcap=1.5, sinks=True,
+    )  # fmt: skip
+    inputs = inputs_of(case)
+    inputs.options["positions"][1] += apart
+    problem = inputs.call(problem_of)
+    work = call.Call(problem).any_work_list()
+    alike = work.counts[: 3 * COUNTS.value].view(3, -1)[:, LIKE_FIRST.value]
+    assert alike.tolist() == [1, 1 if apart == 0 else 0, 1]
+    check(inputs)
+
+
+def test_keys_and_rows_beyond_the_window_are_not_visited() -> None:
+    """NaN where no tile may be read: in keys before the windows, in rows after them."""
+    case = Case(
+        "skipped", spans=((88, 91),), rows=32, local=96, window=16, heads=(0,), query_heads=2,
+        key_heads=1,
+    )  # fmt: skip
+    inputs = inputs_of(case)
+    for name in ("key", "value"):
+        inputs.tensors[name][:, :, :32] = torch.nan
+    results = run(inputs.require_grad(("query", "scores")))
+    assert all(results[name].isfinite().all() for name in ("output", "query", "scores"))
+
+    inputs = inputs_of(replace(case, spans=((0, 0),), rows=96))
+    inputs.grad_output[:, :, -16:] = torch.nan
+    results = run(inputs.require_grad(("key", "value")))
+    assert all(results[name][:, :, :32].isfinite().all() for name in ("key", "value"))
 
 
 @MODES
@@ -336,6 +457,20 @@ def test_document_mass(case: Case) -> None:
     mass = document_mass(
         t["query"], t["key"], inputs.spans, scale=case.scale, causal=case.causal,
         attention_mask=inputs.options["attention_mask"], prefix=t.get("prefix_key"), impl="triton",
+    )  # fmt: skip
+    assert Oracle.of(inputs, ()).complaint("mass", mass) is None
+
+
+@pytest.mark.parametrize("case", MASS_CASES[1:4], ids=str)
+def test_document_mass_with_all_options(case: Case) -> None:
+    """The window cuts documents too: it is plain attention."""
+    plain = replace(case, window=7, positions=True, softcap=1.5, sinks=True, heads=())
+    inputs = inputs_of(plain)
+    t, given = inputs.tensors, inputs.options
+    mass = document_mass(
+        t["query"], t["key"], inputs.spans, attention_mask=given["attention_mask"],
+        prefix=t.get("prefix_key"), impl="triton", sinks=t["sinks"],
+        **{name: given[name] for name in ("scale", "causal", "window", "positions", "softcap")},
     )  # fmt: skip
     assert Oracle.of(inputs, ()).complaint("mass", mass) is None
 
