@@ -141,17 +141,17 @@ def _scored_rows(
         p_counts = counts + i_z * COUNTS
         p_mask = mask + i_z * T
         n_tiles, rest_begin, t_begin, t_end = work_share(p_counts, i_s, S, BN, SLOT, SPLIT)
-        b_acc, b_all_m, b_all_l = long_documents(
-            b_q, b_acc, b_all_m, b_all_l, m_z, unlike, i_z, n_tiles, t_begin, t_end,
-            k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, tiles,
-            p_weights, p_state, part_o, part_lse, p_part, n_rows, scale, cap, M, P, NT,
-            D, BD, BM, BN, BIAS, HAS_PREFIX, HAS_MASK, FOLD, SPLIT, IP,
-        )  # fmt: skip
         b_acc, b_all_m, b_all_l = short_documents(
             b_q, b_acc, b_all_m, b_all_l, m_z, i_z, n_tiles, rest_begin, t_begin, t_end,
             k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, shorts,
             p_counts, p_weights, p_state, scale, cap, M, C,
             D, BD, BM, BN, SLOT, BIAS, HAS_PREFIX, HAS_MASK, FOLD, IP,
+        )  # fmt: skip
+        b_acc, b_all_m, b_all_l = long_documents(
+            b_q, b_acc, b_all_m, b_all_l, m_z, unlike, i_z, n_tiles, t_begin, t_end,
+            k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, tiles,
+            p_weights, p_state, part_o, part_lse, p_part, n_rows, scale, cap, M, P, NT,
+            D, BD, BM, BN, BIAS, HAS_PREFIX, HAS_MASK, FOLD, SPLIT, IP,
         )  # fmt: skip
 
     if BIAS:

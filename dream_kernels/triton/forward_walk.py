@@ -33,12 +33,13 @@ def long_documents(
 ):  # fmt: skip
     """Visit the work list's tiles of long documents, up to ``n_tiles``, within ``begin .. end``."""
     b_zero = tl.zeros([BM], tl.float32)
-    begun = begin < 0  # whether the current document began in this split
-    open_document = begin < 0
-    b_part = tl.zeros([BM, BD], tl.float32)  # reweight: the current document
+    # Reweight: the current document, its index or -1, weight, and whether it began in this split.
+    b_part = tl.zeros([BM, BD], tl.float32)
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
-    for t in range(begin, tl.minimum(end, n_tiles)):
+    current, b_weight, begun = tl.minimum(begin, 0) - 1, tl.load(p_weights), begin < 0
+    last = tl.minimum(end, n_tiles) - 1
+    for t in range(begin, last + 1):
         key0, n, doc, flags = load_tile(tiles, i_z, NT, t)
         o_n = tl.arange(0, BN)
         m_n = o_n < n
@@ -55,30 +56,58 @@ def long_documents(
         if FOLD:
             if unlike != 0:
                 b_s = tl.where(m_z[:, None], b_s, float("-inf"))
-        b_w = tl.load(p_weights + doc)
         if BIAS:
+            b_w = tl.load(p_weights + doc)
             b_all_m, b_all_l, b_acc = online_step(b_s, b_v, b_all_m, b_all_l, b_acc, b_w, scale, IP)
         else:
-            first = (flags & FIRST) != 0
-            b_m = tl.where(first, float("-inf"), b_m)  # which empties b_part as well
-            begun = begun | first
+            # A document is closed only when the next one opens: the products with its last values
+            # are still being computed until this tile's with the query are done.
+            if (flags & FIRST) != 0:
+                b_acc, b_all_m, b_all_l = _close_document(
+                    b_acc, b_all_m, b_all_l, b_m, b_l, b_part, m_z, current,
+                    b_weight, begun, p_state, part_o, part_lse, p_part, n_rows, M, D, BD, SPLIT,
+                )  # fmt: skip
+                b_m = tl.full([BM], float("-inf"), tl.float32)
+                b_l = tl.zeros([BM], tl.float32)
+                b_part = tl.zeros([BM, BD], tl.float32)
+                b_weight, begun = tl.load(p_weights + doc), doc >= 0
+            current = doc
             b_m, b_l, b_part = online_step(b_s, b_v, b_m, b_l, b_part, b_zero, scale, IP)
-            open_document = (flags & LAST) == 0
-            closes = (flags & LAST) != 0
-            if SPLIT:
-                if closes & (begun == 0):
-                    store_part(
-                        part_o, part_lse, p_part + n_rows, b_m, b_l, b_part, m_z, D, BD
-                    )  # fmt: skip
-                closes = closes & begun
-            if closes:
-                b_lse = b_m + tl.log2(b_l)
-                tl.store(p_state + doc.to(tl.int64) * M, b_lse, mask=m_z)
-                b_acc += b_part * (b_w * inverse(b_l))[:, None]
-                b_all_m, b_all_l = log_add(b_all_m, b_all_l, b_lse)
+    if not BIAS:
+        if begin <= last:
+            _, _, _, flags = load_tile(tiles, i_z, NT, last)
+            if (flags & LAST) != 0:
+                b_acc, b_all_m, b_all_l = _close_document(
+                    b_acc, b_all_m, b_all_l, b_m, b_l, b_part, m_z, current, b_weight,
+                    begun, p_state, part_o, part_lse, p_part, n_rows, M, D, BD, SPLIT,
+                )  # fmt: skip
+            elif SPLIT:
+                store_part(part_o, part_lse, p_part + 2 * n_rows, b_m, b_l, b_part, m_z, D, BD)
+    return b_acc, b_all_m, b_all_l
+
+
+@triton.jit
+def _close_document(
+    b_acc, b_all_m, b_all_l, b_m, b_l, b_part, m_rows, doc, b_weight, begun,
+    p_state, part_o, part_lse, p_part, n_rows, M,
+    D: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Add a document, none if ``doc`` is -1, to the sums over documents; store its log-sum-exp.
+
+    If it began in an earlier split, its end is stored instead, for the parts to be joined.
+    """
+    b_lse = b_m + tl.log2(b_l)
+    complete = doc >= 0
     if SPLIT:
-        if open_document:
-            store_part(part_o, part_lse, p_part + 2 * n_rows, b_m, b_l, b_part, m_z, D, BD)
+        if complete & (begun == 0):
+            store_part(part_o, part_lse, p_part + n_rows, b_m, b_l, b_part, m_rows, D, BD)
+        complete = complete & begun
+        b_weight = tl.where(begun, b_weight, 0.0)
+        b_lse = tl.where(begun, b_lse, float("-inf"))
+    if complete:
+        tl.store(p_state + doc.to(tl.int64) * M, b_lse, mask=m_rows)
+    b_acc += b_part * (b_weight * inverse(b_l))[:, None]
+    b_all_m, b_all_l = log_add(b_all_m, b_all_l, b_lse)
     return b_acc, b_all_m, b_all_l
 
 

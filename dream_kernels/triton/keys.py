@@ -62,23 +62,24 @@ def keys_kernel(
         b_place = b_pos
         if positions is not None:
             b_place = tl.load(positions + i_b.to(tl.int64) * T + b_pos, mask=m_n, other=0)
-        # A tile inside one segment needs one set of coefficients per row, others one per key.
-        if tl.min(b_segment, 0) == one:
-            b_dk, b_dv = _add_rows(
-                q, do, scored, counts, weights, state, columns, documents,
-                s_qb, s_qh, s_qm, s_qd, s_ob, s_oh, s_om, s_od,
-                b_k, b_v, b_dk, b_dv, b_pos, b_place, m_seen, tl.zeros([1], tl.int32) + one,
-                i_b, i_h, first_key + i_n * BN, scale, window, positions, cap, Hq, G, M, T, C,
-                D, BD, BM, BN, PER_HEAD, BIAS, CAUSAL, NEGATE, DK, DV, IP,
-            )  # fmt: skip
-        else:
-            b_dk, b_dv = _add_rows(
-                q, do, scored, counts, weights, state, columns, documents,
-                s_qb, s_qh, s_qm, s_qd, s_ob, s_oh, s_om, s_od,
-                b_k, b_v, b_dk, b_dv, b_pos, b_place, m_seen, b_segment,
-                i_b, i_h, first_key + i_n * BN, scale, window, positions, cap, Hq, G, M, T, C,
-                D, BD, BM, BN, PER_HEAD, BIAS, CAUSAL, NEGATE, DK, DV, IP,
-            )  # fmt: skip
+        # A tile inside one segment needs one set of coefficients per row, others one per key. Two
+        # loops, of which one is empty: in the arms of a branch the compiler would join the waits
+        # after them, and so make each product wait.
+        uniform = (tl.min(b_segment, 0) == one).to(tl.int32)
+        b_dk, b_dv = _add_rows(
+            q, do, scored, counts, weights, state, columns, documents,
+            s_qb, s_qh, s_qm, s_qd, s_ob, s_oh, s_om, s_od,
+            b_k, b_v, b_dk, b_dv, b_pos, b_place, m_seen, tl.zeros([1], tl.int32) + one, uniform,
+            i_b, i_h, first_key + i_n * BN, scale, window, positions, cap, Hq, G, M, T, C,
+            D, BD, BM, BN, PER_HEAD, BIAS, CAUSAL, NEGATE, DK, DV, IP,
+        )  # fmt: skip
+        b_dk, b_dv = _add_rows(
+            q, do, scored, counts, weights, state, columns, documents,
+            s_qb, s_qh, s_qm, s_qd, s_ob, s_oh, s_om, s_od,
+            b_k, b_v, b_dk, b_dv, b_pos, b_place, m_seen, b_segment, 1 - uniform,
+            i_b, i_h, first_key + i_n * BN, scale, window, positions, cap, Hq, G, M, T, C,
+            D, BD, BM, BN, PER_HEAD, BIAS, CAUSAL, NEGATE, DK, DV, IP,
+        )  # fmt: skip
     p_out = ((i_z.to(tl.int64) * tl.num_programs(1) + i_h) * n_keys + o_n) * D
     if DK:
         store_rows(dk + p_out, b_dk * dk_scale, m_n, D, BD)
@@ -90,15 +91,15 @@ def keys_kernel(
 def _add_rows(
     q, do, scored, counts, weights, state, columns, documents,
     s_qb, s_qh, s_qm, s_qd, s_ob, s_oh, s_om, s_od,
-    b_k, b_v, b_dk, b_dv, b_pos, b_place, m_seen, b_segment,
+    b_k, b_v, b_dk, b_dv, b_pos, b_place, m_seen, b_segment, repeat,
     i_b, i_h, first_pos, scale, window, positions, cap, Hq, G, M, T, C,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PER_HEAD: tl.constexpr,
     BIAS: tl.constexpr, CAUSAL: tl.constexpr, NEGATE: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """Add the contributions of all rows of one batch element; ``b_segment`` is [BN] or [1].
+    """Add the contributions of all rows of one batch element, or nothing if ``repeat`` is 0.
 
-    ``b_place`` are the positions from which the window counts.
+    ``b_segment`` is [BN] or [1]; ``b_place`` are the positions from which the window counts.
     """
     first_row = tl.load(counts + i_b * COUNTS + FIRST_ROW)
     start = 0 * M
@@ -113,7 +114,7 @@ def _add_rows(
             n_blocks = tl.cdiv(tl.maximum(tl.minimum(last, M) - start, 0), BM)
     b_at = b_segment.to(tl.int64)[:, None]
     m_document = b_segment[:, None] < C
-    for i in range(0, G * n_blocks):
+    for i in range(0, G * n_blocks * repeat):
         o_h = i_h * G + i // n_blocks
         o_m = start + i % n_blocks * BM + tl.arange(0, BM)
         m_m = o_m < M

@@ -76,8 +76,8 @@ def rows_kernel(
     # As in forward_kernel: rows are located again, so that pointers need no registers until then.
     i_later = i_m + tl.minimum(T, 0)
     b_norm, b_offset, b_mu = _document_columns(p_columns, m_scored, M, BM, BIAS or DQ)
-    b_dq = tl.zeros([BM, BD], tl.float32)
     if tl.max(m_scored.to(tl.int32), 0) > 0:
+        b_dq = tl.zeros([BM, BD], tl.float32)
         b_dq = _scored_documents(
             b_q, b_do, b_dq, b_norm, b_offset, b_mu, o_b, m_scored, i_b, b_first, n_common, unlike,
             i_s, S, k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd,
@@ -98,30 +98,33 @@ def rows_kernel(
                 HAS_MASK, DOCUMENTS, DQ, FOLD, SPLIT, IP,
             )  # fmt: skip
 
+        if DQ:
+            _, o_b, o_h, o_m, m_scored = locate_scored_rows(
+                i_later, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
+            )  # fmt: skip
+            b_row = o_b.to(tl.int64) * Hq + o_h
+            p_dq = dq + (i_s.to(tl.int64) * n_rows + b_row * M + o_m) * D
+            store_rows(p_dq, b_dq * dq_scale, m_scored, D, BD)
+
     if DQ:
         m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
             i_later, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
         )  # fmt: skip
         m_plain = m_r & (m_scored == 0)
+        # From zeros again: accumulators that come out of a branch would make the products wait.
         if tl.max(m_plain.to(tl.int32), 0) > 0:
-            b_far = None
-            if window is not None:
-                b_far = far_positions(window, positions, o_b, b_pos, m_plain, T)
-            begin, end, n_clear = visible_range(
-                m_plain, b_pos, b_far, positions, T, i_s, S, BN, CAUSAL, SPLIT
-            )  # fmt: skip
             b_dq = _plain_rows(
-                b_q, b_do, b_dq, o_b, o_h, o_m, b_far, m_plain, begin, end, n_clear, i_b, b_first,
-                n_own, n_common, unlike, k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn,
-                s_vn, s_pvn, s_kd, s_vd, mask, positions, columns, scale, cap, B, Hq, M, T, P, D,
-                BD, BN, CAUSAL, HAS_PREFIX, HAS_MASK, FOLD, IP,
+                b_q, b_do, o_b, o_h, o_m, m_plain, i_b, b_first, n_own, n_common, unlike, i_s, S,
+                k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
+                mask, positions, columns, scale, window, cap, B, Hq, M, T, P, D, BD, BM, BN, CAUSAL,
+                HAS_PREFIX, HAS_MASK, FOLD, SPLIT, IP,
             )  # fmt: skip
-        m_r, o_b, o_h, o_m, _ = locate_scored_rows(
-            i_later + tl.minimum(T, 0), i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
-        )  # fmt: skip
-        b_row = o_b.to(tl.int64) * Hq + o_h
-        p_dq = dq + (i_s.to(tl.int64) * n_rows + b_row * M + o_m) * D
-        store_rows(p_dq, b_dq * dq_scale, m_r, D, BD)
+            m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
+                i_later + tl.minimum(T, 0), i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
+            )  # fmt: skip
+            b_row = o_b.to(tl.int64) * Hq + o_h
+            p_dq = dq + (i_s.to(tl.int64) * n_rows + b_row * M + o_m) * D
+            store_rows(p_dq, b_dq * dq_scale, m_r & (m_scored == 0), D, BD)
 
 
 @triton.jit
@@ -159,17 +162,17 @@ def _scored_documents(
         p_counts = counts + i_z * COUNTS
         p_mask = mask + i_z * T
         n_tiles, rest_begin, t_begin, t_end = work_share(p_counts, i_s, S, BN, SLOT, SPLIT)
-        b_dq = long_document_gradients(
-            b_q, b_do, b_dq, b_norm, b_offset, b_mu, m_z, i_z, n_tiles, t_begin, t_end,
-            k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, tiles,
-            p_weights, p_state, p_documents, p_part, n_rows, scale, cap, M, P, NT,
-            D, BD, BM, BN, BIAS, HAS_PREFIX, HAS_MASK, DOCUMENTS, DQ, SPLIT, IP,
-        )  # fmt: skip
         b_dq = short_document_gradients(
             b_q, b_do, b_dq, b_norm, b_offset, b_mu, m_z, i_z, n_tiles, rest_begin, t_begin, t_end,
             k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, shorts,
             p_counts, p_weights, p_state, p_documents, scale, cap, M, C,
             D, BD, BM, BN, SLOT, BIAS, HAS_PREFIX, HAS_MASK, DOCUMENTS, DQ, IP,
+        )  # fmt: skip
+        b_dq = long_document_gradients(
+            b_q, b_do, b_dq, b_norm, b_offset, b_mu, m_z, i_z, n_tiles, t_begin, t_end,
+            k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, tiles,
+            p_weights, p_state, p_documents, p_part, n_rows, scale, cap, M, P, NT,
+            D, BD, BM, BN, BIAS, HAS_PREFIX, HAS_MASK, DOCUMENTS, DQ, SPLIT, IP,
         )  # fmt: skip
     return b_dq
 
@@ -237,14 +240,22 @@ def _scored_rest(
 
 @triton.jit
 def _plain_rows(
-    b_q, b_do, b_dq, o_b, o_h, o_m, b_far, m_plain, begin, end, n_clear, i_b, b_first, n_own,
-    n_common, unlike, k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd,
-    s_vd, mask, positions, columns, scale, cap, B, Hq, M, T, P, D: tl.constexpr, BD: tl.constexpr,
-    BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr,
-    FOLD: tl.constexpr, IP: tl.constexpr,
+    b_q, b_do, o_b, o_h, o_m, m_plain, i_b, b_first, n_own, n_common, unlike, i_s, S,
+    k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
+    mask, positions, columns, scale, window, cap, B, Hq, M, T, P, D: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr, SPLIT: tl.constexpr,
+    IP: tl.constexpr,
 ):  # fmt: skip
-    """The query's gradient of the rows ``m_plain`` from the keys ``begin .. end``."""
+    """The query's gradient of the rows ``m_plain``."""
     b_pos = T - M + o_m
+    b_far = None
+    if window is not None:
+        b_far = far_positions(window, positions, o_b, b_pos, m_plain, T)
+    begin, end, n_clear = visible_range(
+        m_plain, b_pos, b_far, positions, T, i_s, S, BN, CAUSAL, SPLIT
+    )  # fmt: skip
+    b_dq = tl.zeros([BM, BD], tl.float32)
     p_columns = columns + (o_b.to(tl.int64) * Hq + o_h) * COLUMNS * M + o_m
     b_norm = tl.load(p_columns + NORM * M, mask=m_plain, other=float("inf"))
     b_offset = tl.load(p_columns + OFFSET * M, mask=m_plain, other=0.0)
