@@ -134,12 +134,20 @@ def _list_keys(
     row = i_b.to(tl.int64) * T
     if SEGMENT:
         tl.store(segment + row + o_x, b_segment, mask=m_x)
-    b_rank = o_x - b_before
-    tl.store(rest + row + b_rank, o_x, mask=m_x & (b_segment == C) & (b_rank >= 0))
+    # Of unchecked spans that overlap, keys count twice. The rest of each segment of memory has
+    # places of its own, all of them written, so that no key is read from the wrong one.
+    n_rest_prefix = tl.maximum(P - n_inside_prefix, 0)
+    n_rest = n_rest_prefix + tl.maximum(T - P - (n_inside - n_inside_prefix), 0)
+    m_prefix = o_x < P
+    b_rank = o_x - b_before + tl.where(m_prefix, 0, n_rest_prefix - (P - n_inside_prefix))
+    m_rank = (b_rank >= tl.where(m_prefix, 0, n_rest_prefix)) & (
+        b_rank < tl.where(m_prefix, n_rest_prefix, n_rest)
+    )
+    tl.store(rest + row + b_rank, o_x, mask=m_x & (b_segment == C) & m_rank)
     if i_x == 0:
         _store_counts(
-            counts, mask, positions, i_b, row, n_tiles, n_front, n_back, n_inside, n_inside_prefix,
-            n_unlike, last_end, first_key, window, M, T, P, NT, BW, CAUSAL, HAS_MASK,
+            counts, mask, positions, i_b, row, n_tiles, n_front, n_back, n_inside, n_rest_prefix,
+            n_rest, n_unlike, last_end, first_key, window, M, T, P, NT, BW, CAUSAL, HAS_MASK,
         )  # fmt: skip
 
 
@@ -203,7 +211,7 @@ def _cut_long(
 
 @triton.jit
 def _store_counts(
-    counts, mask, positions, i_b, row, n_tiles, n_front, n_back, n_inside, n_inside_prefix,
+    counts, mask, positions, i_b, row, n_tiles, n_front, n_back, n_inside, n_rest_prefix, n_rest,
     n_unlike, last_end, first_key, window, M, T, P, NT, BW: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):  # fmt: skip
@@ -215,8 +223,8 @@ def _store_counts(
     tl.store(p_counts + N_TILES, tl.minimum(n_tiles, NT))
     tl.store(p_counts + N_SHORT_PREFIX, n_front)
     tl.store(p_counts + N_SHORT_LOCAL, n_back)
-    tl.store(p_counts + N_REST_PREFIX, tl.maximum(P - n_inside_prefix, 0))
-    tl.store(p_counts + N_REST, tl.maximum(T - n_inside, 0))
+    tl.store(p_counts + N_REST_PREFIX, n_rest_prefix)
+    tl.store(p_counts + N_REST, n_rest)
     tl.store(p_counts + FIRST_ROW, first_row)
     if HAS_MASK:
         for n in range(0, P, BW):

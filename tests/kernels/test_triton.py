@@ -498,6 +498,50 @@ def test_empty_saved_has_the_form_of_what_forward_saves(mode: str) -> None:
     kept = {t.untyped_storage().data_ptr() for t in saved}
     assert output.untyped_storage().data_ptr() not in kept
     # The backward takes what the forward saved, without the graph around it.
+@pytest.mark.parametrize(
+    "prefix,spans",
+    [
+        pytest.param(10, ((10, 18),) * 3, id="local"),
+        pytest.param(20, ((8, 20),) * 3, id="prefix"),
+        pytest.param(13, ((3, 24), (5, 16), (13, 15)), id="across"),
+        pytest.param(0, ((0, 40), (-5, 60), (7, 3)), id="everything"),
+        pytest.param(19, ((2, 9), (4, 6), (30, 33)), id="inside"),
+    ],
+)
+def test_keys_of_unchecked_overlapping_spans_are_those_of_their_memory(
+    prefix: int, spans: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every key of the work list is in memory, and in the segment that it is read from."""
+    inputs = inputs_of(Case("overlap", spans=spans, prefix=prefix, local=24, rows=4))
+    length, batch = prefix + 24, 2
+    set_value_checks(False)
+    empty = torch.empty
+
+    def unwritten(*shape, **options) -> Tensor:
+        tensor = empty(*shape, **options)
+        return tensor if tensor.is_floating_point() else tensor.fill_(-(1 << 30))
+
+    try:
+        problem = inputs.call(problem_of)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", unwritten)
+            work = call.Call(problem).any_work_list()
+        result = run(inputs.require_grad())
+    finally:
+        set_value_checks(None)
+    assert all(result[name].shape == tensor.shape for name, tensor in inputs.tensors.items())
+    counts = work.counts[: batch * COUNTS.value].view(batch, -1)
+    for b, (n_tiles, front, back, n_prefix, n_rest) in enumerate(counts[:, :5].tolist()):
+        rest = work.rest[b * length :][:n_rest]
+        assert all(0 <= key < prefix for key in rest[:n_prefix])
+        assert all(prefix <= key < length for key in rest[n_prefix:])
+        tiles_of = work.tiles.view(-1, 4)[b * work.limit :][:n_tiles, :2].tolist()
+        shorts = work.shorts.view(-1, 4)[b * len(spans) :][: len(spans), 1:3].tolist()
+        for key, n in (*tiles_of, *shorts[:front], *shorts[len(spans) - back :]):
+            first, end = (0, prefix) if key < prefix else (prefix, length)
+            assert n >= 1 and first <= key and key + n <= end
+
+
     gradients = implementation.backward(problem, output, saved, torch.ones_like(output), needs)
     assert [g is not None for g in gradients] == list(needs)
 
