@@ -169,7 +169,7 @@ def compile_variant(
             ):
                 aligned.append(i)
     source = ASTSource(kernel, *_source_arguments(signature, constants, aligned))
-    built = {"num_warps": config.warps, "num_stages": config.stages}
+    built = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
     return triton.compile(source, target=target, options=built)
 
 

@@ -411,6 +411,18 @@ def test_a_row_that_sees_no_key_gives_zero_and_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("scale", (-0.3, 0.0))
+def test_no_key_at_all() -> None:
+    case = Case("no_keys", rows=2, local=0, spans=((0, 0),), sinks=True)
+    assert not any(tensor.any() for tensor in run(inputs_of(case).require_grad()).values())
+
+
+@pytest.mark.parametrize("head_dim", (8, 72, 88))
+def test_head_sizes_that_are_no_multiple_of_16(head_dim: int) -> None:
+    check(
+        inputs_of(Case("head", head_dim=head_dim, query_heads=3, key_heads=1, prefix=19, local=8))
+    )
+
+
 def test_negative_and_zero_scale(scale: float) -> None:
     inputs = inputs_of(Case("scale"))
     inputs.options["scale"] = scale
@@ -555,6 +567,8 @@ def test_why_not_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = replace(problem, query=torch.zeros(2, 6, 5, 257, device=DEVICE))
     assert "up to 256, got 257" in str(implementation.why_not(wide))
     if not ON_GPU:
+    many = replace(problem, query=problem.query[:1].expand(65_536, -1, -1, -1))
+    assert "up to 65535 batch elements and heads, got 65536" in str(implementation.why_not(many))
         half = replace(problem, query=problem.query.bfloat16())
         assert "interpreter" in str(implementation.why_not(half))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
