@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -410,7 +411,6 @@ def test_a_row_that_sees_no_key_gives_zero_and_no_gradient() -> None:
     assert (result["query"][0, :, :5] == 0).all()
 
 
-@pytest.mark.parametrize("scale", (-0.3, 0.0))
 def test_no_key_at_all() -> None:
     case = Case("no_keys", rows=2, local=0, spans=((0, 0),), sinks=True)
     assert not any(tensor.any() for tensor in run(inputs_of(case).require_grad()).values())
@@ -423,6 +423,7 @@ def test_head_sizes_that_are_no_multiple_of_16(head_dim: int) -> None:
     )
 
 
+@pytest.mark.parametrize("scale", (-0.3, 0.0))
 def test_negative_and_zero_scale(scale: float) -> None:
     inputs = inputs_of(Case("scale"))
     inputs.options["scale"] = scale
@@ -497,19 +498,6 @@ def test_unchecked_spans_stay_inside_memory() -> None:
     assert output.shape == inputs.tensors["query"].shape
 
 
-@pytest.mark.parametrize("mode", ("reweight", "bias"))
-def test_empty_saved_has_the_form_of_what_forward_saves(mode: str) -> None:
-    problem = inputs_of(Case("saved", mode=mode)).call(problem_of)
-    implementation = TritonImplementation()
-    needs = Needs(True, True, True, True, False, False, False)
-    output, saved = implementation.forward(problem, needs)
-    empty = implementation.empty_saved(problem, needs)
-    assert [(t.shape, t.dtype, t.device) for t in empty] == [
-        (t.shape, t.dtype, t.device) for t in saved
-    ]
-    kept = {t.untyped_storage().data_ptr() for t in saved}
-    assert output.untyped_storage().data_ptr() not in kept
-    # The backward takes what the forward saved, without the graph around it.
 @pytest.mark.parametrize(
     "prefix,spans",
     [
@@ -554,6 +542,19 @@ def test_keys_of_unchecked_overlapping_spans_are_those_of_their_memory(
             assert n >= 1 and first <= key and key + n <= end
 
 
+@pytest.mark.parametrize("mode", ("reweight", "bias"))
+def test_empty_saved_has_the_form_of_what_forward_saves(mode: str) -> None:
+    problem = inputs_of(Case("saved", mode=mode)).call(problem_of)
+    implementation = TritonImplementation()
+    needs = Needs(True, True, True, True, False, False, False)
+    output, saved = implementation.forward(problem, needs)
+    empty = implementation.empty_saved(problem, needs)
+    assert [(t.shape, t.dtype, t.device) for t in empty] == [
+        (t.shape, t.dtype, t.device) for t in saved
+    ]
+    kept = {t.untyped_storage().data_ptr() for t in saved}
+    assert output.untyped_storage().data_ptr() not in kept
+    # The backward takes what the forward saved, without the graph around it.
     gradients = implementation.backward(problem, output, saved, torch.ones_like(output), needs)
     assert [g is not None for g in gradients] == list(needs)
 
@@ -566,9 +567,9 @@ def test_why_not_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "float64" in str(implementation.why_not(double))
     wide = replace(problem, query=torch.zeros(2, 6, 5, 257, device=DEVICE))
     assert "up to 256, got 257" in str(implementation.why_not(wide))
-    if not ON_GPU:
     many = replace(problem, query=problem.query[:1].expand(65_536, -1, -1, -1))
     assert "up to 65535 batch elements and heads, got 65536" in str(implementation.why_not(many))
+    if not ON_GPU:
         half = replace(problem, query=problem.query.bfloat16())
         assert "interpreter" in str(implementation.why_not(half))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -655,7 +656,9 @@ def test_importing_the_package_does_not_import_triton() -> None:
     run_command(sys.executable, "-c", code, check=True)
 
 
-def test_the_fastest_configuration_is_chosen_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_configuration_is_kept_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from triton.runtime.errors import OutOfResources
 
     slow, fast, huge = (Config(rows, 64, 4, 2) for rows in (32, 64, 128))
@@ -670,7 +673,8 @@ def test_the_fastest_configuration_is_chosen_and_kept(monkeypatch: pytest.Monkey
             raise OutOfResources(300, 200, "shared memory")
         return candidate
 
-    monkeypatch.delenv("DREAM_KERNELS_TUNE", raising=False)
+    path = tmp_path / "folder" / "tiles.json"
+    monkeypatch.setenv("DREAM_KERNELS_TUNE", str(path))
     monkeypatch.setattr(device, "milliseconds", milliseconds)
     monkeypatch.setattr(tuning, "_fastest", {})
     monkeypatch.setattr(device, "name", lambda on: "card")
@@ -678,9 +682,36 @@ def test_the_fastest_configuration_is_chosen_and_kept(monkeypatch: pytest.Monkey
     card, configs = torch.device("cuda"), (slow, huge, fast)
     assert tuning.choose(("k", 1), configs, launch_once, card) == fast
     assert tuning.choose(("k", 1), configs, launch_once, card) == fast
+    monkeypatch.setattr(tuning, "_fastest", {})  # another process
+    assert tuning.choose(("k", 1), configs, launch_once, card) == fast
+    monkeypatch.setattr(device, "name", lambda on: "another card")
+    monkeypatch.setattr(device, "capturing", lambda: True)
+    assert tuning.choose(("k", 1), configs, launch_once, card) == slow
     assert timed == [slow, fast]
-    monkeypatch.setenv("DREAM_KERNELS_TUNE", "0")
-    assert tuning.choose(("k", 2), configs, launch_once, card) == slow
+
+
+@pytest.mark.parametrize("tune", (None, "", "0"))
+def test_by_default_tile_shapes_are_those_of_the_table(
+    tune: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DREAM_KERNELS_TUNE", raising=False)
+    if tune is not None:
+        monkeypatch.setenv("DREAM_KERNELS_TUNE", tune)
+    monkeypatch.setattr(device, "milliseconds", lambda launch_once: pytest.fail("timed"))
+    configs = (Config(32, 64, 4, 2), Config(64, 64, 4, 2))
+    assert tuning.choose(("k", 1), configs, lambda config: None, torch.device("cuda")) == configs[0]
+
+
+def test_errors_of_the_tuning_file_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = (Config(32, 64, 4, 2), Config(64, 64, 4, 2))
+    monkeypatch.setattr(device, "name", lambda on: "card")
+    monkeypatch.setattr(device, "capturing", lambda: False)
+    path = tmp_path / "tiles.json"
+    path.write_text('{"k": [1, 2]}')
+    for tune, complaint in (("1", "a .json file, or 0 for none, got '1'"), (str(path), str(path))):
+        monkeypatch.setenv("DREAM_KERNELS_TUNE", tune)
+        with pytest.raises(ValueError, match=complaint):
+            tuning.choose(("k",), configs, lambda config: None, torch.device("cuda"))
 
 
 def test_tiles_are_no_taller_than_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
