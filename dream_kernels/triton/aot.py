@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dream_kernels.files import is_stream, write_text
+from dream_kernels.triton.call import OPTIONS
 from dream_kernels.triton.coefficients import coefficients_kernel
 from dream_kernels.triton.combine import combine_kernel, join_kernel
 from dream_kernels.triton.device import triton_version
@@ -48,8 +49,8 @@ _POINTERS = {
     **dict.fromkeys(("q", "k", "v", "pk", "pv", "o", "do", "dq", "dk", "dv"), "data"),
     **dict.fromkeys(("table", "n_scored", "tiles", "shorts", "rest", "segment", "counts"), "*i32"),
     **dict.fromkeys(("weights", "state", "part_o", "part_lse", "columns", "scores"), "*fp32"),
-    **dict.fromkeys(("documents", "parts", "partial", "scale", "document_mass"), "*fp32"),
-    "spans": "*i64", "mask": "*u8", "scored": "*i32",
+    **dict.fromkeys(("documents", "parts", "partial", "sinks"), "*fp32"),
+    "spans": "*i64", "positions": "*i64", "mask": "*u8", "scored": "*i32", "cap": "fp32",
     "scale": "fp32", "document_mass": "fp32", "dq_scale": "fp32", "dk_scale": "fp32",
 }  # fmt: skip
 _DTYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -142,8 +143,10 @@ def family_of_target(target: str) -> str:
     return family_of(int(target[3:]) // 10 if target[:3] == "sm_" else 0)
 
 
-def compile_variant(variant: Variant, target: GPUTarget, dtype: torch.dtype) -> Any:
-    """Compile as the launcher would for aligned, contiguous tensors."""
+def compile_variant(
+    variant: Variant, target: GPUTarget, dtype: torch.dtype, options: Container[str] = ()
+) -> Any:
+    """Compile as the launcher would for aligned, contiguous tensors, with some of ``OPTIONS``."""
     config = variant.config
     known = {**variant.flags, "BM": config.rows, "BN": config.keys, "SLOT": config.slot}
     kernel = variant.kernel
@@ -156,6 +159,8 @@ def compile_variant(variant: Variant, target: GPUTarget, dtype: torch.dtype) -> 
             constants[name], signature[name] = known[name], "constexpr"
         elif (name.startswith("s_") and name.endswith("d")) or name == "s_sc":
             constants[name], signature[name] = 1, "constexpr"
+        elif name in OPTIONS and name not in options:
+            constants[name], signature[name] = None, "constexpr"
         else:
             kind = _POINTERS.get(name, "i32")
             signature[name] = _DTYPES[dtype] if kind == "data" else kind
@@ -164,8 +169,8 @@ def compile_variant(variant: Variant, target: GPUTarget, dtype: torch.dtype) -> 
             ):
                 aligned.append(i)
     source = ASTSource(kernel, *_source_arguments(signature, constants, aligned))
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    return triton.compile(source, target=target, options=options)
+    built = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=built)
 
 
 def _source_arguments(
@@ -226,13 +231,14 @@ def compiled_rows(
     names: Container[str] = (),
     dtype: torch.dtype = torch.bfloat16,
     rare: bool = False,
+    options: Container[str] = (),
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """``"target/head size/kernel"`` and resources, for all kernels or those in ``names``."""
     for target, head_dim in itertools.product(targets, head_dims):
         for variant in variants(head_dim, family_of_target(target), dtype, rare):
             if names and variant.name not in names:
                 continue
-            compiled = compile_variant(variant, TARGETS[target], dtype)
+            compiled = compile_variant(variant, TARGETS[target], dtype, options)
             config = variant.config
             tile = f"{config.rows}x{config.keys}, {config.warps} warps, {config.stages} stages"
             resources = asdict(measure(compiled))
@@ -263,6 +269,10 @@ def main(arguments: list[str] | None = None) -> int:
         "scores per head, fixed mass, a negative scale, gradients of a shared prefix",
     )  # fmt: skip
     parser.add_argument(
+        "--option", action="append", default=[], choices=OPTIONS,
+        help="compile for calls that have this: 'cap' is the soft cap",
+    )  # fmt: skip
+    parser.add_argument(
         "--write", type=Path,
         help="write the table to this file, as JSON; its rows from the same triton that were not "
         "compiled now are kept",
@@ -276,6 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.kernel,
         getattr(torch, options.dtype),
         options.rare,
+        options.option,
     )
     for key, row in found:
         cores = ", ".join(f"{count} {kind}" for kind, count in row["tensor_cores"].items()) or "-"

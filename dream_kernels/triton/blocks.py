@@ -1,9 +1,11 @@
-"""Building blocks that the kernels share: rows, key tiles, the online softmax."""
+"""Building blocks that the kernels share: rows, key tiles, the share of a split."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from dream_kernels.triton.options import first_near
 
 # Flags of a tile in the work list: it is the first of its document, it is the last.
 FIRST = tl.constexpr(1)
@@ -16,6 +18,7 @@ N_REST_PREFIX = tl.constexpr(3)
 N_REST = tl.constexpr(4)
 FIRST_ROW = tl.constexpr(5)
 LIKE_FIRST = tl.constexpr(6)
+FIRST_KEY = tl.constexpr(7)
 COUNTS = tl.constexpr(8)
 # Columns of the per-row coefficients.
 NORM = tl.constexpr(0)
@@ -166,18 +169,26 @@ def split_range(n_work, i_s, S):
 
 @triton.jit
 def visible_range(
-    m_rows, b_pos, T, i_s, S, BN: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr
+    m_rows, b_pos, b_far, positions, T, i_s, S, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """The keys ``begin .. end`` of a split that any row sees; all rows see those to ``n_clear``."""
+    """The keys ``begin .. end`` of a split that any row sees; all rows see those to ``n_clear``.
+
+    With a window all keys take a mask, and where ``positions`` are given none is left out.
+    """
     end = T
     n_clear = T
     if CAUSAL:
         end = tl.maximum(tl.max(tl.where(m_rows, b_pos, -1), 0) + 1, 0)
         n_clear = tl.maximum(tl.min(tl.where(m_rows, b_pos, T), 0) + 1, 0)
     begin = end * 0
+    if b_far is not None:
+        n_clear = begin
+        if positions is None:
+            begin = first_near(b_far, m_rows, T)
     if SPLIT:
-        first, last = split_range(tl.cdiv(end, BN), i_s, S)
-        begin, end = first * BN, tl.minimum(last * BN, end)
+        first, last = split_range(tl.cdiv(end - begin, BN), i_s, S)
+        begin, end = begin + first * BN, tl.minimum(begin + last * BN, end)
     return begin, end, n_clear
 
 
@@ -303,9 +314,24 @@ def rest_tiles(n, n_prefix, BN: tl.constexpr):
 
 
 @triton.jit
+def _first_near_rest(b_far, m_rows, p_counts, T, BN: tl.constexpr):
+    """The tile of the rest from which on keys may be in the window of a row.
+
+    The keys of the rest before key ``x`` are all ``x`` up to the first document, and after it at
+    least ``x`` less the keys of all documents.
+    """
+    first = first_near(b_far, m_rows, T)
+    n_inside = T - tl.load(p_counts + N_REST)
+    rank = tl.minimum(first, tl.maximum(tl.load(p_counts + FIRST_KEY), first - n_inside))
+    n_prefix = tl.load(p_counts + N_REST_PREFIX)
+    after = tl.cdiv(n_prefix, BN) + (rank - n_prefix) // BN
+    return tl.where(rank < n_prefix, rank // BN, after)
+
+
+@triton.jit
 def rest_range(
-    p_counts, z, unlike, n_seen, i_s, S, BN: tl.constexpr, SLOT: tl.constexpr, FOLD: tl.constexpr,
-    SPLIT: tl.constexpr,
+    p_counts, z, unlike, n_seen, b_far, positions, m_rows, T, i_s, S,
+    BN: tl.constexpr, SLOT: tl.constexpr, FOLD: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """The tiles of the rest that a split visits in pass ``z``, and whether it reaches the rest.
 
@@ -313,7 +339,7 @@ def rest_range(
     are ``unlike`` in it; each other pass visits the keys of one element alone.
 
     Args:
-        n_seen: how many keys of the rest any row sees.
+        n_seen: how many keys of the rest any of ``m_rows`` sees.
 
     Returns:
         begin, end: the tiles.
@@ -322,6 +348,9 @@ def rest_range(
     _, rest_begin, t_begin, t_end = work_share(p_counts, i_s, S, BN, SLOT, SPLIT)
     n_prefix = tl.load(p_counts + N_REST_PREFIX)
     begin = tl.maximum(t_begin - rest_begin, 0)
+    if b_far is not None:
+        if positions is None:
+            begin = tl.maximum(begin, _first_near_rest(b_far, m_rows, p_counts, T, BN))
     end = tl.minimum(t_end - rest_begin, rest_tiles(n_seen, n_prefix, BN))
     if FOLD:
         n_common = tl.cdiv(n_prefix, BN) * (1 - unlike)
@@ -329,58 +358,3 @@ def rest_range(
         begin = tl.where(z == 0, begin, tl.maximum(begin, n_common))
         end = tl.where(z == 0, tl.minimum(end, n_common), end)
     return begin, end, t_end - rest_begin
-
-
-@triton.jit
-def finite(b_m):
-    """A peak to subtract: 0 in place of the ``-inf`` of a row that has seen no key."""
-    return tl.where(b_m == float("-inf"), 0.0, b_m)
-
-
-@triton.jit
-def inverse(b_l):
-    """``1 / l``, and 0 for the sum over no key."""
-    return tl.where(b_l > 0, 1.0 / tl.where(b_l > 0, b_l, 1.0), 0.0)
-
-
-@triton.jit
-def document_share(b_documents, b_rest, document_mass, FIXED: tl.constexpr):
-    """The mass of all documents together and that of the rest, from their log-sum-exps."""
-    if FIXED:
-        b_mu = tl.where(b_rest == float("-inf"), 1.0, document_mass)
-        return b_mu, 1.0 - b_mu
-    else:
-        b_peak = finite(tl.maximum(b_documents, b_rest))
-        b_d, b_r = tl.exp2(b_documents - b_peak), tl.exp2(b_rest - b_peak)
-        b_scale = inverse(b_d + b_r)
-        return b_d * b_scale, b_r * b_scale
-
-
-@triton.jit
-def log_add(b_m, b_l, b_lse):
-    """Add ``exp2(lse)`` to the sum ``l * exp2(m)`` of a peak ``m`` and a relative sum ``l``."""
-    b_new = tl.maximum(b_m, b_lse)
-    b_safe = finite(b_new)
-    return b_new, b_l * tl.exp2(b_m - b_safe) + tl.exp2(b_lse - b_safe)
-
-
-@triton.jit
-def online_step(b_s, b_v, b_m, b_l, b_acc, b_bias, scale, IP: tl.constexpr):
-    """One tile of the online softmax, in base 2.
-
-    Args:
-        b_s: ``[BM, BN]`` raw dot products, ``-inf`` for keys that the row does not see.
-        b_v: ``[BN, BD]``.
-        b_m: ``[BM]`` peak so far.
-        b_l: ``[BM]`` sum relative to the peak.
-        b_acc: ``[BM, BD]`` weighted sum of values relative to the peak.
-        b_bias: ``[BM]`` added to every logit of the tile.
-        scale: positive factor of the dot products, ``log2(e)`` included.
-    """
-    b_new = tl.maximum(b_m, tl.max(b_s, 1) * scale + b_bias)
-    b_safe = finite(b_new)
-    b_p = tl.exp2(b_s * scale - (b_safe - b_bias)[:, None])  # [BM, BN]
-    b_alpha = tl.exp2(b_m - b_safe)
-    b_l = b_l * b_alpha + tl.sum(b_p, 1)
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=IP)
-    return b_new, b_l, b_acc

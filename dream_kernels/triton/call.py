@@ -23,9 +23,13 @@ from dream_kernels.triton.work_list import work_list_kernel
 LOG2_E = 1.0 / math.log(2.0)
 # A split shorter than this many keys costs more in partial results than it gains.
 MIN_SPLIT_KEYS = 256
+# Positions less a window are int64.
+_LONGEST_WINDOW = 1 << 62
 # Positions of a program that makes the work list, and documents that a program reads together.
 _LIST_BLOCK = 128
 DOCUMENT_BLOCK = 32
+# Arguments that are None unless a call has that option.
+OPTIONS = ("window", "positions", "cap", "sinks")
 
 
 def run(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **options: int) -> None:
@@ -33,7 +37,9 @@ def run(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **opti
 
     A parameter's name means the same in every kernel, so that kernels share groups of arguments.
     """
-    kernel[grid](*itemgetter(*kernel.arg_names)(arguments), **options)
+    # Fused multiply-adds are no longer triton's own default in 3.10.
+    arguments_in_order = itemgetter(*kernel.arg_names)(arguments)
+    kernel[grid](*arguments_in_order, enable_fp_fusion=True, **options)
 
 
 def strides(of: str, dimensions: str, tensor: Tensor) -> dict[str, int]:
@@ -155,10 +161,24 @@ class Call:
             "table": self.heads.order, "n_scored": self.heads.count, "scored": self.heads.scored,
             "B": self.batch, "Hq": self.query_heads, "G": self.group, "M": self.rows,
             "T": self.length, "P": self.prefix_length, "C": self.documents,
-            # Never 0, so that a masked logit of -inf stays -inf.
-            "scale": max(abs(problem.scale) * LOG2_E, 1e-30),
             "document_mass": 1.0 if problem.document_mass is None else problem.document_mass,
-            **self._flags, "FIXED": self.fixed,
+            **self._options(), **self._flags, "FIXED": self.fixed,
+        }  # fmt: skip
+
+    def _options(self) -> dict[str, Any]:
+        """What a call may add to attention, None where it does not: nothing is compiled for it."""
+        problem, window = self.problem, self.problem.window
+        if window is not None and problem.positions is None and window >= self.length:
+            window = None  # it reaches all keys
+        scale, cap = abs(problem.scale), None
+        if problem.softcap is not None:
+            scale, cap = problem.softcap, scale / problem.softcap
+        return {
+            # Never 0, so that a masked logit of -inf stays -inf.
+            "scale": max(scale * LOG2_E, 1e-30), "cap": cap,
+            "window": None if window is None else min(window, _LONGEST_WINDOW),
+            "positions": None if problem.positions is None else problem.positions.contiguous(),
+            "sinks": None if problem.sinks is None else problem.sinks.contiguous(),
         }  # fmt: skip
 
     def _memory(self) -> dict[str, Any]:
@@ -235,7 +255,8 @@ class Call:
         """The configuration for a kernel at this call's sizes."""
         configs = self.configs(kernel, rows)
         key = (
-            kernel, self.problem.query.dtype, *flags, *self._flags.values(), bucket(rows),
+            kernel, self.problem.query.dtype, *flags, *self._flags.values(),
+            *(self.arguments[name] is None for name in OPTIONS), bucket(rows),
             bucket(self.batch * self.key_heads), bucket(self.length),
             bucket(self.length // self.documents),
         )  # fmt: skip

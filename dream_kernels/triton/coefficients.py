@@ -13,12 +13,10 @@ from dream_kernels.triton.blocks import (
     MU,
     NORM,
     OFFSET,
-    document_share,
-    finite,
-    inverse,
     load_rows,
     row_pointers,
 )
+from dream_kernels.triton.softmax import document_share, finite, inverse
 from dream_kernels.triton.work_list import load_span
 
 

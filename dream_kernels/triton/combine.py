@@ -9,15 +9,12 @@ from dream_kernels.triton.blocks import (
     COUNTS,
     FIRST,
     LAST,
-    document_share,
-    finite,
-    inverse,
     load_rows,
     locate_scored_rows,
-    log_add,
     store_rows,
     work_share,
 )
+from dream_kernels.triton.softmax import document_share, empty_softmax, finite, inverse, log_add
 
 
 @triton.jit
@@ -55,7 +52,7 @@ def _merge(part_o, part_lse, p_part, m_rows, b_m, b_l, b_acc, D: tl.constexpr, B
 
 @triton.jit(do_not_specialize=["M", "C", "NT", "S", "B", "Hq"])
 def combine_kernel(
-    part_o, part_lse, table, n_scored, tiles, counts, weights, o, state,
+    part_o, part_lse, sinks, table, n_scored, tiles, counts, weights, o, state,
     document_mass, B, Hq, G, M, C, NT, S,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
     PER_HEAD: tl.constexpr, BIAS: tl.constexpr, FIXED: tl.constexpr,
@@ -77,8 +74,7 @@ def combine_kernel(
     m_whole = m_r
     if not BIAS:
         m_whole = m_r & (m_scored == 0)
-    b_m = tl.full([BM], float("-inf"), tl.float32)
-    b_l = tl.zeros([BM], tl.float32)
+    b_m, b_l = empty_softmax(sinks, o_h, BM)
     b_acc = tl.zeros([BM, BD], tl.float32)
     for s in range(0, S):
         i_s = S * 0 + s
@@ -93,8 +89,8 @@ def combine_kernel(
         else:
             p_weights = weights + i_b.to(tl.int64) * C + o_h * 0
         b_all, b_all_m, b_all_l, b_rest, b_rest_m, b_rest_l = _join_documents(
-            part_o, part_lse, p_counts, p_tiles, p_weights, p_state, b_row, o_m, m_scored, n_rows,
-            M, S, D, BD, BM, BN, SLOT,
+            part_o, part_lse, sinks, p_counts, p_tiles, p_weights, p_state, b_row, o_h, o_m,
+            m_scored, n_rows, M, S, D, BD, BM, BN, SLOT,
         )  # fmt: skip
         b_lse = b_rest_m + tl.log2(b_rest_l)
         tl.store(p_last, b_lse, mask=m_scored)
@@ -106,8 +102,9 @@ def combine_kernel(
 
 @triton.jit
 def _join_documents(
-    part_o, part_lse, p_counts, p_tiles, p_weights, p_state, b_row, o_m, m_rows, n_rows, M, S,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
+    part_o, part_lse, sinks, p_counts, p_tiles, p_weights, p_state, b_row, o_h, o_m, m_rows,
+    n_rows, M, S, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SLOT: tl.constexpr,
 ):  # fmt: skip
     """Walk the splits of the scored rows of reweight, and store documents that span several.
 
@@ -124,8 +121,7 @@ def _join_documents(
     b_all_m = tl.full([BM], float("-inf"), tl.float32)
     b_all_l = tl.zeros([BM], tl.float32)
     b_rest = tl.zeros([BM, BD], tl.float32)
-    b_rest_m = tl.full([BM], float("-inf"), tl.float32)
-    b_rest_l = tl.zeros([BM], tl.float32)
+    b_rest_m, b_rest_l = empty_softmax(sinks, o_h, BM)
     for s in range(0, S):
         i_s = S * 0 + s
         p_part = i_s.to(tl.int64) * 3 * n_rows + b_row * M + o_m

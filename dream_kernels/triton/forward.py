@@ -8,10 +8,8 @@ import triton.language as tl
 from dream_kernels.triton.blocks import (
     COUNTS,
     block_and_split,
-    document_share,
     fold_pass,
     fold_range,
-    inverse,
     load_query,
     locate_scored_rows,
     segment_bases,
@@ -27,15 +25,17 @@ from dream_kernels.triton.forward_walk import (
     short_documents,
     store_part,
 )
+from dream_kernels.triton.options import far_positions
+from dream_kernels.triton.softmax import document_share, empty_softmax, inverse
 
 
-@triton.jit(do_not_specialize=["M", "T", "P", "C", "NT", "S", "B", "Hq"])
+@triton.jit(do_not_specialize=["window", "M", "T", "P", "C", "NT", "S", "B", "Hq"])
 def forward_kernel(
-    q, k, v, pk, pv, mask, table, n_scored, tiles, shorts, rest, counts, weights,
+    q, k, v, pk, pv, mask, positions, sinks, table, n_scored, tiles, shorts, rest, counts, weights,
     o, state, part_o, part_lse,
     s_qb, s_qh, s_qm, s_qd, s_kb, s_kh, s_kn, s_kd, s_vb, s_vh, s_vn, s_vd,
     s_pkb, s_pkh, s_pkn, s_pvb, s_pvh, s_pvn,
-    scale, document_mass, B, Hq, G, M, T, P, C, NT, S,
+    scale, document_mass, window, cap, B, Hq, G, M, T, P, C, NT, S,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
     PER_HEAD: tl.constexpr, BIAS: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr,
@@ -68,11 +68,11 @@ def forward_kernel(
 
     if tl.max(m_scored.to(tl.int32), 0) > 0:
         b_acc, b_all_m, b_all_l, b_m, b_l, b_part, b_has_rest = _scored_rows(
-            b_q, b_pos, b_row, o_b, m_scored, i_b, b_first, n_own, n_common, unlike, i_s, S,
+            b_q, b_pos, b_row, o_b, o_h, m_scored, i_b, b_first, n_own, n_common, unlike, i_s, S,
             k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
-            mask, tiles, shorts, rest, counts, weights, p_state, part_o, part_lse, p_part, n_rows,
-            scale, B, M, T, P, C, NT, D, BD, BM, BN, SLOT, PER_HEAD, BIAS, CAUSAL, HAS_PREFIX,
-            HAS_MASK, FOLD, SPLIT, IP,
+            mask, positions, sinks, tiles, shorts, rest, counts, weights, p_state, part_o,
+            part_lse, p_part, n_rows, scale, window, cap, B, M, T, P, C, NT, D, BD, BM, BN, SLOT,
+            PER_HEAD, BIAS, CAUSAL, HAS_PREFIX, HAS_MASK, FOLD, SPLIT, IP,
         )  # fmt: skip
         m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
             i_later, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
@@ -90,9 +90,10 @@ def forward_kernel(
     m_plain = m_r & (m_scored == 0)
     if tl.max(m_plain.to(tl.int32), 0) > 0:
         b_m, b_l, b_part = _plain_rows(
-            b_q, T - M + o_m, o_b, m_plain, i_b, b_first, n_own, n_common, unlike, i_s, S,
+            b_q, T - M + o_m, o_b, o_h, m_plain, i_b, b_first, n_own, n_common, unlike, i_s, S,
             k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
-            mask, scale, B, T, P, D, BD, BM, BN, CAUSAL, HAS_PREFIX, HAS_MASK, FOLD, SPLIT, IP,
+            mask, positions, sinks, scale, window, cap, B, T, P,
+            D, BD, BM, BN, CAUSAL, HAS_PREFIX, HAS_MASK, FOLD, SPLIT, IP,
         )  # fmt: skip
         m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
             i_later + tl.minimum(T, 0), i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
@@ -107,13 +108,13 @@ def forward_kernel(
 
 @triton.jit
 def _scored_rows(
-    b_q, b_pos, b_row, o_b, m_scored, i_b, b_first, n_own, n_common, unlike, i_s, S,
+    b_q, b_pos, b_row, o_b, o_h, m_scored, i_b, b_first, n_own, n_common, unlike, i_s, S,
     k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
-    mask, tiles, shorts, rest, counts, weights, p_state, part_o, part_lse, p_part, n_rows,
-    scale, B, M, T, P, C, NT, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, SLOT: tl.constexpr, PER_HEAD: tl.constexpr, BIAS: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr,
-    SPLIT: tl.constexpr, IP: tl.constexpr,
+    mask, positions, sinks, tiles, shorts, rest, counts, weights, p_state, part_o, part_lse,
+    p_part, n_rows, scale, window, cap, B, M, T, P, C, NT, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr, PER_HEAD: tl.constexpr,
+    BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr,
+    FOLD: tl.constexpr, SPLIT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """Visit the documents, then the rest, for the scored rows.
 
@@ -126,8 +127,12 @@ def _scored_rows(
     top_pos = tl.max(tl.where(m_scored, b_pos, 0), 0)
     low_pos = tl.min(tl.where(m_scored, b_pos, T), 0)
     b_acc = tl.zeros([BM, BD], tl.float32)
-    b_all_m = tl.full([BM], float("-inf"), tl.float32)
-    b_all_l = tl.zeros([BM], tl.float32)
+    # Splits leave the sink to combine_kernel, which joins them.
+    own_sinks = None if SPLIT else sinks
+    b_all_m, b_all_l = empty_softmax(own_sinks if BIAS else None, o_h, BM)
+    b_far = None
+    if window is not None:
+        b_far = far_positions(window, positions, o_b, b_pos, m_scored, T)
     p_weights = weight_pointers(weights, b_row, o_b, i_b, C, PER_HEAD, FOLD)
     for z in range(0, n_common):
         i_z, m_z = fold_pass(z, unlike, i_b, b_first, o_b, m_scored, B, FOLD)
@@ -136,24 +141,23 @@ def _scored_rows(
         p_counts = counts + i_z * COUNTS
         p_mask = mask + i_z * T
         n_tiles, rest_begin, t_begin, t_end = work_share(p_counts, i_s, S, BN, SLOT, SPLIT)
-        b_acc, b_all_m, b_all_l = long_documents(
-            b_q, b_acc, b_all_m, b_all_l, m_z, unlike, i_z, n_tiles, t_begin, t_end,
-            k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, tiles,
-            p_weights, p_state, part_o, part_lse, p_part, n_rows, scale, M, P, NT,
-            D, BD, BM, BN, BIAS, HAS_PREFIX, HAS_MASK, FOLD, SPLIT, IP,
-        )  # fmt: skip
         b_acc, b_all_m, b_all_l = short_documents(
             b_q, b_acc, b_all_m, b_all_l, m_z, i_z, n_tiles, rest_begin, t_begin, t_end,
             k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, shorts,
-            p_counts, p_weights, p_state, scale, M, C,
+            p_counts, p_weights, p_state, scale, cap, M, C,
             D, BD, BM, BN, SLOT, BIAS, HAS_PREFIX, HAS_MASK, FOLD, IP,
+        )  # fmt: skip
+        b_acc, b_all_m, b_all_l = long_documents(
+            b_q, b_acc, b_all_m, b_all_l, m_z, unlike, i_z, n_tiles, t_begin, t_end,
+            k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, tiles,
+            p_weights, p_state, part_o, part_lse, p_part, n_rows, scale, cap, M, P, NT,
+            D, BD, BM, BN, BIAS, HAS_PREFIX, HAS_MASK, FOLD, SPLIT, IP,
         )  # fmt: skip
 
     if BIAS:
         b_m, b_l, b_part = b_all_m, b_all_l, b_acc
     else:
-        b_m = tl.full([BM], float("-inf"), tl.float32)
-        b_l = tl.zeros([BM], tl.float32)
+        b_m, b_l = empty_softmax(own_sinks, o_h, BM)
         b_part = tl.zeros([BM, BD], tl.float32)
     b_has_rest = o_b * 0
     # Pass 0 visits the prefix in common, pass z > 0 the keys of the z-th element alone.
@@ -164,41 +168,45 @@ def _scored_rows(
         p_counts = counts + i_z * COUNTS
         p_mask = mask + i_z * T
         b_m, b_l, b_part, b_has_rest = rest_keys(
-            b_q, b_m, b_l, b_part, b_has_rest, b_pos, m_z, z, unlike, i_z, i_s, S, top_pos, low_pos,
-            k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, rest,
-            p_counts, scale, T, D, BD, BM, BN, SLOT, CAUSAL, HAS_PREFIX, HAS_MASK,
-            FOLD, SPLIT, IP,
+            b_q, b_m, b_l, b_part, b_has_rest, b_pos, b_far, m_scored, m_z, z, unlike, i_z, i_s, S,
+            top_pos, low_pos, k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
+            p_mask, positions, rest, p_counts, scale, cap, T, D, BD, BM, BN, SLOT, CAUSAL,
+            HAS_PREFIX, HAS_MASK, FOLD, SPLIT, IP,
         )  # fmt: skip
     return b_acc, b_all_m, b_all_l, b_m, b_l, b_part, b_has_rest
 
 
 @triton.jit
 def _plain_rows(
-    b_q, b_pos, o_b, m_plain, i_b, b_first, n_own, n_common, unlike, i_s, S,
+    b_q, b_pos, o_b, o_h, m_plain, i_b, b_first, n_own, n_common, unlike, i_s, S,
     k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
-    mask, scale, B, T, P, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr,
-    SPLIT: tl.constexpr, IP: tl.constexpr,
+    mask, positions, sinks, scale, window, cap, B, T, P, D: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    HAS_MASK: tl.constexpr, FOLD: tl.constexpr, SPLIT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """Plain attention of the rows ``m_plain`` to the prefix, then to the local keys."""
-    begin, end, n_clear = visible_range(m_plain, b_pos, T, i_s, S, BN, CAUSAL, SPLIT)
-    b_m = tl.full([BM], float("-inf"), tl.float32)
-    b_l = tl.zeros([BM], tl.float32)
+    b_far = None
+    if window is not None:
+        b_far = far_positions(window, positions, o_b, b_pos, m_plain, T)
+    begin, end, n_clear = visible_range(
+        m_plain, b_pos, b_far, positions, T, i_s, S, BN, CAUSAL, SPLIT
+    )  # fmt: skip
+    b_m, b_l = empty_softmax(None if SPLIT else sinks, o_h, BM)
     b_acc = tl.zeros([BM, BD], tl.float32)
     if HAS_PREFIX:
         for z in range(0, n_common):
             i_z, m_z = fold_pass(z, unlike, i_b, b_first, o_b, m_plain, B, FOLD)
             b_m, b_l, b_acc = plain_keys(
-                b_q, b_m, b_l, b_acc, m_z, b_pos, k_p + i_z * s_pkb, v_p + i_z * s_pvb,
-                mask + i_z * T, s_pkn, s_kd, s_pvn, s_vd, begin, tl.minimum(end, P), n_clear,
-                scale, D, BD, BN, CAUSAL, HAS_MASK, FOLD, IP,
+                b_q, b_m, b_l, b_acc, m_z, b_pos, b_far, i_z, k_p + i_z * s_pkb, v_p + i_z * s_pvb,
+                mask + i_z * T, positions, s_pkn, s_kd, s_pvn, s_vd, begin, tl.minimum(end, P),
+                n_clear, scale, cap, T, D, BD, BN, CAUSAL, HAS_MASK, FOLD, IP,
             )  # fmt: skip
     for z in range(0, n_own):
         i_z, m_z = fold_pass(z, 1, i_b, b_first, o_b, m_plain, B, FOLD)
         b_m, b_l, b_acc = plain_keys(
-            b_q, b_m, b_l, b_acc, m_z, b_pos, k_l + i_z * s_kb, v_l + i_z * s_vb,
-            mask + i_z * T, s_kn, s_kd, s_vn, s_vd, tl.maximum(begin, P), end, n_clear,
-            scale, D, BD, BN, CAUSAL, HAS_MASK, FOLD, IP,
+            b_q, b_m, b_l, b_acc, m_z, b_pos, b_far, i_z, k_l + i_z * s_kb, v_l + i_z * s_vb,
+            mask + i_z * T, positions, s_kn, s_kd, s_vn, s_vd, tl.maximum(begin, P), end,
+            n_clear, scale, cap, T, D, BD, BN, CAUSAL, HAS_MASK, FOLD, IP,
         )  # fmt: skip
     return b_m, b_l, b_acc
 

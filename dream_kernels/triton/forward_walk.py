@@ -10,37 +10,36 @@ from dream_kernels.triton.blocks import (
     LAST,
     N_REST,
     N_REST_PREFIX,
-    finite,
-    inverse,
     load_pack,
     load_pair,
     load_rest,
     load_run,
     load_tile,
-    log_add,
-    online_step,
     rest_range,
     store_rows,
 )
+from dream_kernels.triton.options import near_keys, products
+from dream_kernels.triton.softmax import finite, inverse, log_add, online_step
 
 
 @triton.jit
 def long_documents(
     b_q, b_acc, b_all_m, b_all_l, m_z, unlike, i_z, n_tiles, begin, end,
     k_l, k_p, v_l, v_p, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, tiles,
-    p_weights, p_state, part_o, part_lse, p_part, n_rows, scale, M, P, NT,
+    p_weights, p_state, part_o, part_lse, p_part, n_rows, scale, cap, M, P, NT,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr,
     HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr, SPLIT: tl.constexpr,
     IP: tl.constexpr,
 ):  # fmt: skip
     """Visit the work list's tiles of long documents, up to ``n_tiles``, within ``begin .. end``."""
     b_zero = tl.zeros([BM], tl.float32)
-    begun = begin < 0  # whether the current document began in this split
-    open_document = begin < 0
-    b_part = tl.zeros([BM, BD], tl.float32)  # reweight: the current document
+    # Reweight: the current document, its index or -1, weight, and whether it began in this split.
+    b_part = tl.zeros([BM, BD], tl.float32)
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
-    for t in range(begin, tl.minimum(end, n_tiles)):
+    current, b_weight, begun = tl.minimum(begin, 0) - 1, tl.load(p_weights), begin < 0
+    last = tl.minimum(end, n_tiles) - 1
+    for t in range(begin, last + 1):
         key0, n, doc, flags = load_tile(tiles, i_z, NT, t)
         o_n = tl.arange(0, BN)
         m_n = o_n < n
@@ -48,7 +47,7 @@ def long_documents(
             k_l, k_p, v_l, v_p, key0 + o_n, m_n, key0 < P, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
             D, BD, HAS_PREFIX,
         )  # fmt: skip
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)  # [BM, BN]
+        b_s = products(b_q, b_k, cap, IP)  # [BM, BN]
         if HAS_MASK:
             m_n = tl.load(p_mask + key0 + o_n, mask=m_n, other=0) != 0
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
@@ -57,30 +56,58 @@ def long_documents(
         if FOLD:
             if unlike != 0:
                 b_s = tl.where(m_z[:, None], b_s, float("-inf"))
-        b_w = tl.load(p_weights + doc)
         if BIAS:
+            b_w = tl.load(p_weights + doc)
             b_all_m, b_all_l, b_acc = online_step(b_s, b_v, b_all_m, b_all_l, b_acc, b_w, scale, IP)
         else:
-            first = (flags & FIRST) != 0
-            b_m = tl.where(first, float("-inf"), b_m)  # which empties b_part as well
-            begun = begun | first
+            # A document is closed only when the next one opens: the products with its last values
+            # are still being computed until this tile's with the query are done.
+            if (flags & FIRST) != 0:
+                b_acc, b_all_m, b_all_l = _close_document(
+                    b_acc, b_all_m, b_all_l, b_m, b_l, b_part, m_z, current,
+                    b_weight, begun, p_state, part_o, part_lse, p_part, n_rows, M, D, BD, SPLIT,
+                )  # fmt: skip
+                b_m = tl.full([BM], float("-inf"), tl.float32)
+                b_l = tl.zeros([BM], tl.float32)
+                b_part = tl.zeros([BM, BD], tl.float32)
+                b_weight, begun = tl.load(p_weights + doc), doc >= 0
+            current = doc
             b_m, b_l, b_part = online_step(b_s, b_v, b_m, b_l, b_part, b_zero, scale, IP)
-            open_document = (flags & LAST) == 0
-            closes = (flags & LAST) != 0
-            if SPLIT:
-                if closes & (begun == 0):
-                    store_part(
-                        part_o, part_lse, p_part + n_rows, b_m, b_l, b_part, m_z, D, BD
-                    )  # fmt: skip
-                closes = closes & begun
-            if closes:
-                b_lse = b_m + tl.log2(b_l)
-                tl.store(p_state + doc.to(tl.int64) * M, b_lse, mask=m_z)
-                b_acc += b_part * (b_w * inverse(b_l))[:, None]
-                b_all_m, b_all_l = log_add(b_all_m, b_all_l, b_lse)
+    if not BIAS:
+        if begin <= last:
+            _, _, _, flags = load_tile(tiles, i_z, NT, last)
+            if (flags & LAST) != 0:
+                b_acc, b_all_m, b_all_l = _close_document(
+                    b_acc, b_all_m, b_all_l, b_m, b_l, b_part, m_z, current, b_weight,
+                    begun, p_state, part_o, part_lse, p_part, n_rows, M, D, BD, SPLIT,
+                )  # fmt: skip
+            elif SPLIT:
+                store_part(part_o, part_lse, p_part + 2 * n_rows, b_m, b_l, b_part, m_z, D, BD)
+    return b_acc, b_all_m, b_all_l
+
+
+@triton.jit
+def _close_document(
+    b_acc, b_all_m, b_all_l, b_m, b_l, b_part, m_rows, doc, b_weight, begun,
+    p_state, part_o, part_lse, p_part, n_rows, M,
+    D: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Add a document, none if ``doc`` is -1, to the sums over documents; store its log-sum-exp.
+
+    If it began in an earlier split, its end is stored instead, for the parts to be joined.
+    """
+    b_lse = b_m + tl.log2(b_l)
+    complete = doc >= 0
     if SPLIT:
-        if open_document:
-            store_part(part_o, part_lse, p_part + 2 * n_rows, b_m, b_l, b_part, m_z, D, BD)
+        if complete & (begun == 0):
+            store_part(part_o, part_lse, p_part + n_rows, b_m, b_l, b_part, m_rows, D, BD)
+        complete = complete & begun
+        b_weight = tl.where(begun, b_weight, 0.0)
+        b_lse = tl.where(begun, b_lse, float("-inf"))
+    if complete:
+        tl.store(p_state + doc.to(tl.int64) * M, b_lse, mask=m_rows)
+    b_acc += b_part * (b_weight * inverse(b_l))[:, None]
+    b_all_m, b_all_l = log_add(b_all_m, b_all_l, b_lse)
     return b_acc, b_all_m, b_all_l
 
 
@@ -88,7 +115,7 @@ def long_documents(
 def short_documents(
     b_q, b_acc, b_all_m, b_all_l, m_z, i_z, n_tiles, rest_begin, begin, end,
     k_l, k_p, v_l, v_p, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, shorts, p_counts,
-    p_weights, p_state, scale, M, C,
+    p_weights, p_state, scale, cap, M, C,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
     BIAS: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr,
     IP: tl.constexpr,
@@ -106,7 +133,7 @@ def short_documents(
         m_s = m_n[None, :]
         if FOLD:
             m_s = m_s & m_z[:, None]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
+        b_s = products(b_q, b_k, cap, IP)
         b_s = tl.where(m_s, b_s, float("-inf"))
         b_s = tl.reshape(b_s, [BM, NS, SLOT]) * scale
         b_w = tl.load(p_weights[:, None] + b_doc[None, :], mask=m_doc[None, :], other=0.0)
@@ -142,8 +169,9 @@ def short_documents(
 
 @triton.jit
 def rest_keys(
-    b_q, b_m, b_l, b_acc, b_has_rest, b_pos, m_z, z, unlike, i_z, i_s, S, top_pos, low_pos,
-    k_l, k_p, v_l, v_p, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, rest, p_counts, scale, T,
+    b_q, b_m, b_l, b_acc, b_has_rest, b_pos, b_far, m_scored, m_z, z, unlike, i_z, i_s, S,
+    top_pos, low_pos, k_l, k_p, v_l, v_p, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
+    p_mask, positions, rest, p_counts, scale, cap, T,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr,
     SPLIT: tl.constexpr, IP: tl.constexpr,
@@ -161,7 +189,9 @@ def rest_keys(
         # All documents end before a scored row, so the keys after it are of the rest.
         n_clear = n_rest - (T - 1 - low_pos)
         n_rest = n_rest - (T - 1 - top_pos)
-    begin, end, reach = rest_range(p_counts, z, unlike, n_rest, i_s, S, BN, SLOT, FOLD, SPLIT)
+    begin, end, reach = rest_range(
+        p_counts, z, unlike, n_rest, b_far, positions, m_scored, T, i_s, S, BN, SLOT, FOLD, SPLIT
+    )  # fmt: skip
     b_has_rest = tl.where(m_z, reach, b_has_rest)
     b_zero = tl.zeros([BM], tl.float32)
     for t in range(begin, end):
@@ -170,7 +200,7 @@ def rest_keys(
             k_l, k_p, v_l, v_p, b_n, m_n, inside, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
             D, BD, HAS_PREFIX,
         )  # fmt: skip
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
+        b_s = products(b_q, b_k, cap, IP)
         if HAS_MASK:
             m_n = tl.load(p_mask + b_n, mask=m_n, other=0) != 0
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
@@ -179,6 +209,9 @@ def rest_keys(
             if CAUSAL:
                 m_s = m_s & (b_n[None, :] <= b_pos[:, None])
             b_s = tl.where(m_s, b_s, float("-inf"))
+        if b_far is not None:
+            m_near = near_keys(b_far, positions, i_z, T, b_n, m_n)
+            b_s = tl.where(m_near, b_s, float("-inf"))
         if FOLD:
             b_s = tl.where(m_z[:, None], b_s, float("-inf"))
         b_m, b_l, b_acc = online_step(b_s, b_v, b_m, b_l, b_acc, b_zero, scale, IP)
@@ -187,9 +220,9 @@ def rest_keys(
 
 @triton.jit
 def plain_keys(
-    b_q, b_m, b_l, b_acc, m_rows, b_pos, k, v, p_mask, s_kn, s_kd, s_vn, s_vd, begin, end, n_clear,
-    scale, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr, FOLD: tl.constexpr, IP: tl.constexpr,
+    b_q, b_m, b_l, b_acc, m_rows, b_pos, b_far, i_z, k, v, p_mask, positions, s_kn, s_kd, s_vn,
+    s_vd, begin, end, n_clear, scale, cap, T, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """Plain attention to the keys ``begin .. end`` of one segment of memory.
 
@@ -199,7 +232,7 @@ def plain_keys(
     clear = begin + tl.maximum(tl.minimum(end, n_clear) - begin, 0) // BN * BN
     for key0 in range(begin, clear, BN):
         o_n, m_n, b_k, b_v = load_run(k, v, key0, end, s_kn, s_vn, s_kd, s_vd, D, BD, BN)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
+        b_s = products(b_q, b_k, cap, IP)
         if HAS_MASK:
             m_n = tl.load(p_mask + o_n, mask=m_n, other=0) != 0
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
@@ -210,10 +243,12 @@ def plain_keys(
         o_n, m_n, b_k, b_v = load_run(k, v, key0, end, s_kn, s_vn, s_kd, s_vd, D, BD, BN)
         if HAS_MASK:
             m_n = tl.load(p_mask + o_n, mask=m_n, other=0) != 0
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
+        b_s = products(b_q, b_k, cap, IP)
         m_s = m_n[None, :]
         if CAUSAL:
             m_s = m_s & (o_n[None, :] <= b_pos[:, None])
+        if b_far is not None:
+            m_s = m_s & near_keys(b_far, positions, i_z, T, o_n, m_n)
         if FOLD:
             m_s = m_s & m_rows[:, None]
         b_s = tl.where(m_s, b_s, float("-inf"))

@@ -9,6 +9,8 @@ from dream_kernels.problem import Gradients, Needs, Problem
 from dream_kernels.triton.device import current, device_refusal, interpreted, triton_missing
 
 MAX_HEAD_DIM = 256
+# Of the second and third axis of a launch on NVIDIA GPUs.
+_MAX_GRID = 65_535
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -35,9 +37,9 @@ class TritonImplementation:
             return f"it supports {known}, got {problem.query.dtype}"
         if problem.widest_dim > MAX_HEAD_DIM:
             return f"it supports head sizes up to {MAX_HEAD_DIM}, got {problem.widest_dim}"
-        for option in ("window", "softcap", "sinks"):
-            if getattr(problem, option) is not None:
-                return f"it does not support {option} yet"
+        largest = max(problem.batch, problem.query_heads)
+        if largest > _MAX_GRID:
+            return f"it supports up to {_MAX_GRID} batch elements and heads, got {largest}"
         if device.type == "cpu" and problem.query.dtype == torch.bfloat16:
             return "triton's interpreter computes wrong bfloat16 products"
         return device_refusal(device) if device.type == "cuda" else None

@@ -17,14 +17,15 @@ from dream_kernels.triton.blocks import (
     row_pointers,
     store_rows,
 )
+from dream_kernels.triton.options import far_positions, products, through_cap
 
 
-@triton.jit(do_not_specialize=["M", "T", "C", "Hq", "B", "first_key", "n_keys"])
+@triton.jit(do_not_specialize=["window", "M", "T", "C", "Hq", "B", "first_key", "n_keys"])
 def keys_kernel(
-    q, k, v, do, mask, scored, segment, counts, weights, state, columns, documents, dk, dv,
-    s_qb, s_qh, s_qm, s_qd, s_kb, s_kh, s_kn, s_kd, s_vb, s_vh, s_vn, s_vd,
+    q, k, v, do, mask, positions, scored, segment, counts, weights, state, columns, documents, dk,
+    dv, s_qb, s_qh, s_qm, s_qd, s_kb, s_kh, s_kn, s_kd, s_vb, s_vh, s_vn, s_vd,
     s_ob, s_oh, s_om, s_od,
-    scale, dk_scale, B, Hq, G, M, T, C, first_key, n_keys,
+    scale, dk_scale, window, cap, B, Hq, G, M, T, C, first_key, n_keys,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PER_HEAD: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
     NEGATE: tl.constexpr, SHARED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
@@ -58,23 +59,27 @@ def keys_kernel(
         m_seen = m_n
         if HAS_MASK:
             m_seen = tl.load(mask + i_b.to(tl.int64) * T + b_pos, mask=m_n, other=0) != 0
-        # A tile inside one segment needs one set of coefficients per row, others one per key.
-        if tl.min(b_segment, 0) == one:
-            b_dk, b_dv = _add_rows(
-                q, do, scored, counts, weights, state, columns, documents,
-                s_qb, s_qh, s_qm, s_qd, s_ob, s_oh, s_om, s_od,
-                b_k, b_v, b_dk, b_dv, b_pos, m_seen, tl.zeros([1], tl.int32) + one,
-                i_b, i_h, first_key + i_n * BN, scale, Hq, G, M, T, C,
-                D, BD, BM, PER_HEAD, BIAS, CAUSAL, NEGATE, DK, DV, IP,
-            )  # fmt: skip
-        else:
-            b_dk, b_dv = _add_rows(
-                q, do, scored, counts, weights, state, columns, documents,
-                s_qb, s_qh, s_qm, s_qd, s_ob, s_oh, s_om, s_od,
-                b_k, b_v, b_dk, b_dv, b_pos, m_seen, b_segment,
-                i_b, i_h, first_key + i_n * BN, scale, Hq, G, M, T, C,
-                D, BD, BM, PER_HEAD, BIAS, CAUSAL, NEGATE, DK, DV, IP,
-            )  # fmt: skip
+        b_place = b_pos
+        if positions is not None:
+            b_place = tl.load(positions + i_b.to(tl.int64) * T + b_pos, mask=m_n, other=0)
+        # A tile inside one segment needs one set of coefficients per row, others one per key. Two
+        # loops, of which one is empty: in the arms of a branch the compiler would join the waits
+        # after them, and so make each product wait.
+        uniform = (tl.min(b_segment, 0) == one).to(tl.int32)
+        b_dk, b_dv = _add_rows(
+            q, do, scored, counts, weights, state, columns, documents,
+            s_qb, s_qh, s_qm, s_qd, s_ob, s_oh, s_om, s_od,
+            b_k, b_v, b_dk, b_dv, b_pos, b_place, m_seen, tl.zeros([1], tl.int32) + one, uniform,
+            i_b, i_h, first_key + i_n * BN, scale, window, positions, cap, Hq, G, M, T, C,
+            D, BD, BM, BN, PER_HEAD, BIAS, CAUSAL, NEGATE, DK, DV, IP,
+        )  # fmt: skip
+        b_dk, b_dv = _add_rows(
+            q, do, scored, counts, weights, state, columns, documents,
+            s_qb, s_qh, s_qm, s_qd, s_ob, s_oh, s_om, s_od,
+            b_k, b_v, b_dk, b_dv, b_pos, b_place, m_seen, b_segment, 1 - uniform,
+            i_b, i_h, first_key + i_n * BN, scale, window, positions, cap, Hq, G, M, T, C,
+            D, BD, BM, BN, PER_HEAD, BIAS, CAUSAL, NEGATE, DK, DV, IP,
+        )  # fmt: skip
     p_out = ((i_z.to(tl.int64) * tl.num_programs(1) + i_h) * n_keys + o_n) * D
     if DK:
         store_rows(dk + p_out, b_dk * dk_scale, m_n, D, BD)
@@ -86,21 +91,30 @@ def keys_kernel(
 def _add_rows(
     q, do, scored, counts, weights, state, columns, documents,
     s_qb, s_qh, s_qm, s_qd, s_ob, s_oh, s_om, s_od,
-    b_k, b_v, b_dk, b_dv, b_pos, m_seen, b_segment,
-    i_b, i_h, first_pos, scale, Hq, G, M, T, C,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, PER_HEAD: tl.constexpr,
+    b_k, b_v, b_dk, b_dv, b_pos, b_place, m_seen, b_segment, repeat,
+    i_b, i_h, first_pos, scale, window, positions, cap, Hq, G, M, T, C,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PER_HEAD: tl.constexpr,
     BIAS: tl.constexpr, CAUSAL: tl.constexpr, NEGATE: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """Add the contributions of all rows of one batch element; ``b_segment`` is [BN] or [1]."""
+    """Add the contributions of all rows of one batch element, or nothing if ``repeat`` is 0.
+
+    ``b_segment`` is [BN] or [1]; ``b_place`` are the positions from which the window counts.
+    """
     first_row = tl.load(counts + i_b * COUNTS + FIRST_ROW)
     start = 0 * M
     if CAUSAL:
         start = tl.minimum(tl.maximum(first_pos - (T - M), 0), M) // BM * BM
     n_blocks = (M - start + BM - 1) // BM
+    if window is not None:
+        if positions is None:
+            # Scored rows see a document's keys whatever the window.
+            of_rest = (tl.min(b_segment, 0) == C) | (first_row >= M)
+            last = tl.where(of_rest, first_pos + BN - 1 + window - (T - M), M)
+            n_blocks = tl.cdiv(tl.maximum(tl.minimum(last, M) - start, 0), BM)
     b_at = b_segment.to(tl.int64)[:, None]
     m_document = b_segment[:, None] < C
-    for i in range(0, G * n_blocks):
+    for i in range(0, G * n_blocks * repeat):
         o_h = i_h * G + i // n_blocks
         o_m = start + i % n_blocks * BM + tl.arange(0, BM)
         m_m = o_m < M
@@ -127,16 +141,20 @@ def _add_rows(
             if DK:
                 b_offset = tl.where(m_in, tl.load(documents + o_in, mask=m_in, other=0.0), b_offset)
 
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=IP)  # [BN, BM]
+        b_s = products(b_k, b_q, cap, IP)  # [BN, BM]
         b_p = tl.exp2(b_s * scale - b_norm)
         m_s = m_seen[:, None]
         if CAUSAL:
             m_s = m_s & (b_pos[:, None] <= (T - M + o_m)[None, :])
+        if window is not None:
+            b_far = far_positions(window, positions, i_b, T - M + o_m, m_m, T)
+            m_s = m_s & ((b_place[:, None] > b_far[None, :]) | m_in)
         b_p = tl.where(m_s, b_p, 0.0)
         if DV:
             b_dv = tl.dot((b_p * b_factor).to(b_do.dtype), b_do, b_dv, input_precision=IP)
         if DK:
             b_g = tl.dot(b_v, tl.trans(b_do), input_precision=IP)
             b_ds = b_p * (b_g * b_factor + b_offset)
-            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=IP)
+            b_da = through_cap(b_ds, b_s, cap)
+            b_dk = tl.dot(b_da.to(b_q.dtype), b_q, b_dk, input_precision=IP)
     return b_dk, b_dv

@@ -7,8 +7,15 @@ import triton
 from torch import Tensor
 
 from dream_kernels.problem import Gradients, Needs, Problem
-from dream_kernels.triton.blocks import COLUMNS
-from dream_kernels.triton.call import DOCUMENT_BLOCK, Call, run, strides, tile_arguments
+from dream_kernels.triton.blocks import COLUMNS, NORM, OFFSET
+from dream_kernels.triton.call import (
+    DOCUMENT_BLOCK,
+    LOG2_E,
+    Call,
+    run,
+    strides,
+    tile_arguments,
+)
 from dream_kernels.triton.coefficients import coefficients_kernel
 from dream_kernels.triton.combine import combine_kernel, join_kernel
 from dream_kernels.triton.forward import forward_kernel
@@ -61,7 +68,9 @@ def backward(
 ) -> Gradients:
     call = Call(problem)
     logits = needs.query or needs.key or needs.prefix_key
-    weighs = call.heads.any and (needs.scores or (logits and not call.bias))
+    # The rest's part of the sinks' gradient depends on dO . o_rest only if its mass is fixed.
+    rows = logits or (needs.sinks and call.fixed)
+    weighs = call.heads.any and (needs.scores or (rows and not call.bias))
     # dO . o_d of reweight, on which all but dV depends, or the scores' gradient by row of bias.
     documents: Tensor | None = None
     grad_scores: Tensor | None = None
@@ -106,8 +115,16 @@ def backward(
             problem.prefix_value, 0, needs.prefix_key, needs.prefix_value,
         )  # fmt: skip
     return Gradients(
-        grad_query, grad_key, grad_value, grad_scores, grad_prefix_key, grad_prefix_value, None
-    )
+        grad_query, grad_key, grad_value, grad_scores, grad_prefix_key, grad_prefix_value,
+        _sinks(problem, columns) if needs.sinks else None,
+    )  # fmt: skip
+
+
+def _sinks(problem: Problem, columns: Tensor) -> Tensor:
+    """The gradient of a key without a value, from the rows' columns; see README.md."""
+    assert problem.sinks is not None
+    norm, offset = columns[:, :, NORM.value], columns[:, :, OFFSET.value]
+    return (torch.exp2(problem.sinks[:, None] * LOG2_E - norm) * offset).sum((0, 2))
 
 
 def _rows(

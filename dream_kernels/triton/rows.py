@@ -27,6 +27,7 @@ from dream_kernels.triton.blocks import (
     weight_pointers,
     work_share,
 )
+from dream_kernels.triton.options import far_positions
 from dream_kernels.triton.rows_walk import (
     long_document_gradients,
     plain_gradients,
@@ -35,13 +36,13 @@ from dream_kernels.triton.rows_walk import (
 )
 
 
-@triton.jit(do_not_specialize=["M", "T", "P", "C", "NT", "S", "B", "Hq"])
+@triton.jit(do_not_specialize=["window", "M", "T", "P", "C", "NT", "S", "B", "Hq"])
 def rows_kernel(
-    q, k, v, pk, pv, do, mask, table, n_scored, tiles, shorts, rest, counts, weights,
+    q, k, v, pk, pv, do, mask, positions, table, n_scored, tiles, shorts, rest, counts, weights,
     state, columns, documents, parts, dq,
     s_qb, s_qh, s_qm, s_qd, s_kb, s_kh, s_kn, s_kd, s_vb, s_vh, s_vn, s_vd,
     s_pkb, s_pkh, s_pkn, s_pvb, s_pvh, s_pvn, s_ob, s_oh, s_om, s_od,
-    scale, dq_scale, B, Hq, G, M, T, P, C, NT, S,
+    scale, dq_scale, window, cap, B, Hq, G, M, T, P, C, NT, S,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
     PER_HEAD: tl.constexpr, BIAS: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr, DOCUMENTS: tl.constexpr,
@@ -75,13 +76,13 @@ def rows_kernel(
     # As in forward_kernel: rows are located again, so that pointers need no registers until then.
     i_later = i_m + tl.minimum(T, 0)
     b_norm, b_offset, b_mu = _document_columns(p_columns, m_scored, M, BM, BIAS or DQ)
-    b_dq = tl.zeros([BM, BD], tl.float32)
     if tl.max(m_scored.to(tl.int32), 0) > 0:
+        b_dq = tl.zeros([BM, BD], tl.float32)
         b_dq = _scored_documents(
             b_q, b_do, b_dq, b_norm, b_offset, b_mu, o_b, m_scored, i_b, b_first, n_common, unlike,
             i_s, S, k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd,
             s_vd, mask, tiles, shorts, counts, p_weights, p_state, p_documents, p_part, n_rows,
-            scale, B, M, T, P, C, NT, D, BD, BM, BN, SLOT, BIAS, HAS_PREFIX, HAS_MASK,
+            scale, cap, B, M, T, P, C, NT, D, BD, BM, BN, SLOT, BIAS, HAS_PREFIX, HAS_MASK,
             DOCUMENTS, DQ, FOLD, SPLIT, IP,
         )  # fmt: skip
         if DQ or (DOCUMENTS and FIXED):
@@ -92,30 +93,38 @@ def rows_kernel(
             b_dq = _scored_rest(
                 b_q, b_do, b_dq, b_pos, o_b, o_h, o_m, m_scored, i_b, b_first, n_own, unlike, i_s,
                 S, k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd,
-                s_vd, mask, rest, counts, state, columns, documents, parts, n_rows, scale, B, Hq,
-                M, T, C, D, BD, BM, BN, SLOT, FIXED, CAUSAL, HAS_PREFIX, HAS_MASK, DOCUMENTS, DQ,
-                FOLD, SPLIT, IP,
+                s_vd, mask, positions, rest, counts, state, columns, documents, parts, n_rows,
+                scale, window, cap, B, Hq, M, T, C, D, BD, BM, BN, SLOT, FIXED, CAUSAL, HAS_PREFIX,
+                HAS_MASK, DOCUMENTS, DQ, FOLD, SPLIT, IP,
             )  # fmt: skip
+
+        if DQ:
+            _, o_b, o_h, o_m, m_scored = locate_scored_rows(
+                i_later, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
+            )  # fmt: skip
+            b_row = o_b.to(tl.int64) * Hq + o_h
+            p_dq = dq + (i_s.to(tl.int64) * n_rows + b_row * M + o_m) * D
+            store_rows(p_dq, b_dq * dq_scale, m_scored, D, BD)
 
     if DQ:
         m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
             i_later, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
         )  # fmt: skip
         m_plain = m_r & (m_scored == 0)
+        # From zeros again: accumulators that come out of a branch would make the products wait.
         if tl.max(m_plain.to(tl.int32), 0) > 0:
-            begin, end, n_clear = visible_range(m_plain, b_pos, T, i_s, S, BN, CAUSAL, SPLIT)
             b_dq = _plain_rows(
-                b_q, b_do, b_dq, o_b, o_h, o_m, m_plain, begin, end, n_clear, i_b, b_first, n_own,
-                n_common, unlike, k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn,
-                s_pvn, s_kd, s_vd, mask, columns, scale, B, Hq, M, T, P, D, BD, BN, CAUSAL,
-                HAS_PREFIX, HAS_MASK, FOLD, IP,
+                b_q, b_do, o_b, o_h, o_m, m_plain, i_b, b_first, n_own, n_common, unlike, i_s, S,
+                k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
+                mask, positions, columns, scale, window, cap, B, Hq, M, T, P, D, BD, BM, BN, CAUSAL,
+                HAS_PREFIX, HAS_MASK, FOLD, SPLIT, IP,
             )  # fmt: skip
-        m_r, o_b, o_h, o_m, _ = locate_scored_rows(
-            i_later + tl.minimum(T, 0), i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
-        )  # fmt: skip
-        b_row = o_b.to(tl.int64) * Hq + o_h
-        p_dq = dq + (i_s.to(tl.int64) * n_rows + b_row * M + o_m) * D
-        store_rows(p_dq, b_dq * dq_scale, m_r, D, BD)
+            m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
+                i_later + tl.minimum(T, 0), i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
+            )  # fmt: skip
+            b_row = o_b.to(tl.int64) * Hq + o_h
+            p_dq = dq + (i_s.to(tl.int64) * n_rows + b_row * M + o_m) * D
+            store_rows(p_dq, b_dq * dq_scale, m_r & (m_scored == 0), D, BD)
 
 
 @triton.jit
@@ -140,7 +149,7 @@ def _scored_documents(
     b_q, b_do, b_dq, b_norm, b_offset, b_mu, o_b, m_scored, i_b, b_first, n_common, unlike,
     i_s, S, k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
     mask, tiles, shorts, counts, p_weights, p_state, p_documents, p_part, n_rows,
-    scale, B, M, T, P, C, NT, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
+    scale, cap, B, M, T, P, C, NT, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, SLOT: tl.constexpr, BIAS: tl.constexpr, HAS_PREFIX: tl.constexpr,
     HAS_MASK: tl.constexpr, DOCUMENTS: tl.constexpr, DQ: tl.constexpr, FOLD: tl.constexpr,
     SPLIT: tl.constexpr, IP: tl.constexpr,
@@ -153,17 +162,17 @@ def _scored_documents(
         p_counts = counts + i_z * COUNTS
         p_mask = mask + i_z * T
         n_tiles, rest_begin, t_begin, t_end = work_share(p_counts, i_s, S, BN, SLOT, SPLIT)
-        b_dq = long_document_gradients(
-            b_q, b_do, b_dq, b_norm, b_offset, b_mu, m_z, i_z, n_tiles, t_begin, t_end,
-            k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, tiles,
-            p_weights, p_state, p_documents, p_part, n_rows, scale, M, P, NT,
-            D, BD, BM, BN, BIAS, HAS_PREFIX, HAS_MASK, DOCUMENTS, DQ, SPLIT, IP,
-        )  # fmt: skip
         b_dq = short_document_gradients(
             b_q, b_do, b_dq, b_norm, b_offset, b_mu, m_z, i_z, n_tiles, rest_begin, t_begin, t_end,
             k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, shorts,
-            p_counts, p_weights, p_state, p_documents, scale, M, C,
+            p_counts, p_weights, p_state, p_documents, scale, cap, M, C,
             D, BD, BM, BN, SLOT, BIAS, HAS_PREFIX, HAS_MASK, DOCUMENTS, DQ, IP,
+        )  # fmt: skip
+        b_dq = long_document_gradients(
+            b_q, b_do, b_dq, b_norm, b_offset, b_mu, m_z, i_z, n_tiles, t_begin, t_end,
+            k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, tiles,
+            p_weights, p_state, p_documents, p_part, n_rows, scale, cap, M, P, NT,
+            D, BD, BM, BN, BIAS, HAS_PREFIX, HAS_MASK, DOCUMENTS, DQ, SPLIT, IP,
         )  # fmt: skip
     return b_dq
 
@@ -172,11 +181,11 @@ def _scored_documents(
 def _scored_rest(
     b_q, b_do, b_dq, b_pos, o_b, o_h, o_m, m_scored, i_b, b_first, n_own, unlike, i_s, S,
     k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
-    mask, rest, counts, state, columns, documents, parts, n_rows, scale, B, Hq, M, T, C,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
-    FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr,
-    DOCUMENTS: tl.constexpr, DQ: tl.constexpr, FOLD: tl.constexpr, SPLIT: tl.constexpr,
-    IP: tl.constexpr,
+    mask, positions, rest, counts, state, columns, documents, parts, n_rows, scale, window, cap,
+    B, Hq, M, T, C, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SLOT: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
+    HAS_MASK: tl.constexpr, DOCUMENTS: tl.constexpr, DQ: tl.constexpr, FOLD: tl.constexpr,
+    SPLIT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """Visit the rest for the scored rows: the query's gradient, or ``dO . o_rest`` (fixed mass)."""
     b_row = o_b.to(tl.int64) * Hq + o_h
@@ -192,6 +201,9 @@ def _scored_rest(
         b_norm = tl.load(p_rest, mask=m_scored, other=float("inf"))
         b_norm = tl.where(b_norm == float("-inf"), float("inf"), b_norm)
     b_sum = tl.zeros([BM], tl.float32)
+    b_far = None
+    if window is not None:
+        b_far = far_positions(window, positions, o_b, b_pos, m_scored, T)
     # Pass 0 visits the prefix in common, pass z > 0 the keys of the z-th element alone.
     for z in range(0 if FOLD else 1, n_own + 1):
         i_z, m_z = fold_pass(tl.maximum(z - 1, 0), z, i_b, b_first, o_b, m_scored, B, FOLD)
@@ -203,15 +215,16 @@ def _scored_rest(
         if CAUSAL:
             n_rest = n_rest - (T - 1 - tl.max(tl.where(m_scored, b_pos, 0), 0))
         begin, end, reach = rest_range(
-            p_counts, z, unlike, n_rest, i_s, S, BN, SLOT, FOLD, SPLIT
+            p_counts, z, unlike, n_rest, b_far, positions, m_scored, T, i_s, S,
+            BN, SLOT, FOLD, SPLIT,
         )  # fmt: skip
         b_n = b_norm
         if FOLD:
             b_n = tl.where(m_z, b_norm, float("inf"))
         b_sum, b_dq = rest_gradients(
-            b_q, b_do, b_sum, b_dq, b_n, b_factor, b_offset, b_pos, i_z, begin, end,
-            k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, rest, p_counts,
-            scale, T, D, BD, BN, CAUSAL, HAS_PREFIX, HAS_MASK, DQ, IP,
+            b_q, b_do, b_sum, b_dq, b_n, b_factor, b_offset, b_pos, b_far, i_z, begin, end,
+            k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, positions, rest,
+            p_counts, scale, cap, T, D, BD, BN, CAUSAL, HAS_PREFIX, HAS_MASK, DQ, IP,
         )  # fmt: skip
         if DOCUMENTS and FIXED:
             # Each pass adds to its rows' sums and stores them again: the last store is complete.
@@ -227,14 +240,22 @@ def _scored_rest(
 
 @triton.jit
 def _plain_rows(
-    b_q, b_do, b_dq, o_b, o_h, o_m, m_plain, begin, end, n_clear, i_b, b_first, n_own, n_common,
-    unlike, k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
-    mask, columns, scale, B, Hq, M, T, P, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr,
+    b_q, b_do, o_b, o_h, o_m, m_plain, i_b, b_first, n_own, n_common, unlike, i_s, S,
+    k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
+    mask, positions, columns, scale, window, cap, B, Hq, M, T, P, D: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr, SPLIT: tl.constexpr,
     IP: tl.constexpr,
 ):  # fmt: skip
-    """The query's gradient of the rows ``m_plain`` from the keys ``begin .. end``."""
+    """The query's gradient of the rows ``m_plain``."""
     b_pos = T - M + o_m
+    b_far = None
+    if window is not None:
+        b_far = far_positions(window, positions, o_b, b_pos, m_plain, T)
+    begin, end, n_clear = visible_range(
+        m_plain, b_pos, b_far, positions, T, i_s, S, BN, CAUSAL, SPLIT
+    )  # fmt: skip
+    b_dq = tl.zeros([BM, BD], tl.float32)
     p_columns = columns + (o_b.to(tl.int64) * Hq + o_h) * COLUMNS * M + o_m
     b_norm = tl.load(p_columns + NORM * M, mask=m_plain, other=float("inf"))
     b_offset = tl.load(p_columns + OFFSET * M, mask=m_plain, other=0.0)
@@ -245,9 +266,9 @@ def _plain_rows(
             if FOLD:
                 b_n = tl.where(m_z, b_norm, float("inf"))
             b_dq = plain_gradients(
-                b_q, b_do, b_dq, b_n, b_offset, b_pos, k_p + i_z * s_pkb, v_p + i_z * s_pvb,
-                mask + i_z * T, s_pkn, s_kd, s_pvn, s_vd, begin, tl.minimum(end, P), n_clear,
-                scale, D, BD, BN, CAUSAL, HAS_MASK, IP,
+                b_q, b_do, b_dq, b_n, b_offset, b_pos, b_far, i_z, k_p + i_z * s_pkb,
+                v_p + i_z * s_pvb, mask + i_z * T, positions, s_pkn, s_kd, s_pvn, s_vd, begin,
+                tl.minimum(end, P), n_clear, scale, cap, T, D, BD, BN, CAUSAL, HAS_MASK, IP,
             )  # fmt: skip
     for z in range(0, n_own):
         i_z, m_z = fold_pass(z, 1, i_b, b_first, o_b, m_plain, B, FOLD)
@@ -255,8 +276,8 @@ def _plain_rows(
         if FOLD:
             b_n = tl.where(m_z, b_norm, float("inf"))
         b_dq = plain_gradients(
-            b_q, b_do, b_dq, b_n, b_offset, b_pos, k_l + i_z * s_kb, v_l + i_z * s_vb,
-            mask + i_z * T, s_kn, s_kd, s_vn, s_vd, tl.maximum(begin, P), end, n_clear,
-            scale, D, BD, BN, CAUSAL, HAS_MASK, IP,
+            b_q, b_do, b_dq, b_n, b_offset, b_pos, b_far, i_z, k_l + i_z * s_kb, v_l + i_z * s_vb,
+            mask + i_z * T, positions, s_kn, s_kd, s_vn, s_vd, tl.maximum(begin, P), end, n_clear,
+            scale, cap, T, D, BD, BN, CAUSAL, HAS_MASK, IP,
         )  # fmt: skip
     return b_dq

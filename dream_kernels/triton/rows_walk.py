@@ -14,24 +14,28 @@ from dream_kernels.triton.blocks import (
     load_run,
     load_tile,
 )
+from dream_kernels.triton.options import near_keys, products, through_cap
 
 
 @triton.jit
 def logit_gradient(
-    b_q, b_do, b_k, b_v, b_norm, b_factor, b_offset, scale, IP: tl.constexpr
+    b_q, b_do, b_k, b_v, b_norm, b_factor, b_offset, scale, cap, IP: tl.constexpr
 ):  # fmt: skip
-    """``[BM, BN]``: ``exp(a - norm) (factor g + offset)``, of which every case is an instance."""
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
+    """``[BM, BN]``: ``exp(a - norm) (factor g + offset)``, of which every case is an instance.
+
+    The second result is what ``through_cap`` takes.
+    """
+    b_s = products(b_q, b_k, cap, IP)
     b_g = tl.dot(b_do, tl.trans(b_v), input_precision=IP)
     b_p = tl.exp2(b_s * scale - b_norm[:, None])
-    return b_p * (b_g * b_factor[:, None] + b_offset[:, None])
+    return b_p * (b_g * b_factor[:, None] + b_offset[:, None]), b_s
 
 
 @triton.jit
 def long_document_gradients(
     b_q, b_do, b_dq, b_norm, b_offset, b_mu, m_z, i_z, n_tiles, begin, end,
     k_l, k_p, v_l, v_p, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, tiles,
-    p_weights, p_state, p_documents, p_part, n_rows, scale, M, P, NT,
+    p_weights, p_state, p_documents, p_part, n_rows, scale, cap, M, P, NT,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr,
     HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, DOCUMENTS: tl.constexpr, DQ: tl.constexpr,
     SPLIT: tl.constexpr, IP: tl.constexpr,
@@ -61,14 +65,15 @@ def long_document_gradients(
             if DQ:
                 b_f = b_mu * tl.load(p_weights + doc)
                 b_u = tl.load(p_documents + slot, mask=m_z, other=0.0)
-        b_ds = logit_gradient(b_q, b_do, b_k, b_v, b_n, b_f, b_u, scale, IP)
+        b_ds, b_s = logit_gradient(b_q, b_do, b_k, b_v, b_n, b_f, b_u, scale, cap, IP)
         if HAS_MASK:
             m_n = tl.load(p_mask + key0 + o_n, mask=m_n, other=0) != 0
             b_ds = tl.where(m_n[None, :], b_ds, 0.0)
         elif n < BN:
             b_ds = tl.where(m_n[None, :], b_ds, 0.0)
         if DQ:
-            b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=IP)
+            b_da = through_cap(b_ds, b_s, cap)
+            b_dq = tl.dot(b_da.to(b_k.dtype), b_k, b_dq, input_precision=IP)
         if DOCUMENTS:
             first = (flags & FIRST) != 0
             begun = begun | first
@@ -92,7 +97,7 @@ def long_document_gradients(
 def short_document_gradients(
     b_q, b_do, b_dq, b_norm, b_offset, b_mu, m_z, i_z, n_tiles, rest_begin, begin, end,
     k_l, k_p, v_l, v_p, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, shorts, p_counts,
-    p_weights, p_state, p_documents, scale, M, C,
+    p_weights, p_state, p_documents, scale, cap, M, C,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
     BIAS: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, DOCUMENTS: tl.constexpr,
     DQ: tl.constexpr, IP: tl.constexpr,
@@ -114,10 +119,10 @@ def short_document_gradients(
             b_n = tl.where(m_rs, b_norm[:, None] - b_w, float("inf"))
         else:
             b_n = tl.load(p_state[:, None] + b_slot, mask=m_rs, other=float("inf"))
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=IP)
+        b_s = products(b_q, b_k, cap, IP)
         b_g = tl.dot(b_do, tl.trans(b_v), input_precision=IP)
-        b_s = tl.where(m_n[None, :], b_s, float("-inf"))
-        b_ds = tl.exp2(tl.reshape(b_s, [BM, NS, SLOT]) * scale - b_n[:, :, None])
+        b_a = tl.where(m_n[None, :], b_s, float("-inf"))
+        b_ds = tl.exp2(tl.reshape(b_a, [BM, NS, SLOT]) * scale - b_n[:, :, None])
         b_g = tl.reshape(b_g, [BM, NS, SLOT])
         if BIAS:
             b_ds = b_ds * (b_g + b_offset[:, None, None])
@@ -129,16 +134,16 @@ def short_document_gradients(
         if DOCUMENTS:
             tl.store(p_documents[:, None] + b_slot, tl.sum(b_ds, 2), mask=m_rs)
         if DQ:
-            b_ds = tl.reshape(b_ds, [BM, BN]).to(b_k.dtype)
-            b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=IP)
+            b_da = through_cap(tl.reshape(b_ds, [BM, BN]), b_s, cap)
+            b_dq = tl.dot(b_da.to(b_k.dtype), b_k, b_dq, input_precision=IP)
     return b_dq
 
 
 @triton.jit
 def rest_gradients(
-    b_q, b_do, b_sum, b_dq, b_norm, b_factor, b_offset, b_pos, i_z, begin, end,
-    k_l, k_p, v_l, v_p, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, rest, p_counts, scale, T,
-    D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
+    b_q, b_do, b_sum, b_dq, b_norm, b_factor, b_offset, b_pos, b_far, i_z, begin, end,
+    k_l, k_p, v_l, v_p, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, positions, rest, p_counts,
+    scale, cap, T, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, DQ: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """Add tiles ``begin .. end`` of the rest to ``b_dq``, or without ``DQ`` to ``b_sum``."""
@@ -153,10 +158,13 @@ def rest_gradients(
         m_s = m_n[None, :]
         if CAUSAL:
             m_s = m_s & (b_at[None, :] <= b_pos[:, None])
-        b_ds = logit_gradient(b_q, b_do, b_k, b_v, b_norm, b_factor, b_offset, scale, IP)
+        if b_far is not None:
+            m_s = m_s & near_keys(b_far, positions, i_z, T, b_at, m_n)
+        b_ds, b_s = logit_gradient(b_q, b_do, b_k, b_v, b_norm, b_factor, b_offset, scale, cap, IP)
         b_ds = tl.where(m_s, b_ds, 0.0)
         if DQ:
-            b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=IP)
+            b_da = through_cap(b_ds, b_s, cap)
+            b_dq = tl.dot(b_da.to(b_k.dtype), b_k, b_dq, input_precision=IP)
         else:
             b_sum += tl.sum(b_ds, 1)
     return b_sum, b_dq
@@ -164,20 +172,21 @@ def rest_gradients(
 
 @triton.jit
 def plain_gradients(
-    b_q, b_do, b_dq, b_norm, b_offset, b_pos, k, v, p_mask, s_kn, s_kd, s_vn, s_vd,
-    begin, end, n_clear, scale, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, IP: tl.constexpr,
+    b_q, b_do, b_dq, b_norm, b_offset, b_pos, b_far, i_z, k, v, p_mask, positions, s_kn, s_kd,
+    s_vn, s_vd, begin, end, n_clear, scale, cap, T, D: tl.constexpr, BD: tl.constexpr,
+    BN: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """The query's gradient from the keys ``begin .. end`` that plain rows see in one segment."""
     b_one = b_offset * 0.0 + 1.0
     clear = begin + tl.maximum(tl.minimum(end, n_clear) - begin, 0) // BN * BN
     for key0 in range(begin, clear, BN):
         o_n, m_n, b_k, b_v = load_run(k, v, key0, end, s_kn, s_vn, s_kd, s_vd, D, BD, BN)
-        b_ds = logit_gradient(b_q, b_do, b_k, b_v, b_norm, b_one, b_offset, scale, IP)
+        b_ds, b_s = logit_gradient(b_q, b_do, b_k, b_v, b_norm, b_one, b_offset, scale, cap, IP)
         if HAS_MASK:
             m_n = tl.load(p_mask + o_n, mask=m_n, other=0) != 0
             b_ds = tl.where(m_n[None, :], b_ds, 0.0)
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=IP)
+        b_da = through_cap(b_ds, b_s, cap)
+        b_dq = tl.dot(b_da.to(b_k.dtype), b_k, b_dq, input_precision=IP)
     for key0 in range(clear, end, BN):
         o_n, m_n, b_k, b_v = load_run(k, v, key0, end, s_kn, s_vn, s_kd, s_vd, D, BD, BN)
         if HAS_MASK:
@@ -185,6 +194,9 @@ def plain_gradients(
         m_s = m_n[None, :]
         if CAUSAL:
             m_s = m_s & (o_n[None, :] <= b_pos[:, None])
-        b_ds = logit_gradient(b_q, b_do, b_k, b_v, b_norm, b_one, b_offset, scale, IP)
-        b_dq = tl.dot(tl.where(m_s, b_ds, 0.0).to(b_k.dtype), b_k, b_dq, input_precision=IP)
+        if b_far is not None:
+            m_s = m_s & near_keys(b_far, positions, i_z, T, o_n, m_n)
+        b_ds, b_s = logit_gradient(b_q, b_do, b_k, b_v, b_norm, b_one, b_offset, scale, cap, IP)
+        b_da = through_cap(tl.where(m_s, b_ds, 0.0), b_s, cap)
+        b_dq = tl.dot(b_da.to(b_k.dtype), b_k, b_dq, input_precision=IP)
     return b_dq

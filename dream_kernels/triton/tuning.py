@@ -1,14 +1,19 @@
-"""Which tile shapes suit a call, and which of them is the fastest on its device."""
+"""Which tile shapes suit a call, and which of them was measured to be the fastest."""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
-from collections.abc import Callable, Hashable
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
+from dream_kernels.files import write_text
 from dream_kernels.triton import device, tiles
 from dream_kernels.triton.tiles import Config
 
@@ -19,7 +24,7 @@ _ONE_GROUP = device.triton_version() < (3, 3)
 def candidates(
     kernel: str, head_dim: int, dtype: torch.dtype, rows: int, family: str
 ) -> tuple[Config, ...]:
-    """The configurations of a kernel worth timing, the default first.
+    """The configurations of a kernel, the default first.
 
     Args:
         kernel: ``"forward"``, ``"documents"``, ``"query"``, ``"keys"`` or ``"mass"``; the first
@@ -48,12 +53,21 @@ def bucket(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-_fastest: dict[Hashable, Config] = {}
+def tuning_file() -> Path | None:
+    """The file of measured choices, ``DREAM_KERNELS_TUNE``; None if shapes are not to be timed.
+
+    Raises:
+        ValueError: the variable is neither a ``.json`` file nor ``0``.
+    """
+    name = os.environ.get("DREAM_KERNELS_TUNE", "0")
+    if name in ("", "0"):
+        return None
+    if not name.endswith(".json"):
+        raise ValueError(f"DREAM_KERNELS_TUNE must be a .json file, or 0 for none, got {name!r}")
+    return Path(name)
 
 
-def tuning_enabled() -> bool:
-    """Whether configurations are timed; ``DREAM_KERNELS_TUNE=0`` takes the default of each."""
-    return os.environ.get("DREAM_KERNELS_TUNE", "1") != "0"
+_fastest: dict[str, Config] = {}
 
 
 def choose(
@@ -62,22 +76,38 @@ def choose(
     launch: Callable[[Config], object],
     on: torch.device,
 ) -> Config:
-    """Return the fastest of ``configs``, timed once per ``key`` and kind of device.
+    """Return the first of ``configs``, or the fastest where :func:`tuning_file` names a file.
 
-    Timing waits for the device, so it happens at the first call of a kind only, and never while a
-    CUDA graph is captured, which takes the default. A configuration that does not fit the device
-    is skipped.
+    Results depend on the shapes in their last bits, so by default they are those of the table. In
+    the file they are the same for all processes: the first that needs a choice times it, once per
+    ``key`` and model of device, and those beside it wait. While a CUDA graph is captured nothing is
+    timed. A configuration that does not fit the device is skipped.
 
     Raises:
         RuntimeError: if no configuration fits the device.
+        ValueError: the file is not one of choices.
     """
-    if len(configs) == 1 or on.type != "cuda" or not tuning_enabled():
+    if len(configs) == 1 or on.type != "cuda":
         return configs[0]
-    key = (device.name(on), *key)
-    if key in _fastest:
-        return _fastest[key]
-    if device.capturing():
+    path = tuning_file()
+    if path is None:
         return configs[0]
+    name = ", ".join(map(str, (device.name(on), *key)))
+    if name not in _fastest:
+        if device.capturing():
+            return _kept(path).get(name, configs[0])
+        with _locked(path):
+            kept = _kept(path)
+            if name not in kept:
+                kept[name] = _time(configs, launch, on)
+                write_text(path, json.dumps({k: asdict(v) for k, v in kept.items()}, indent=1))
+            _fastest[name] = kept[name]
+    return _fastest[name]
+
+
+def _time(
+    configs: tuple[Config, ...], launch: Callable[[Config], object], on: torch.device
+) -> Config:
     from triton.runtime.errors import OutOfResources
 
     times: dict[Config, float] = {}
@@ -89,5 +119,25 @@ def choose(
             failure = error
     if not times:
         raise RuntimeError(f"no configuration of the kernel fits {on}") from failure
-    _fastest[key] = min(times, key=times.__getitem__)
-    return _fastest[key]
+    return min(times, key=times.__getitem__)
+
+
+def _kept(path: Path) -> dict[str, Config]:
+    """The choices in a file, none if it does not exist."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    try:
+        return {str(name): Config(**shape) for name, shape in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} (DREAM_KERNELS_TUNE) holds no tile shapes: {error}") from None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes from timing at the same time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # until the file is closed
+        yield

@@ -8,6 +8,7 @@ import triton.language as tl
 from dream_kernels.triton.blocks import (
     COUNTS,
     FIRST,
+    FIRST_KEY,
     FIRST_ROW,
     LAST,
     LIKE_FIRST,
@@ -17,8 +18,7 @@ from dream_kernels.triton.blocks import (
     N_SHORT_PREFIX,
     N_TILES,
 )
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from dream_kernels.triton.options import LOG2_E
 
 
 @triton.jit
@@ -31,10 +31,10 @@ def load_span(p_spans, o_c, m_c, T):
 
 
 # The strides of the scores are often C itself.
-@triton.jit(do_not_specialize=["s_sb", "s_sh", "M", "T", "P", "C", "NT", "n_blocks"])
+@triton.jit(do_not_specialize=["s_sb", "s_sh", "window", "M", "T", "P", "C", "NT", "n_blocks"])
 def work_list_kernel(
-    spans, mask, scores, tiles, shorts, rest, segment, counts, weights,
-    s_sb, s_sh, s_sc, M, T, P, C, NT, n_blocks,
+    spans, mask, positions, scores, tiles, shorts, rest, segment, counts, weights,
+    s_sb, s_sh, s_sc, window, M, T, P, C, NT, n_blocks,
     BN: tl.constexpr, SLOT: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
     HS: tl.constexpr, CAUSAL: tl.constexpr, BIAS: tl.constexpr, SEGMENT: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -53,8 +53,9 @@ def work_list_kernel(
         rest: ``[B, T]``: the positions outside all documents, ascending.
         segment: ``[B, T]``: the document of each key, ``C`` for the rest; only for ``SEGMENT``.
         counts: ``[B, 8]``: tiles, short documents in the prefix and after it, keys of the rest in
-            the prefix and all, first scored row, whether spans and padding of the prefix are those
-            of element 0 and no document reaches beyond the prefix.
+            the prefix and all, first scored row, whether spans, padding and positions of the prefix
+            are those of element 0 and no document reaches beyond the prefix, first key of a
+            document, only with a window.
         weights: ``[B, HS, C]`` float32: softmax of the scores over the present documents; for
             ``BIAS`` the scores in base 2.
     """
@@ -62,7 +63,8 @@ def work_list_kernel(
     p_spans = spans + i_b.to(tl.int64) * C * 2
     if i_x < n_blocks:
         _list_keys(
-            spans, p_spans, mask, tiles, shorts, rest, segment, counts, i_x, i_b, M, T, P, C, NT,
+            spans, p_spans, mask, positions, tiles, shorts, rest, segment, counts, i_x, i_b,
+            window, M, T, P, C, NT,
             BN, SLOT, BX, BC, BW, CAUSAL, SEGMENT, HAS_MASK,
         )  # fmt: skip
     else:
@@ -73,9 +75,10 @@ def work_list_kernel(
 
 @triton.jit
 def _list_keys(
-    spans, p_spans, mask, tiles, shorts, rest, segment, counts, i_x, i_b, M, T, P, C, NT,
-    BN: tl.constexpr, SLOT: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
-    CAUSAL: tl.constexpr, SEGMENT: tl.constexpr, HAS_MASK: tl.constexpr,
+    spans, p_spans, mask, positions, tiles, shorts, rest, segment, counts, i_x, i_b,
+    window, M, T, P, C, NT, BN: tl.constexpr, SLOT: tl.constexpr, BX: tl.constexpr,
+    BC: tl.constexpr, BW: tl.constexpr, CAUSAL: tl.constexpr, SEGMENT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """Write tiles and positions ``i_x * BX ...``, and program 0 short documents and counts."""
     o_x = i_x * BX + tl.arange(0, BX)
@@ -92,6 +95,7 @@ def _list_keys(
     n_inside_prefix = n_tiles
     n_unlike = n_tiles
     last_end = n_tiles
+    first_key = n_tiles + T
     for c in range(0, C, BC):
         o_c = c + tl.arange(0, BC)
         m_c = o_c < C
@@ -117,6 +121,8 @@ def _list_keys(
         b_start0, b_end0 = load_span(spans, o_c, m_c, T)
         n_unlike += tl.sum(((b_start != b_start0) | (b_end != b_end0)).to(tl.int32), 0)
         last_end = tl.maximum(last_end, tl.max(b_end, 0))
+        if window is not None:
+            first_key = tl.minimum(first_key, tl.min(tl.where(b_length > 0, b_start, T), 0))
 
     p_tiles = tiles + (i_b.to(tl.int64) * NT + o_x) * 4
     m_t = o_x < tl.minimum(n_tiles, NT)
@@ -128,12 +134,20 @@ def _list_keys(
     row = i_b.to(tl.int64) * T
     if SEGMENT:
         tl.store(segment + row + o_x, b_segment, mask=m_x)
-    b_rank = o_x - b_before
-    tl.store(rest + row + b_rank, o_x, mask=m_x & (b_segment == C) & (b_rank >= 0))
+    # Of unchecked spans that overlap, keys count twice. The rest of each segment of memory has
+    # places of its own, all of them written, so that no key is read from the wrong one.
+    n_rest_prefix = tl.maximum(P - n_inside_prefix, 0)
+    n_rest = n_rest_prefix + tl.maximum(T - P - (n_inside - n_inside_prefix), 0)
+    m_prefix = o_x < P
+    b_rank = o_x - b_before + tl.where(m_prefix, 0, n_rest_prefix - (P - n_inside_prefix))
+    m_rank = (b_rank >= tl.where(m_prefix, 0, n_rest_prefix)) & (
+        b_rank < tl.where(m_prefix, n_rest_prefix, n_rest)
+    )
+    tl.store(rest + row + b_rank, o_x, mask=m_x & (b_segment == C) & m_rank)
     if i_x == 0:
         _store_counts(
-            counts, mask, i_b, row, n_tiles, n_front, n_back, n_inside, n_inside_prefix,
-            n_unlike, last_end, M, T, P, NT, BW, CAUSAL, HAS_MASK,
+            counts, mask, positions, i_b, row, n_tiles, n_front, n_back, n_inside, n_rest_prefix,
+            n_rest, n_unlike, last_end, first_key, window, M, T, P, NT, BW, CAUSAL, HAS_MASK,
         )  # fmt: skip
 
 
@@ -197,8 +211,9 @@ def _cut_long(
 
 @triton.jit
 def _store_counts(
-    counts, mask, i_b, row, n_tiles, n_front, n_back, n_inside, n_inside_prefix, n_unlike,
-    last_end, M, T, P, NT, BW: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
+    counts, mask, positions, i_b, row, n_tiles, n_front, n_back, n_inside, n_rest_prefix, n_rest,
+    n_unlike, last_end, first_key, window, M, T, P, NT, BW: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """Write the counts of a batch element, whose padding begins at ``mask + row``."""
     first_row = tl.where(n_inside == 0, M, 0)
@@ -208,8 +223,8 @@ def _store_counts(
     tl.store(p_counts + N_TILES, tl.minimum(n_tiles, NT))
     tl.store(p_counts + N_SHORT_PREFIX, n_front)
     tl.store(p_counts + N_SHORT_LOCAL, n_back)
-    tl.store(p_counts + N_REST_PREFIX, tl.maximum(P - n_inside_prefix, 0))
-    tl.store(p_counts + N_REST, tl.maximum(T - n_inside, 0))
+    tl.store(p_counts + N_REST_PREFIX, n_rest_prefix)
+    tl.store(p_counts + N_REST, n_rest)
     tl.store(p_counts + FIRST_ROW, first_row)
     if HAS_MASK:
         for n in range(0, P, BW):
@@ -217,6 +232,14 @@ def _store_counts(
             b_own = tl.load(mask + row + o_n, mask=o_n < P, other=0)
             b_first_own = tl.load(mask + o_n, mask=o_n < P, other=0)
             n_unlike += tl.sum((b_own != b_first_own).to(tl.int32), 0)
+    if positions is not None:
+        for n in range(0, P, BW):
+            o_n = n + tl.arange(0, BW)
+            b_own_at = tl.load(positions + row + o_n, mask=o_n < P, other=0)
+            b_first_at = tl.load(positions + o_n, mask=o_n < P, other=0)
+            n_unlike += tl.sum((b_own_at != b_first_at).to(tl.int32), 0)
+    if window is not None:
+        tl.store(p_counts + FIRST_KEY, first_key)
     alike = (n_unlike == 0) & (last_end <= P)
     tl.store(p_counts + LIKE_FIRST, alike.to(tl.int32))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,12 +17,21 @@ from dream_kernels import document_attention, document_mass, set_value_checks
 from dream_kernels.problem import Needs
 from dream_kernels.triton.implementation import TritonImplementation
 from helpers.agreement import Oracle, problem_of
-from helpers.cases import BASE_CASES, CASES, GRADIENTS, Case, Inputs, make_inputs
+from helpers.cases import (
+    BASE_CASES,
+    CASES,
+    GRADIENTS,
+    OPTION_CASES,
+    Case,
+    Inputs,
+    make_inputs,
+)
 from helpers.own_process import run_command
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from dream_kernels.triton import call, device, launch, tiles, tuning
+from dream_kernels.triton.blocks import COUNTS, LIKE_FIRST
 from dream_kernels.triton.tiles import Config
 
 ON_GPU = torch.cuda.is_available()
@@ -31,6 +41,7 @@ if not ON_GPU and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
         allow_module_level=True,
     )
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPES_ON_GPU = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = (
     torch.float32,
     torch.float16,
@@ -74,9 +85,29 @@ def _with_one_key_head(case: Case) -> Case:
 def _grid() -> list:
     return [
         pytest.param(case, dtype, id=f"{case}-{str(dtype).removeprefix('torch.')}")
-        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        for dtype in DTYPES_ON_GPU
         for case in (CASES if ON_GPU else _interpreter_cases(dtype))
         if ON_GPU or dtype != torch.bfloat16
+    ]
+
+
+def _grid_with_options() -> list:
+    """Options alone, and every mandatory case with all of them; in the interpreter in turn.
+
+    There each case has one mode and one dtype, and four of five are slow.
+    """
+    if ON_GPU:
+        return [pytest.param(c, t, id=f"{c}-{t}") for c in OPTION_CASES for t in DTYPES_ON_GPU]
+    alone = OPTION_CASES[: -3 * len(BASE_CASES)]
+    crossed = OPTION_CASES[len(alone) :]
+    found = [(case, ()) for case in alone]
+    for i in range(len(BASE_CASES)):
+        case = _with_one_key_head(crossed[3 * i + i // 5 % 3])
+        found.append((case, () if i % 5 == 0 else pytest.mark.slow))
+    dtypes = (torch.float32, torch.float16)
+    return [
+        pytest.param(case, dtypes[i % 2], id=f"{case}-{dtypes[i % 2]}", marks=marks)
+        for i, (case, marks) in enumerate(found)
     ]
 
 
@@ -138,6 +169,52 @@ def test_agrees_with_reference(
     if case.prefix + case.local > 100:
         request.getfixturevalue("larger_tiles")
     check(inputs_of(case, dtype))
+
+
+@pytest.mark.parametrize("case,dtype", _grid_with_options())
+def test_options_agree_with_reference(
+    case: Case, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    if case.prefix + case.local > 100:
+        request.getfixturevalue("larger_tiles")
+    check(inputs_of(case, dtype))
+
+
+@MODES
+@pytest.mark.parametrize("names", (("sinks",), ("sinks", "scores")), ids="+".join)
+def test_gradient_of_the_sinks_alone(names: tuple[str, ...], mode: str, mass: float | None) -> None:
+    case = Case(
+        "sinks", mode=mode, document_mass=mass, heads=(0, 4), sinks=True, softcap=1.5,
+        padding=("everything",), window="tight",
+    )  # fmt: skip
+    check(inputs_of(case), names)
+
+
+@pytest.mark.parametrize("sink", (-60.0, 300.0))
+def test_sinks_far_from_the_logits(sink: float) -> None:
+    inputs = inputs_of(Case("far_sinks", sinks=True, rows=26, query_heads=3, key_heads=1))
+    inputs.tensors["sinks"][1:] = sink
+    check(inputs)
+
+
+@pytest.mark.parametrize("mass", (None, 0.6), ids=str)
+def test_a_sink_of_minus_infinity_is_none(mass: float | None, split: None) -> None:
+    case = Case("no_sinks", sinks=True, rows=26, document_mass=mass, padding=("everything",))
+    inputs = inputs_of(case)
+    inputs.tensors["sinks"].fill_(-torch.inf)
+    found = run(inputs.require_grad())
+    assert not found.pop("sinks").any()
+    del inputs.tensors["sinks"]
+    for name, expected in run(inputs).items():
+        assert torch.equal(found[name], expected), name
+
+
+@pytest.mark.parametrize("size", (1e-4, 30.0), ids=str)
+def test_soft_cap_of_tiny_and_of_large_logits(size: float) -> None:
+    """The cap is accurate where it does next to nothing, and where it saturates."""
+    inputs = inputs_of(Case("cap", softcap=2.0))
+    inputs.tensors["query"] *= size
+    check(inputs)
 
 
 @pytest.mark.parametrize("mode", ("reweight", "bias"))
@@ -207,6 +284,16 @@ def test_splits_of_the_keys_are_joined_exactly(
 
 
 @MODES
+def test_splits_with_all_options(mode: str, mass: float | None, split: None) -> None:
+    case = Case(
+        "split", spans=((60, 77), (80, 82), (40, 58), (84, 89)), mode=mode, document_mass=mass,
+        rows=20, local=95, query_heads=2, key_heads=1, heads=(1,), padding=("left",),
+        window="tight", softcap=1.5, sinks=True, positions=mass is not None,
+    )  # fmt: skip
+    check(inputs_of(case))
+
+
+@MODES
 @pytest.mark.parametrize(
     "spans,padding,heads",
     [
@@ -229,6 +316,41 @@ def test_rows_of_a_batch_share_tiles_over_a_shared_prefix(
     grid = call.Call(inputs_of(case).call(problem_of)).grid(Config(64, 16, 4, 1))
     assert grid.fold and grid.shape == (1, 1, 1)
     check(inputs_of(case))
+
+
+@MODES
+@pytest.mark.parametrize("apart", (0, 1000), ids=("alike", "other positions"))
+def test_folded_rows_with_all_options(apart: int, mode: str, mass: float | None) -> None:
+    case = Case(
+        "fold", spans=((2, 13), (14, 17), (17, 18)), heads=(1,), batch=3, rows=3, local=4,
+        prefix=19, query_heads=2, key_heads=1, mode=mode, document_mass=mass, window="tight",
+        positions=True, softcap=1.5, sinks=True,
+    )  # fmt: skip
+    inputs = inputs_of(case)
+    inputs.options["positions"][1] += apart
+    problem = inputs.call(problem_of)
+    work = call.Call(problem).any_work_list()
+    alike = work.counts[: 3 * COUNTS.value].view(3, -1)[:, LIKE_FIRST.value]
+    assert alike.tolist() == [1, 1 if apart == 0 else 0, 1]
+    check(inputs)
+
+
+def test_keys_and_rows_beyond_the_window_are_not_visited() -> None:
+    """NaN where no tile may be read: in keys before the windows, in rows after them."""
+    case = Case(
+        "skipped", spans=((88, 91),), rows=32, local=96, window=16, heads=(0,), query_heads=2,
+        key_heads=1,
+    )  # fmt: skip
+    inputs = inputs_of(case)
+    for name in ("key", "value"):
+        inputs.tensors[name][:, :, :32] = torch.nan
+    results = run(inputs.require_grad(("query", "scores")))
+    assert all(results[name].isfinite().all() for name in ("output", "query", "scores"))
+
+    inputs = inputs_of(replace(case, spans=((0, 0),), rows=96))
+    inputs.grad_output[:, :, -16:] = torch.nan
+    results = run(inputs.require_grad(("key", "value")))
+    assert all(results[name][:, :, :32].isfinite().all() for name in ("key", "value"))
 
 
 @MODES
@@ -289,6 +411,18 @@ def test_a_row_that_sees_no_key_gives_zero_and_no_gradient() -> None:
     assert (result["query"][0, :, :5] == 0).all()
 
 
+def test_no_key_at_all() -> None:
+    case = Case("no_keys", rows=2, local=0, spans=((0, 0),), sinks=True)
+    assert not any(tensor.any() for tensor in run(inputs_of(case).require_grad()).values())
+
+
+@pytest.mark.parametrize("head_dim", (8, 72, 88))
+def test_head_sizes_that_are_no_multiple_of_16(head_dim: int) -> None:
+    check(
+        inputs_of(Case("head", head_dim=head_dim, query_heads=3, key_heads=1, prefix=19, local=8))
+    )
+
+
 @pytest.mark.parametrize("scale", (-0.3, 0.0))
 def test_negative_and_zero_scale(scale: float) -> None:
     inputs = inputs_of(Case("scale"))
@@ -340,6 +474,20 @@ def test_document_mass(case: Case) -> None:
     assert Oracle.of(inputs, ()).complaint("mass", mass) is None
 
 
+@pytest.mark.parametrize("case", MASS_CASES[1:4], ids=str)
+def test_document_mass_with_all_options(case: Case) -> None:
+    """The window cuts documents too: it is plain attention."""
+    plain = replace(case, window=7, positions=True, softcap=1.5, sinks=True, heads=())
+    inputs = inputs_of(plain)
+    t, given = inputs.tensors, inputs.options
+    mass = document_mass(
+        t["query"], t["key"], inputs.spans, attention_mask=given["attention_mask"],
+        prefix=t.get("prefix_key"), impl="triton", sinks=t["sinks"],
+        **{name: given[name] for name in ("scale", "causal", "window", "positions", "softcap")},
+    )  # fmt: skip
+    assert Oracle.of(inputs, ()).complaint("mass", mass) is None
+
+
 def test_unchecked_spans_stay_inside_memory() -> None:
     inputs = inputs_of(Case("unchecked", spans=((2, 1000), (-7, 9), (20, 22))))
     set_value_checks(False)
@@ -348,6 +496,50 @@ def test_unchecked_spans_stay_inside_memory() -> None:
     finally:
         set_value_checks(None)
     assert output.shape == inputs.tensors["query"].shape
+
+
+@pytest.mark.parametrize(
+    "prefix,spans",
+    [
+        pytest.param(10, ((10, 18),) * 3, id="local"),
+        pytest.param(20, ((8, 20),) * 3, id="prefix"),
+        pytest.param(13, ((3, 24), (5, 16), (13, 15)), id="across"),
+        pytest.param(0, ((0, 40), (-5, 60), (7, 3)), id="everything"),
+        pytest.param(19, ((2, 9), (4, 6), (30, 33)), id="inside"),
+    ],
+)
+def test_keys_of_unchecked_overlapping_spans_are_those_of_their_memory(
+    prefix: int, spans: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every key of the work list is in memory, and in the segment that it is read from."""
+    inputs = inputs_of(Case("overlap", spans=spans, prefix=prefix, local=24, rows=4))
+    length, batch = prefix + 24, 2
+    set_value_checks(False)
+    empty = torch.empty
+
+    def unwritten(*shape, **options) -> Tensor:
+        tensor = empty(*shape, **options)
+        return tensor if tensor.is_floating_point() else tensor.fill_(-(1 << 30))
+
+    try:
+        problem = inputs.call(problem_of)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", unwritten)
+            work = call.Call(problem).any_work_list()
+        result = run(inputs.require_grad())
+    finally:
+        set_value_checks(None)
+    assert all(result[name].shape == tensor.shape for name, tensor in inputs.tensors.items())
+    counts = work.counts[: batch * COUNTS.value].view(batch, -1)
+    for b, (n_tiles, front, back, n_prefix, n_rest) in enumerate(counts[:, :5].tolist()):
+        rest = work.rest[b * length :][:n_rest]
+        assert all(0 <= key < prefix for key in rest[:n_prefix])
+        assert all(prefix <= key < length for key in rest[n_prefix:])
+        tiles_of = work.tiles.view(-1, 4)[b * work.limit :][:n_tiles, :2].tolist()
+        shorts = work.shorts.view(-1, 4)[b * len(spans) :][: len(spans), 1:3].tolist()
+        for key, n in (*tiles_of, *shorts[:front], *shorts[len(spans) - back :]):
+            first, end = (0, prefix) if key < prefix else (prefix, length)
+            assert n >= 1 and first <= key and key + n <= end
 
 
 @pytest.mark.parametrize("mode", ("reweight", "bias"))
@@ -375,6 +567,8 @@ def test_why_not_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "float64" in str(implementation.why_not(double))
     wide = replace(problem, query=torch.zeros(2, 6, 5, 257, device=DEVICE))
     assert "up to 256, got 257" in str(implementation.why_not(wide))
+    many = replace(problem, query=problem.query[:1].expand(65_536, -1, -1, -1))
+    assert "up to 65535 batch elements and heads, got 65536" in str(implementation.why_not(many))
     if not ON_GPU:
         half = replace(problem, query=problem.query.bfloat16())
         assert "interpreter" in str(implementation.why_not(half))
@@ -462,7 +656,9 @@ def test_importing_the_package_does_not_import_triton() -> None:
     run_command(sys.executable, "-c", code, check=True)
 
 
-def test_the_fastest_configuration_is_chosen_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_configuration_is_kept_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from triton.runtime.errors import OutOfResources
 
     slow, fast, huge = (Config(rows, 64, 4, 2) for rows in (32, 64, 128))
@@ -477,7 +673,8 @@ def test_the_fastest_configuration_is_chosen_and_kept(monkeypatch: pytest.Monkey
             raise OutOfResources(300, 200, "shared memory")
         return candidate
 
-    monkeypatch.delenv("DREAM_KERNELS_TUNE", raising=False)
+    path = tmp_path / "folder" / "tiles.json"
+    monkeypatch.setenv("DREAM_KERNELS_TUNE", str(path))
     monkeypatch.setattr(device, "milliseconds", milliseconds)
     monkeypatch.setattr(tuning, "_fastest", {})
     monkeypatch.setattr(device, "name", lambda on: "card")
@@ -485,9 +682,36 @@ def test_the_fastest_configuration_is_chosen_and_kept(monkeypatch: pytest.Monkey
     card, configs = torch.device("cuda"), (slow, huge, fast)
     assert tuning.choose(("k", 1), configs, launch_once, card) == fast
     assert tuning.choose(("k", 1), configs, launch_once, card) == fast
+    monkeypatch.setattr(tuning, "_fastest", {})  # another process
+    assert tuning.choose(("k", 1), configs, launch_once, card) == fast
+    monkeypatch.setattr(device, "name", lambda on: "another card")
+    monkeypatch.setattr(device, "capturing", lambda: True)
+    assert tuning.choose(("k", 1), configs, launch_once, card) == slow
     assert timed == [slow, fast]
-    monkeypatch.setenv("DREAM_KERNELS_TUNE", "0")
-    assert tuning.choose(("k", 2), configs, launch_once, card) == slow
+
+
+@pytest.mark.parametrize("tune", (None, "", "0"))
+def test_by_default_tile_shapes_are_those_of_the_table(
+    tune: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DREAM_KERNELS_TUNE", raising=False)
+    if tune is not None:
+        monkeypatch.setenv("DREAM_KERNELS_TUNE", tune)
+    monkeypatch.setattr(device, "milliseconds", lambda launch_once: pytest.fail("timed"))
+    configs = (Config(32, 64, 4, 2), Config(64, 64, 4, 2))
+    assert tuning.choose(("k", 1), configs, lambda config: None, torch.device("cuda")) == configs[0]
+
+
+def test_errors_of_the_tuning_file_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = (Config(32, 64, 4, 2), Config(64, 64, 4, 2))
+    monkeypatch.setattr(device, "name", lambda on: "card")
+    monkeypatch.setattr(device, "capturing", lambda: False)
+    path = tmp_path / "tiles.json"
+    path.write_text('{"k": [1, 2]}')
+    for tune, complaint in (("1", "a .json file, or 0 for none, got '1'"), (str(path), str(path))):
+        monkeypatch.setenv("DREAM_KERNELS_TUNE", tune)
+        with pytest.raises(ValueError, match=complaint):
+            tuning.choose(("k",), configs, lambda config: None, torch.device("cuda"))
 
 
 def test_tiles_are_no_taller_than_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
