@@ -96,7 +96,8 @@ def loops(sass: str) -> list[Loop]:
 
 
 def _parse(sass: str) -> _Code:
-    code, functions, fresh = _Code(), (), False
+    code, fresh = _Code(), False
+    functions: tuple[str, ...] = ()
     for line in sass.splitlines():
         if "//## File" in line:
             place = _PLACE.search(line)
