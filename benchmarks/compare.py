@@ -25,7 +25,7 @@ from .ceilings import Ceilings
 from .check import Oracle, check_case
 from .environment import commit, provenance
 from .kernel import figures
-from .measure import Times, race
+from .measure import Clock, Times, race
 from .records import SCHEMA
 
 Record = dict[str, Any]
@@ -166,7 +166,7 @@ def _worker(order: dict[str, Any]) -> None:
         complaint = Oracle(checked).complaint(ADAPTERS[name], small)
         if complaint is not None:
             sys.exit(f"{name}, {case}: {complaint}")
-        times = race({name: whole}, device, _RUNS_A_ROUND, 60.0)[name]
+        times = race({name: whole}, Clock(device), _RUNS_A_ROUND, 60.0)[name]
         backward: list[float | None] = [*times.backward] or [None] * len(times.forward)
         results.append({"peer": name, "times": list(zip(times.forward, backward))})
     print(json.dumps({"operator": dream_kernels.__file__, "cases": results}))

@@ -14,7 +14,7 @@ from .cases import Case, Inputs, make_inputs
 from .ceilings import Ceilings, measure_ceilings
 from .check import Oracle, check_case, prepare
 from .environment import provenance
-from .measure import Times, describe_failure, paired_ratio, quantiles, race
+from .measure import Clock, Times, describe_failure, paired_ratio, quantiles, race
 from .memory import available_bytes, cpu_peak_bytes, gpu_peak_bytes
 from .records import SCHEMA
 from .work import forward_work, total_work
@@ -22,7 +22,7 @@ from .work import forward_work, total_work
 Record = dict[str, Any]
 
 # Compiling FlexAttention for a CPU takes half a minute a case, and gives a forward only.
-_SLOW_TO_PREPARE_ON_CPU = ("flex_attention",)
+SLOW_TO_PREPARE_ON_CPU = ("flex_attention",)
 
 
 @dataclass
@@ -141,7 +141,7 @@ class Outcomes:
         oracle = Oracle(check_inputs)
         ready: dict[str, Prepared] = {}
         for name in self.settings.peers:
-            once = self.settings.device.type == "cpu" and name in _SLOW_TO_PREPARE_ON_CPU
+            once = self.settings.device.type == "cpu" and name in SLOW_TO_PREPARE_ON_CPU
             if once and (name, self.case.dtype) in prepared_before:
                 self.refuse(name, "left out: takes half a minute to compile for a CPU")
                 continue
@@ -189,7 +189,7 @@ class Outcomes:
             self.peaks = {name: gpu_peak_bytes(ready[name]) for name in alive}
             return
         # A compiled peer would be compiled again in the process that measures its memory.
-        names = [name for name in alive if name not in _SLOW_TO_PREPARE_ON_CPU]
+        names = [name for name in alive if name not in SLOW_TO_PREPARE_ON_CPU]
         self.peaks = cpu_peak_bytes(self.case, names, torch.get_num_threads())
 
     def base(self) -> Times | None:
@@ -269,7 +269,7 @@ def race_together(outcomes: Sequence[Outcomes], prepared_before: set[tuple[str, 
         for place, peers in enumerate(ready)
         for name, prepared in peers.items()
     }
-    times = race(racers, settings.device, settings.runs, settings.seconds)
+    times = race(racers, Clock(settings.device), settings.runs, settings.seconds)
     for place, own in enumerate(outcomes):
         own.take({name: times[f"{name} {place}"] for name in ready[place]})
         if settings.memory:
@@ -281,21 +281,6 @@ def leave_out(outcomes: Sequence[Outcomes]) -> None:
     for own in outcomes:
         for name in own.settings.peers:
             own.refuse(name, f"left out: the suite's {own.settings.total_seconds:.0f} s are up")
-
-
-def run_overhead(settings: Settings) -> list[Record]:
-    """Time an eager call on a problem that costs nothing: what remains is the call itself."""
-    case = Case(
-        "eager call", batch=1, query_heads=1, key_heads=1, head_dim=16, rows=1, prefix=8,
-        local=1, documents=2, covered=8, gradients=(),
-    )  # fmt: skip
-    names = [n for n in settings.peers if n not in _SLOW_TO_PREPARE_ON_CPU]
-    settings = replace(settings, peers=names)
-    environment = provenance(settings.device)
-    outcomes = Outcomes(case, settings, environment, Ceilings(), "overhead")
-    ready = outcomes.prepare(set())
-    outcomes.take(race(ready, settings.device, settings.runs, settings.seconds, calls=200))
-    return outcomes.records()
 
 
 def choose_peers(names: Iterable[str] | None) -> list[str]:

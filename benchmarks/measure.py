@@ -67,19 +67,30 @@ class Clock:
         return result, begin.elapsed_time(end) / 1e3
 
 
+class ProcessorClock(Clock):
+    """Times by the processor time of this process, which others on the machine disturb less."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Any, float]:
+        start = time.process_time()
+        result = function()
+        return result, time.process_time() - start
+
+
 def race(
-    peers: dict[str, Prepared], device: torch.device, runs: int, seconds: float, calls: int = 1
+    peers: dict[str, Prepared], clock: Clock, runs: int, seconds: float, calls: int = 1
 ) -> dict[str, Times]:
     """Run all peers once per round, in a new order every round.
 
     Args:
         peers: by name.
-        device: where they run.
+        clock: of the device where they run.
         runs: rounds after the warm-up.
         seconds: budget of one peer; beyond it a peer stops at ``MIN_RUNS`` runs.
-        calls: repetitions inside one timing, for calls of microseconds; forward only if not 1.
+        calls: repetitions inside one timing, for calls of microseconds.
     """
-    clock = Clock(device)
     times = {name: Times() for name in peers}
     spent = dict.fromkeys(peers, 0.0)
     order = random.Random(0)
@@ -105,14 +116,13 @@ def race(
 
 
 def _run(peer: Prepared, clock: Clock, calls: int) -> tuple[float, float | None]:
-    if calls > 1:
-
-        def repeat() -> None:
-            for _ in range(calls):
-                peer.forward()
-
-        return clock(repeat)[1] / calls, None
     backward = peer.backward
+    if calls > 1:
+        outputs, forward_seconds = clock(lambda: [peer.forward() for _ in range(calls)])
+        if backward is None:
+            return forward_seconds / calls, None
+        _, backward_seconds = clock(lambda: [backward(output) for output in outputs])
+        return forward_seconds / calls, backward_seconds / calls
     if backward is None:
         with torch.no_grad():
             return clock(peer.forward)[1], None

@@ -19,6 +19,8 @@ from .tables import (
     kernel_columns,
     kernel_row,
     number,
+    overhead_case,
+    overhead_row,
     phase_row,
     step_columns,
     step_row,
@@ -157,10 +159,11 @@ def _kernel(suite: str, records: Sequence[Record]) -> str:
 
 
 def _overhead(records: Sequence[Record]) -> str:
-    rows = [
-        [r["peer"], f"{1e6 * r['forward']['median']:.0f}"] for r in records if r["status"] == "ok"
-    ]
-    return markdown(["one eager call, forward, a problem of 9 keys", "µs"], rows)
+    parts = []
+    for case in dict.fromkeys(map(overhead_case, records)):
+        own = [r for r in records if overhead_case(r) == case and r["status"] == "ok"]
+        parts.append(markdown([f"{case}, µs", "forward", "backward"], map(overhead_row, own)))
+    return "\n".join(parts)
 
 
 def _scaling(records: Sequence[Record]) -> str:

@@ -90,12 +90,25 @@ def print_rows(console: Console, columns: Sequence[str], rows: Sequence[Sequence
 
 
 def print_overhead(console: Console, records: Sequence[Record]) -> None:
-    """Print the time of a call that computes next to nothing."""
-    console.print("\none eager call, forward, a problem of 9 keys", style="bold")
-    for record in records:
-        if record["status"] == "ok":
-            microseconds = 1e6 * record["forward"]["median"]
-            console.print(f"  {record['peer']:28}{microseconds:8.1f} µs")
+    """Print the time of calls that compute next to nothing."""
+    for case in dict.fromkeys(map(overhead_case, records)):
+        own = [r for r in records if overhead_case(r) == case]
+        print_rows(console, [f"{case}, µs", "forward", "backward"], [overhead_row(r) for r in own])
+
+
+def overhead_case(record: Record) -> str:
+    """What a record of overhead is of."""
+    case = record["case"]
+    gradients = ", ".join(case["gradients"]) or "none"
+    return f"{case['name']}, {case['prefix'] + case['local']} keys, gradients: {gradients}"
+
+
+def overhead_row(record: Record) -> list[str]:
+    """The peer and microseconds of a record of overhead."""
+    if record["status"] != "ok":
+        return [record["peer"], record["reason"]]
+    times = [record[name] for name in ("forward", "backward") if record[name]]
+    return [record["peer"], *(f"{1e6 * own['median']:.0f}" for own in times)]
 
 
 def print_scaling(console: Console, axis: str, records: Sequence[Record]) -> None:

@@ -1,8 +1,8 @@
 """Compile every kernel ahead of time, without the device, and report the resources it needs.
 
 ``python -m dream_kernels.triton.aot`` prints the table of registers, shared memory, spills and
-tensor-core instructions; ``--write FILE`` saves the table that the tests compare the kernels
-with. Needs triton and the tools in its wheel, no GPU.
+tensor-core instructions, and on Hopper what each loop executes; ``--write FILE`` saves the table
+that the tests compare the kernels with. Needs triton and the tools in its wheel, no GPU.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Container, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import astuple, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from dream_kernels.triton.forward import forward_kernel
 from dream_kernels.triton.keys import keys_kernel
 from dream_kernels.triton.mass import mass_kernel
 from dream_kernels.triton.rows import rows_kernel
+from dream_kernels.triton.sass import Loop, count_instructions, loops, serialisation
 from dream_kernels.triton.tiles import Config, family_of, padded_head
 from dream_kernels.triton.tuning import candidates
 from dream_kernels.triton.work_list import work_list_kernel
@@ -76,48 +77,73 @@ class Resources:
         spills: instructions that move registers to or from local memory.
         shared: bytes of shared memory of a program.
         tensor_cores: matrix instructions in the code, and which.
+        instructions: in the code; on Hopper alone, as all that follows.
+        serialised: what ptxas notes if it makes each product wait, see ``sass.py``.
+        loops: the innermost ones.
     """
 
     registers: int
     spills: int
     shared: int
     tensor_cores: dict[str, int]
+    instructions: int | None = None
+    serialised: list[str] | None = None
+    loops: list[Loop] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As JSON; a loop is a list of its fields, which the table names once."""
+        row = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.loops is not None:
+            row["loops"] = [list(astuple(loop)) for loop in self.loops]
+        return {name: value for name, value in row.items() if value is not None}
 
 
 def variants(
-    head_dim: int, family: str, dtype: torch.dtype = torch.bfloat16, rare: bool = False
+    head_dim: int,
+    family: str,
+    dtype: torch.dtype = torch.bfloat16,
+    rare: bool = False,
+    every_tile: bool = False,
 ) -> Iterator[Variant]:
     """Every kernel in the form of the main case, or with all the ``rare`` options instead.
 
     The main case is a causal reader with a prefix, without padding, whose heads share the scores.
+    Kernels are built with the first tile shape of their list, and with ``every_tile`` also with the
+    others, whose names end in theirs.
     """
     base: dict[str, Any] = {"D": head_dim, "BD": padded_head(head_dim)}
     shape = {**base, "CAUSAL": not rare, "HAS_MASK": rare, "NEGATE": rare, "IP": "ieee"}
     reweight: dict[str, Any] = {"PER_HEAD": rare, "BIAS": False, "FIXED": rare}
     bias = {**reweight, "BIAS": True, "FIXED": False}
 
-    def config(kernel: str) -> Config:
-        return candidates(kernel, head_dim, dtype, rows=1 << 20, family=family)[0]
+    def in_tiles(
+        name: str, kernel: Any, flags: dict[str, Any], listed: str = ""
+    ) -> Iterator[Variant]:
+        shapes = candidates(listed or name, head_dim, dtype, rows=1 << 20, family=family)
+        for i, config in enumerate(shapes if every_tile else shapes[:1]):
+            yield Variant(name + (f":{describe(config)}" if i else ""), kernel, config, flags)
 
     for mode, flags in (("reweight", reweight), ("bias", bias)):
         for form in ("", "-fold", "-split"):
             folds = form == "-fold"  # which needs a prefix
             memory = {"HAS_PREFIX": folds or not rare, "FOLD": folds, "SPLIT": form == "-split"}
-            yield Variant(
-                f"forward-{mode}{form}", forward_kernel, config(f"forward{form}"),
-                {**shape, **memory, **flags},
+            yield from in_tiles(
+                f"forward-{mode}{form}", forward_kernel, {**shape, **memory, **flags},
+                f"forward{form}",
             )  # fmt: skip
             for name, documents, query in (
                 ("documents", True, False), ("query", mode == "bias", True),
             ):  # fmt: skip
-                yield Variant(
-                    f"{name}-{mode}{form}", rows_kernel, config(f"{name}{form}"),
+                yield from in_tiles(
+                    f"{name}-{mode}{form}", rows_kernel,
                     {**shape, **memory, **flags, "DOCUMENTS": documents, "DQ": query},
+                    f"{name}{form}",
                 )  # fmt: skip
-        yield Variant(
-            f"keys-{mode}", keys_kernel, config("keys"),
+        yield from in_tiles(
+            f"keys-{mode}", keys_kernel,
             {**shape, "PER_HEAD": rare, "BIAS": mode == "bias", "SHARED": rare, "DK": True,
              "DV": True},
+            "keys",
         )  # fmt: skip
         yield Variant(
             f"combine-{mode}", combine_kernel, Config(16, 64, 8, 1), {**base, **flags}
@@ -128,7 +154,7 @@ def variants(
             {**base, **flags, "BC": 32, "DOCUMENTS": by_document, "SCORES": by_document,
              "LOGITS": True},
         )  # fmt: skip
-    yield Variant("mass", mass_kernel, config("mass"), {**shape, "HAS_PREFIX": not rare})
+    yield from in_tiles("mass", mass_kernel, {**shape, "HAS_PREFIX": not rare})
     if head_dim == HEAD_DIMS[0]:  # these do not depend on it
         yield Variant("join", join_kernel, Config(16, 64, 1, 1), {"REST": rare})
         yield Variant(
@@ -138,13 +164,18 @@ def variants(
         )  # fmt: skip
 
 
+def describe(config: Config) -> str:
+    """A tile shape: rows, keys, warps, stages."""
+    return f"{config.rows}x{config.keys}-{config.warps}-{config.stages}"
+
+
 def family_of_target(target: str) -> str:
     """The family of tile shapes that a target, such as ``sm_90``, takes."""
     return family_of(int(target[3:]) // 10 if target[:3] == "sm_" else 0)
 
 
 def compile_variant(
-    variant: Variant, target: GPUTarget, dtype: torch.dtype, options: Container[str] = ()
+    variant: Variant, target: GPUTarget, dtype: torch.dtype, options: Collection[str] = ()
 ) -> Any:
     """Compile as the launcher would for aligned, contiguous tensors, with some of ``OPTIONS``."""
     config = variant.config
@@ -204,10 +235,40 @@ def measure(compiled: Any) -> Resources:
         file.write(asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
+        sass = _tool("nvdisasm", "-c", "-gi", file.name)
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
-    return Resources(int(registers[1]), len(re.findall(r"\b(?:STL|LDL)\b", sass)), shared, kinds)
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
+    resources = Resources(int(registers[1]), spills, shared, kinds)
+    if compiled.metadata.target.arch != 90:
+        return resources
+    return replace(
+        resources,
+        instructions=count_instructions(sass),
+        serialised=serialisation(_ptxas_log(text)) if "wgmma" in text else [],
+        loops=loops(sass),
+    )
+
+
+def _ptxas_log(ptx: str) -> str:
+    """What ptxas says of the code: Triton does not keep it."""
+    target = re.search(r"^\.target (\S+)", ptx, re.M)
+    assert target is not None, ptx[:200]
+    failure: subprocess.CalledProcessError | None = None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx, encoding="utf-8")
+        # A wheel has one or two of these, and compiles with the one that knows the code's version.
+        for name in ("ptxas", "ptxas-blackwell"):
+            try:
+                return _tool(
+                    name, "-v", "-lineinfo", f"--gpu-name={target[1]}", str(source),
+                    "-o", str(Path(folder, "kernel.cubin")), stderr=subprocess.STDOUT,
+                )  # fmt: skip
+            except subprocess.CalledProcessError as error:  # noqa: PERF203
+                failure = error
+    assert failure is not None
+    raise failure
 
 
 @cache
@@ -218,30 +279,37 @@ def _tool_path(name: str) -> Path:
     return path
 
 
-def _tool(name: str, *arguments: str) -> str:
+def _tool(name: str, *arguments: str, stderr: int = subprocess.PIPE) -> str:
     done = subprocess.run(
-        [_tool_path(name), *arguments], capture_output=True, text=True, check=True
-    )
+        [_tool_path(name), *arguments],
+        stdout=subprocess.PIPE, stderr=stderr, text=True, check=True,
+    )  # fmt: skip
     return done.stdout
 
 
 def compiled_rows(
     targets: Iterable[str],
     head_dims: Iterable[int],
-    names: Container[str] = (),
+    names: Collection[str] = (),
     dtype: torch.dtype = torch.bfloat16,
     rare: bool = False,
-    options: Container[str] = (),
+    options: Collection[str] = (),
+    every_tile: bool = False,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``"target/head size/kernel"`` and resources, for all kernels or those in ``names``."""
+    """``"target/head size/kernel"`` and resources, for all kernels or those in ``names``.
+
+    ``every_tile`` has an effect on Hopper alone, where a tile shape decides whether ptxas
+    serialises.
+    """
     for target, head_dim in itertools.product(targets, head_dims):
-        for variant in variants(head_dim, family_of_target(target), dtype, rare):
-            if names and variant.name not in names:
+        family = family_of_target(target)
+        for variant in variants(head_dim, family, dtype, rare, every_tile and family == "hopper"):
+            if names and not {variant.name, variant.name.partition(":")[0]} & set(names):
                 continue
             compiled = compile_variant(variant, TARGETS[target], dtype, options)
             config = variant.config
             tile = f"{config.rows}x{config.keys}, {config.warps} warps, {config.stages} stages"
-            resources = asdict(measure(compiled))
+            resources = measure(compiled).record()
             yield f"{target}/{head_dim}/{variant.name}", {"tile": tile, **resources}
 
 
@@ -253,7 +321,8 @@ def write_table(path: Path, rows: dict[str, dict[str, Any]]) -> None:
             rows = {**before["kernels"], **rows}
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(rows[key])}" for key in sorted(rows))
     version = json.dumps(triton.__version__)
-    whole = f'{{\n "triton": {version},\n "kernels": {{\n{lines}\n }}\n}}\n'
+    loop = json.dumps([f.name for f in fields(Loop)])
+    whole = f'{{\n "triton": {version},\n "loop": {loop},\n "kernels": {{\n{lines}\n }}\n}}\n'
     write_text(path, whole)
 
 
@@ -273,6 +342,10 @@ def main(arguments: list[str] | None = None) -> int:
         help="compile for calls that have this: 'cap' is the soft cap",
     )  # fmt: skip
     parser.add_argument(
+        "--first-tile", action="store_true",
+        help="on Hopper compile the first tile shape of each kernel alone, too",
+    )  # fmt: skip
+    parser.add_argument(
         "--write", type=Path,
         help="write the table to this file, as JSON; its rows from the same triton that were not "
         "compiled now are kept",
@@ -287,14 +360,22 @@ def main(arguments: list[str] | None = None) -> int:
         getattr(torch, options.dtype),
         options.rare,
         options.option,
+        not options.first_tile,
     )
     for key, row in found:
         cores = ", ".join(f"{count} {kind}" for kind, count in row["tensor_cores"].items()) or "-"
         print(
             f"{key:<34} {row['tile']:<28} {row['registers']:>4} registers {row['spills']:>5} spills"
             f" {row['shared'] / 1024:>7.1f} KB  {cores}",
+            *row.get("serialised", ()),
             flush=True,
         )
+        for loop in (Loop(*values) for values in row.get("loops", ())):
+            print(
+                f"{'':<34} {loop.function:<28} {loop.instructions:>4} instructions, "
+                f"{loop.waits} waits for {loop.hgmma} HGMMA, {loop.mufu} MUFU, "
+                f"{loop.barriers} barriers, {loop.loads} loads"
+            )
         if options.write is not None:
             write_table(options.write, {key: row})
     return 0

@@ -53,6 +53,7 @@ def test_dream_bench_is_the_same_suite() -> None:
         (("step", "--model", "gpt"), "model must be one of"),
         (("report", "--output", "-"), "--output must be a folder, got -"),
         (("report", "--output", "nowhere"), "there are no records in nowhere"),
+        (("predict", "--resources", "nowhere"), "must be a file, got nowhere"),
         (("gpu-acceptance",), "gpu-acceptance needs an NVIDIA GPU"),
         (("compare", "--base", "no-such-revision"), "git knows no revision 'no-such-revision'"),
     ),
@@ -63,6 +64,15 @@ def test_mistakes_end_in_one_line(monkeypatch, capsys, arguments, message: str) 
     with pytest.raises(SystemExit, match=message) as stopped:
         main()
     assert "\n" not in str(stopped.value) and capsys.readouterr().out == ""
+
+
+def test_predictions_come_with_their_error() -> None:
+    result = bench("predict")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert "published  predicted  error" in lines[0]
+    assert any(line.startswith("FlashAttention 3") and line.endswith("%") for line in lines)
+    assert any("16 documents, shared pool  query, scores" in line for line in lines)
 
 
 def test_the_gpu_acceptance_is_rehearsed(tmp_path: Path) -> None:

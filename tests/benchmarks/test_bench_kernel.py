@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from dream_benchmarks import kernel, memory
+from dream_benchmarks import kernel, memory, overhead
 from dream_benchmarks.adapters import ADAPTERS, Prepared, Refusal
 from dream_benchmarks.adapters.eager import Eager
 from dream_benchmarks.cases import GRADIENTS, Case, from_record, full_sequence, make_inputs
 from dream_benchmarks.check import Oracle, relative_error, run
-from dream_benchmarks.kernel import Settings, run_kernel, run_overhead
+from dream_benchmarks.environment import provenance
+from dream_benchmarks.kernel import Settings, run_kernel
 from dream_benchmarks.measure import Times, describe_failure, paired_ratio, quantiles
+from dream_benchmarks.overhead import run_overhead
 from dream_benchmarks.records import validate
 
 SMALL = Case(
@@ -156,9 +159,36 @@ def test_records_hold_the_figures_and_validate() -> None:
         assert record["status"] == "ok" and record["share_of_ceiling"] > 0
         assert from_record(record["case"]) in cases
         assert record["total"]["lower"] <= record["total"]["median"] <= record["total"]["upper"]
-    for record in run_overhead(QUICK):
+
+
+def test_overhead_is_timed_with_and_without_gradients() -> None:
+    peers = ["ours (cpu)", "sdpa, no scores, joined"]
+    records = run_overhead(replace(QUICK, peers=peers))
+    assert [r["peer"] for r in records] == 2 * peers
+    for record in records:
         validate(record)
         assert record["forward"]["median"] > 1e-7
+        assert bool(record["backward"]) == bool(record["case"]["gradients"])
+
+
+def test_overhead_of_the_triton_kernels_needs_no_gpu() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    records = [r for r in run_overhead(replace(QUICK, peers=["ours (triton)"])) if r["note"]]
+    assert [tuple(r["case"]["gradients"]) for r in records] == [
+        ("scores",), ("query", "scores"), GRADIENTS,
+    ]  # fmt: skip
+    for record in records:
+        validate(record)
+        assert record["status"] == "ok", record["reason"]
+        assert record["forward"]["median"] > 1e-7 and record["backward"]["median"] > 1e-7
+
+
+def test_a_process_without_launches_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead, "PEER", "ours (reference)")
+    monkeypatch.setattr(overhead.sys, "executable", sys.executable + "-missing")
+    records = overhead._stubbed(QUICK, provenance(QUICK.device))
+    assert {r["status"] for r in records} == {"failed"}
+    assert all("missing" in r["reason"] for r in records)
 
 
 @pytest.mark.skipif(not memory.measurable(), reason="needs Linux's peak of resident memory")
