@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # The reader.
+NO_READER = "none"  # of a run that reads nothing
 CONTEXTS = ("independent", "joint")
 INJECTED_ROWS = ("all", "target")
 PLAIN, CHAT = "plain", "chat"  # prompts; any other one is the path of a template
@@ -29,6 +30,7 @@ MINED_CHOICES = ("random", "best")
 OBJECTIVES = ("dream", "infonce", "replug", "emdr", "revela")
 TEACHINGS = ("direct", "distilled")
 TEACHERS = ("mean_log_probability", "probability")
+TEACHER_LOSSES = ("kl", "margin")
 DIRECTIONS = ("teacher_student", "student_teacher")
 CONSTANT = "constant"
 SCHEDULES = (CONSTANT, "linear", "cosine", "exponential")

@@ -22,6 +22,7 @@ from dream_training.objectives.infonce import (
     PoolInfoNCELoss,
 )
 from dream_training.objectives.revela import TEXT_PROMPT, RevelaLoss
+from dream_training.objectives.taught import TaughtCollator, TaughtDreamLoss
 from dream_training.objectives.temperature import Temperature
 from dream_training.objectives.verdicts import Verdicts
 from dream_training.reading.loading import all_heads, load_reader
@@ -67,7 +68,8 @@ def build_objective(
         model: the retriever.
         data: with the columns ``query``, ``target``, ``documents``, ``positive``.
         heads: of the reader, that receive the scores of ``dream``; the others have no use for them.
-        verdicts: keeps what the reader says, with ``teaching: distilled``.
+        verdicts: keeps what the reader says, with ``teaching: distilled``; by default for this run
+            alone, where pools come again.
 
     Raises:
         ValueError: the objective needs labels that the data does not have, or lines that can be in
@@ -93,13 +95,30 @@ def build_objective(
             return _library_infonce(config, model, data)
         own = PoolInfoNCELoss(model, temperature, **options)
         data = labelled(data)
+    elif config.data.taught is not None:
+        own = TaughtDreamLoss(
+            model,
+            temperature,
+            **_teacher(wanted),
+            teacher_loss=wanted.teacher_loss,
+            mini_batch_size=config.optimisation.mini_batch_size,
+        )
+        collator = TaughtCollator(model)
     elif name == "dream":
         reader = load(heads)
         if wanted.teaching == "direct":
             own = DreamLoss(model, reader, temperature, **options)
         else:
+            if verdicts is None and _pools_come_again(config.pools):
+                verdicts = Verdicts(shared=False)
             own = DistilledDreamLoss(
-                model, reader, temperature, **_teacher(wanted), **options, verdicts=verdicts
+                model,
+                reader,
+                temperature,
+                **_teacher(wanted),
+                teacher_loss=wanted.teacher_loss,
+                **options,
+                verdicts=verdicts,
             )
     elif name == "replug":
         own = ReplugLoss(
@@ -133,6 +152,11 @@ def build_collator(model: SentenceTransformer, pools: PoolsConfig, seed: int) ->
         documents_per_query=pools.documents_per_query,
         seed=seed,
     )
+
+
+def _pools_come_again(pools: PoolsConfig) -> bool:
+    """Whether a query has the same candidates in every epoch, whatever the batch."""
+    return pools.pool == "mined" and pools.documents_per_query is None
 
 
 def _teacher(objective: ObjectiveConfig) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def diagnose(
     from dream_training.objectives.build import build_objective, check_data
     from dream_training.reading.loading import load_reader
     from dream_training.training.inputs import find_heads, load_training_data
+    from dream_training.training.taught import check_taught
 
     checks: list[Check] = []
 
@@ -76,6 +77,7 @@ def diagnose(
     if data is None:
         # The doctor looks at all lines, also where training streams them.
         data = load_training_data(replace(config.data, streaming=False), config.run.seed)
+        check_taught(config)
     model = prepared_retriever(model, config.retriever, config.lengths, config.run)
     try:
         check_data(data, config.optimisation, config.objective)
@@ -91,7 +93,7 @@ def diagnose(
     )
     data = data.shuffle(seed=config.run.seed).select(range(min(len(data), rows)))
     patient = Patient(config, data, model, training_data=whole)
-    if config.objective.name == "dream":
+    if config.objective.name == "dream" and config.needs_reader:
         try:
             heads = find_heads(config, data, _HEAD_EXAMPLES) if heads is None else heads
             chosen = heads.by_layer(config.heads.top_k)
