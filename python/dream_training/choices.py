@@ -38,6 +38,7 @@ SCHEDULES = (CONSTANT, "linear", "cosine", "exponential")
 # other one a gradient; above it all documents weigh the same.
 LEARNABLE_RANGE = (0.001, 10.0)
 POOLS = ("both", "in_batch", "mined")
+LINES_PER_FILE = 256  # of verdicts that dream teach writes
 # The run.
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,13 +18,15 @@ from rich.console import Console
 
 from dream_training.config import TrainConfig
 from dream_training.data.taught_folder import read_taught
+from dream_training.preflight.diagnosis import diagnose, has_fault
+from dream_training.preflight.dry_run import dry_run
 from dream_training.teaching import teach as module
 from dream_training.teaching.teach import teach
 from dream_training.training.driver import train
 from dream_training.training.taught import check_taught
 from helpers.own_process import in_own_process
 from helpers.taught import rows_of, same_rows, teaching_config, write_rows
-from helpers.tiny import make_rows, quiet, save_decoder
+from helpers.tiny import make_rows, quiet, save_decoder, write_tiny_data
 
 
 @pytest.fixture
@@ -69,7 +74,7 @@ def test_a_damaged_file_is_named(config, tmp_path: Path) -> None:
     assert len(read_taught(folder)) == 10
     stranger = pq.read_table(path).replace_schema_metadata({b"dream_taught": b"{}"})
     pq.write_table(stranger, path)
-    with pytest.raises(ValueError, match="was written with other reader"):
+    with pytest.raises(ValueError, match="was taught by another reader or from other lines"):
         read_taught(folder)
 
 
@@ -242,3 +247,71 @@ def test_a_full_disk_costs_what_is_not_written(config, tmp_path: Path, monkeypat
     assert [path.name for path in folder.glob("train-*")] == ["train-00000-00000.parquet"]
     monkeypatch.setattr(module, "write_parquet", write)
     assert teach(config, folder, lines_per_file=4, console=quiet()).lines == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("format", "other", "manifest.json: is no manifest of dream teach"),
+        ("lines", "10", r"manifest.json: lines must be a positive number, got '10'"),
+        ("settings", {"batch_size": 0}, "batch_size must be a positive number, got 0"),
+        ("lines", 11, "candidates.parquet: must hold 11 lines, got 10"),
+    ],
+)
+def test_a_manifest_is_checked(taught, tmp_path: Path, name: str, value: Any, message: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(taught[1], folder)
+    path = folder / "lines-00000" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(ValueError, match=message):
+        teach(taught[0], folder, console=quiet())
+
+
+@pytest.mark.parametrize(
+    "column", ("logits", "positive", "documents", "query", "nothing"), ids=lambda name: name
+)
+def test_verdicts_are_checked(taught, tmp_path: Path, column: str) -> None:
+    """A file of the right origin with a wrong line, or with other columns."""
+    folder = tmp_path / "copy"
+    shutil.copytree(taught[1], folder)
+    (path,) = folder.glob("train-*.parquet")
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    wrong = {
+        "logits": [float("nan"), *rows[3]["logits"][1:]],
+        "positive": len(rows[3]["documents"]),
+        "documents": rows[3]["documents"][:-1],
+        "query": None,
+    }
+    if column == "nothing":
+        table = table.drop_columns(["origins"])
+    else:
+        rows[3][column] = wrong[column]
+        table = pa.Table.from_pylist(rows, schema=table.schema)
+    pq.write_table(table, path)
+    columns, lines = "its columns must be query, target", "each line must have a query"
+    with pytest.raises(ValueError, match=columns if column == "nothing" else lines):
+        read_taught(folder)
+
+
+def test_what_looks_at_a_run_takes_the_folder(taught, tmp_path: Path) -> None:
+    """The doctor and the dry run, without a reader, and with pools that stay together."""
+    config, _ = taught
+    data, _ = write_tiny_data(tmp_path, 12)
+    shared = config.with_changes(pool="both", train_data=str(data))
+    teach(shared, tmp_path / "shared", console=quiet())
+    run = shared.with_changes(
+        taught=str(tmp_path / "shared"), train_data=str(tmp_path / "shared"), reader="none",
+        heads="auto",
+    )  # fmt: skip
+    console = quiet()
+    plan = dry_run(run, console)
+    assert plan.reader_weights == plan.read_tokens == 0 and plan.documents == 4
+    assert "reader      none" in console.file.getvalue()
+    checks = diagnose(run)
+    assert not has_fault(checks)
+    assert [check.name for check in checks] == [
+        "queries", "passages", "weights", "gradient", "time and memory"
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"batch_size is 3, and taught .* with 4"):
+        dry_run(run.with_changes(batch_size=3), quiet())

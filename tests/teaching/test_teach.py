@@ -13,7 +13,7 @@ from dream_training.objectives import build
 from dream_training.objectives.collator import DreamCollator
 from dream_training.objectives.distilled_dream import DistilledDreamLoss
 from dream_training.reading.loading import load_reader
-from dream_training.teaching import teach as module
+from dream_training.teaching import preparation
 from dream_training.teaching.options import Candidates, Shard
 from dream_training.teaching.teach import teach
 from dream_training.training.driver import train
@@ -167,7 +167,7 @@ def test_documents_are_read_once(config, tmp_path: Path, monkeypatch) -> None:
         readers.append(load_reader(*arguments, **options))
         return readers[-1]
 
-    monkeypatch.setattr(module, "load_reader", loaded)
+    monkeypatch.setattr(preparation, "load_reader", loaded)
     teach(config, tmp_path / "taught", console=quiet())
     # Ten texts, most of them in several batches.
     assert readers[-1].store.misses == 10 and readers[-1].store.hits > 0

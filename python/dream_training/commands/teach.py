@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dream_training.choices import LINES_PER_FILE
 from dream_training.commands.options import ConfigFile, Overrides, resumable
 from dream_training.console import (
     loading_libraries,
@@ -54,7 +55,7 @@ def teach(
     exclude_answers: ExcludeAnswers = False,
     shard: ShardOption = None,
     append: Append = False,
-    lines_per_file: LinesPerFile = 256,
+    lines_per_file: LinesPerFile = LINES_PER_FILE,
 ) -> None:
     """Write the reader's verdict on the candidates of every line, to train on many times.
 

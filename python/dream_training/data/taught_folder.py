@@ -39,6 +39,10 @@ GIVEN, BM25, RETRIEVER, BATCH = ORIGINS = ("given", "bm25", "retriever", "batch"
 # Verdicts whose logits differ by less, in nats, tell the documents apart by rounding alone.
 FLAT = 1e-3
 _METADATA = b"dream_taught"
+_MANIFEST_KEYS = {
+    "lines": int, "settings": dict, "heads": dict, "reader": str, "identity": str, "digest": str,
+}  # fmt: skip
+_COUNTS = ("batch_size", "lines_per_file")
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,13 @@ class TaughtLines:
     @cached_property
     def candidates(self) -> pyarrow.Table:
         """The lines, with the columns of :func:`candidate_schema`."""
-        return read_parquet(self.path / CANDIDATES)
+        table = read_parquet(self.path / CANDIDATES, candidate_schema())
+        if len(table) != self.manifest["lines"]:
+            raise ValueError(
+                f"{self.path / CANDIDATES}: must hold {self.manifest['lines']} lines, got "
+                f"{len(table)}"
+            )
+        return table
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -127,12 +137,26 @@ def taught_lines(folder: str | os.PathLike[str]) -> list[TaughtLines]:
         ValueError: a manifest is not one of this form.
     """
     found = []
-    for path in sorted(Path(folder).glob("lines-?????")):
+    for path in sorted(Path(folder).glob("lines-" + "[0-9]" * 5)):
         manifest = read_json(path / MANIFEST)
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        if manifest.get("format") != FORMAT:
             raise ValueError(f"{path / MANIFEST}: is no manifest of dream teach ({FORMAT!r})")
+        for key, kind in _MANIFEST_KEYS.items():
+            _check_value(manifest, key, kind, path / MANIFEST)
+        for key in _COUNTS:
+            _check_value(manifest["settings"], key, int, path / MANIFEST)
         found.append(TaughtLines(path, int(path.name[-5:]), manifest))
     return found
+
+
+def _check_value(values: Mapping[str, Any], key: str, kind: type, path: Path) -> None:
+    value = values.get(key)
+    right = isinstance(value, kind) and not isinstance(value, bool)
+    if not right or (isinstance(value, int) and value < 1):
+        raise ValueError(
+            f"{path}: {key} must be {'a positive number' if kind is int else kind.__name__}, got "
+            f"{shortened(value)}"
+        )
 
 
 def candidate_schema() -> pyarrow.Schema:
@@ -195,12 +219,14 @@ def write_parquet(
         file.write(buffer.getvalue())
 
 
-def read_parquet(path: Path, stamp: Mapping[str, str] | None = None) -> pyarrow.Table:
+def read_parquet(
+    path: Path, schema: pyarrow.Schema, stamp: Mapping[str, str] | None = None
+) -> pyarrow.Table:
     """Read a file that :func:`write_parquet` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or was written with another ``stamp``.
+        ValueError: it is damaged, has other columns, or was written with another ``stamp``.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -208,19 +234,52 @@ def read_parquet(path: Path, stamp: Mapping[str, str] | None = None) -> pyarrow.
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()
+            table.validate(full=True)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: is damaged: {shortened(str(error))}; delete it") from error
-    if stamp is not None:
-        own = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
-        for key, value in stamp.items():
-            if own.get(key) != value:
-                raise ValueError(
-                    f"{path}: was written with other {key} than the manifest of its folder names: "
-                    "delete it, and run dream teach again"
-                )
+    if not table.schema.equals(schema):
+        raise ValueError(
+            f"{path}: its columns must be {', '.join(schema.names)} as dream teach writes them, "
+            f"got {shortened(', '.join(table.schema.names))}"
+        )
+    if stamp is not None and _stamp_of(table) != dict(stamp):
+        raise ValueError(
+            f"{path}: was taught by another reader or from other lines than the manifest says: "
+            "delete it, and run dream teach again"
+        )
     return table
+
+
+def _stamp_of(table: pyarrow.Table) -> Any:
+    try:
+        return json.loads((table.schema.metadata or {}).get(_METADATA, b"null"))
+    except ValueError:
+        return None
+
+
+def _check_verdicts(table: pyarrow.Table, path: Path) -> None:
+    """Raise ``ValueError`` unless every document has a finite logit, and positives are in range."""
+    import pyarrow.compute as pc
+
+    sizes = pc.list_value_length(table["documents"])
+    whole = [table[name].null_count == 0 for name in ("query", "target", "positive")]
+    inner = [pc.list_flatten(table[name]).null_count == 0 for name in ("documents", "logits")]
+    equal = pc.equal(sizes, pc.list_value_length(table["logits"]))
+    known = pc.and_(
+        pc.less(table["positive"], sizes.cast("int64")), pc.greater_equal(table["positive"], -1)
+    )
+    finite = pc.is_finite(pc.list_flatten(table["logits"]))
+    right = all(
+        pc.all(found, skip_nulls=False).as_py()
+        for found in (equal, known, finite, pc.greater(sizes, 0))
+    )
+    if not (all(whole) and all(inner) and right):
+        raise ValueError(
+            f"{path}: each line must have a query, a target, documents, a finite logit for each, "
+            "and a positive that is one of them or -1"
+        )
 
 
 def line_digest(row: Mapping[str, Any]) -> str:
@@ -252,7 +311,9 @@ def verdict_tables(folder: str | os.PathLike[str]) -> Iterator[pyarrow.Table]:
     for own in lines:
         for part in own.parts:
             if part.path.exists():
-                yield read_parquet(part.path, own.stamp)
+                table = read_parquet(part.path, verdict_schema(), own.stamp)
+                _check_verdicts(table, part.path)
+                yield table
 
 
 def read_taught(folder: str | os.PathLike[str]) -> Dataset:
@@ -281,4 +342,7 @@ def read_taught(folder: str | os.PathLike[str]) -> Dataset:
     table = pa.concat_tables([own.select(columns) for own in verdict_tables(folder)])
     if table["batch"].null_count == len(table):
         table = table.drop_columns(["batch"])
-    return Dataset(table.replace_schema_metadata(None))
+    # Else the library would hash all of the table.
+    stamps = json.dumps([own.stamp for own in lines])
+    fingerprint = hashlib.blake2b(stamps.encode(), digest_size=8).hexdigest()
+    return Dataset(table.replace_schema_metadata(None), fingerprint=fingerprint)

@@ -80,7 +80,7 @@ def build_objective(
         "mini_batch_size": config.optimisation.mini_batch_size,
         "gather_across_devices": config.pools.gather_across_devices,
     }
-    collator = build_collator(model, config.pools, config.run.seed)
+    collator = build_collator(config, model)
     temperature = Temperature(
         wanted.temperature,
         wanted.temperature_end,
@@ -103,7 +103,6 @@ def build_objective(
             teacher_loss=wanted.teacher_loss,
             mini_batch_size=config.optimisation.mini_batch_size,
         )
-        collator = TaughtCollator(model)
     elif name == "dream":
         reader = load(heads)
         if wanted.teaching == "direct":
@@ -144,13 +143,15 @@ def build_objective(
     return Objective(own, data, collator)
 
 
-def build_collator(model: SentenceTransformer, pools: PoolsConfig, seed: int) -> DreamCollator:
+def build_collator(config: TrainConfig, model: SentenceTransformer) -> DreamCollator:
     """Build what makes the batches of a run, with its pools."""
+    if config.data.taught is not None:
+        return TaughtCollator(model)
     return DreamCollator(
         model,
-        pool=pools.pool,
-        documents_per_query=pools.documents_per_query,
-        seed=seed,
+        pool=config.pools.pool,
+        documents_per_query=config.pools.documents_per_query,
+        seed=config.run.seed,
     )
 
 

@@ -86,8 +86,10 @@ def diagnose(
     except ValueError as error:
         add(Check("batches", FAULT, str(error)))
         return checks
-    # Lines of few documents fill a batch only if all of them are there.
-    whole = data if config.objective.name == "infonce" else None
+    # Lines of few documents, and those that share a taught pool, fill a batch only if all of them
+    # are there.
+    needs_all = config.objective.name == "infonce" or config.data.taught is not None
+    whole = data if needs_all else None
     rows = max(
         _ROWS, config.optimisation.batch_size * config.optimisation.gradient_accumulation_steps
     )
