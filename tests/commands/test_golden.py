@@ -80,6 +80,7 @@ VOLATILE = (
     (r"norm [\d.e+-]+", "norm #"),
     (r"\d+\.\d+|(?<=\.)\d+\b", lambda found: re.sub(r"\d", "#", found[0])),
     (r"(?m)(±[^±\n]*± \S+) +[\d,]+$", r"\1  #"),
+    (r"(?m)^(weight of the best|choices .*\)|lead .*nats|batch +\d+) .*$", r"\1 #"),
 )
 
 
