@@ -115,6 +115,9 @@ def test_candidates_are_mined_and_drawn(config, tmp_path: Path) -> None:
     teach(config, folder, wanted, console=quiet())
     rows = rows_of(folder)
     assert len(rows) == 12
+    mined = taught_lines(folder)[0].manifest["mined"]
+    assert mined["batch"]["mined"] == 36 and mined["retriever"]["mined"] == 24
+    assert mined["bm25"]["known_positives"] > 0
     for row, given in zip(rows, make_rows(12), strict=True):
         # BM25 finds nothing without a word in common.
         found = row["origins"].count("bm25")

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from dream_training.config_groups import ObjectiveConfig, OptimisationConfig, PoolsConfig
 
 Heads = Mapping[int, Sequence[int]]
+# Lines whose verdicts a live run keeps, in memory and in every checkpoint: dream teach is for more.
+_KEPT_VERDICTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def build_objective(
         if wanted.teaching == "direct":
             own = DreamLoss(model, reader, temperature, **options)
         else:
-            if verdicts is None and _pools_come_again(config.pools):
+            if verdicts is None and _pools_come_again(config.pools, data):
                 verdicts = Verdicts(shared=False)
             own = DistilledDreamLoss(
                 model,
@@ -155,9 +157,10 @@ def build_collator(config: TrainConfig, model: SentenceTransformer) -> DreamColl
     )
 
 
-def _pools_come_again(pools: PoolsConfig) -> bool:
-    """Whether a query has the same candidates in every epoch, whatever the batch."""
-    return pools.pool == "mined" and pools.documents_per_query is None
+def _pools_come_again(pools: PoolsConfig, data: Dataset | IterableDataset) -> bool:
+    """Whether a query has the same candidates in every epoch, and its verdict can be kept."""
+    fixed = pools.pool == "mined" and pools.documents_per_query is None
+    return fixed and hasattr(data, "__len__") and len(data) <= _KEPT_VERDICTS
 
 
 def _teacher(objective: ObjectiveConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from dream_training.config import TrainConfig
@@ -46,7 +46,7 @@ def make_lines(
     rows: Sequence[TrainingRow],
     wanted: Candidates,
     corpus_rows: Sequence[TrainingRow],
-) -> list[Line]:
+) -> tuple[list[Line], dict[str, dict[str, int]]]:
     """Give rows their candidates.
 
     Args:
@@ -56,18 +56,21 @@ def make_lines(
         corpus_rows: all rows of the data; their documents are searched where there is no corpus.
 
     Returns:
-        Lines with the columns of ``candidates.parquet``.
+        Lines with the columns of ``candidates.parquet``; and by where candidates come from, what
+        was added and left out, as :class:`~dream_training.data.mining.MiningCounts`.
 
     Raises:
         ValueError: all candidates of a line are the same text.
     """
     seed, positives = config.run.seed, config.data.train_positives
     full = list(rows)
+    counts: dict[str, dict[str, int]] = {}
     origins: list[dict[str, str]] = [dict.fromkeys(row.documents, GIVEN) for row in full]
 
     def add(origin: str, rank: Rank, corpus: Any, options: MiningOptions) -> None:
         nonlocal full
-        full, _ = mine(full, corpus, rank, options)
+        full, found = mine(full, corpus, rank, options)
+        counts[origin] = asdict(found)
         for row, own in zip(full, origins, strict=True):
             for text in row.documents:
                 own.setdefault(text, origin)
@@ -102,7 +105,7 @@ def make_lines(
             )
     if config.pools.pool == "mined":
         _check_choice(rows, full)
-    return lines
+    return lines, counts
 
 
 def _rank_at_random(seed: int) -> Rank:

@@ -16,6 +16,7 @@ from dream_kernels.files import whole_folder
 from dream_kernels.head_file import read_chosen_heads, read_heads
 from dream_kernels.parsing import shortened
 from dream_training.config import TrainConfig
+from dream_training.data.jsonl import column_rows
 from dream_training.data.taught_folder import (
     CANDIDATES,
     FORMAT,
@@ -27,6 +28,7 @@ from dream_training.data.taught_folder import (
     taught_lines,
     write_parquet,
 )
+from dream_training.data.training_row import TrainingRow
 from dream_training.environment import describe_environment
 from dream_training.json_file import read_json, write_json
 from dream_training.objectives.verdicts import reader_identity
@@ -81,8 +83,8 @@ class Preparation:
                 f"{folder} was not taught with, the first has the query "
                 f"{shortened(missing[0].query)}: add them with --append, or choose another folder"
             )
-        filled = make_lines(self.config, missing, self.wanted, rows) if missing else []
-        heads = self._heads(lines, filled)
+        filled, mined = make_lines(self.config, missing, self.wanted, rows) if missing else ([], {})
+        heads = self._heads(lines, rows)
         self.reader = load_reader(
             self.config.reader, self.config.lengths, self.config.run, heads.by_layer()
         )
@@ -90,16 +92,18 @@ class Preparation:
         if lines:
             _check_identity(folder, lines[0], identity, self.config.reader.model)
         if filled:
-            self._write(lines[-1].number + 1 if lines else 0, filled, heads, identity)
+            number = lines[-1].number + 1 if lines else 0
+            self._write(number, filled, heads, {"identity": identity, "mined": mined})
 
-    def _heads(self, lines: Sequence[TaughtLines], filled: list[Line]) -> HeadFile:
+    def _heads(self, lines: Sequence[TaughtLines], rows: Sequence[TrainingRow]) -> HeadFile:
         """The folder's heads, or those that the config names: read, or selected on the lines."""
         named = self.config.heads.file != "auto"
         if not lines:
             from datasets import Dataset
 
-            columns = ("query", "target", "documents", "positive")
-            data = Dataset.from_list([{key: line[key] for key in columns} for line in filled])
+            positives = self.config.data.train_positives
+            # As training would select them, before candidates are added.
+            data = Dataset.from_list([line for row in rows for line in column_rows(row, positives)])
             return find_heads(self.config, data).choose(self.config.heads.top_k)
         taught, top_k = read_heads(lines[0].path / HEADS), self.config.heads.top_k
         if not named and top_k not in (None, taught.chosen):
@@ -116,7 +120,9 @@ class Preparation:
                 )
         return taught
 
-    def _write(self, number: int, filled: list[Line], heads: HeadFile, identity: str) -> None:
+    def _write(
+        self, number: int, filled: list[Line], heads: HeadFile, found: dict[str, Any]
+    ) -> None:
         """Write lines and manifest; if another process was faster, its files stay.
 
         Raises:
@@ -129,12 +135,12 @@ class Preparation:
             "settings": self.settings,
             "heads": {str(layer): own for layer, own in heads.by_layer().items()},
             "reader": self.config.reader.model,
-            "identity": identity,
             "digest": _digest(filled),
             "train_data": self.config.data.train_data,
             "corpus": self.wanted.corpus,
             "retriever": self.config.retriever.model if self.wanted.retriever else None,
             "environment": environment,
+            **found,
             "date": datetime.date.today().isoformat(),
         }
         path = self.folder / f"lines-{number:05d}"
