@@ -217,7 +217,8 @@ def taught_tables(result: dict[str, Any]) -> Iterator[Table]:
 def disagreements(result: dict[str, Any]) -> Iterator[str]:
     """Yield lines of text: where the teacher is flat, and what it prefers to a known positive."""
     if result["flat"]:
-        yield f"{result['flat']:,} lines whose target no document changes, such as"
+        lines = "line" if result["flat"] == 1 else "lines"
+        yield f"{result['flat']:,} {lines} whose target no document changes, such as"
         yield from (f"    {shortened(query, _CHARACTERS)}" for query in result["flat_queries"])
     mined = [found for found in result["preferred"] if found["origin"] != "batch"]
     if mined:

@@ -99,7 +99,7 @@ class DistilledDreamLoss(PoolReading):
         # of a sharded reader, or of a shared pool, read together.
         alone = query.get("pools") is not None and not self.reader.sharded
         if not alone:
-            unknown = list(range(len(keys))) if world.max_over_ranks(bool(unknown)) else []
+            unknown = list(range(len(keys))) if world.max_over_ranks(int(bool(unknown))) else []
         self.verdicts.count(len(keys) - len(unknown), len(unknown))
         self._read_tokens = 0
         if unknown:
