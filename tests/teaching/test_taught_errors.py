@@ -24,6 +24,7 @@ from dream_training.teaching import teach as module
 from dream_training.teaching.teach import teach
 from dream_training.training.driver import train
 from dream_training.training.taught import check_taught
+from helpers.objectives import with_candidates
 from helpers.own_process import in_own_process
 from helpers.taught import rows_of, same_rows, teaching_config, write_rows
 from helpers.tiny import make_rows, quiet, save_decoder, write_tiny_data
@@ -189,6 +190,11 @@ def test_a_target_that_no_document_changes(config, tmp_path: Path, monkeypatch) 
         teach(config, folder, console=quiet())
     flat += [row["query"] for row in make_rows(10)[3:5]]
     assert teach(config, folder, console=quiet()).flat == 2
+    # The last line of a folder may be such a one.
+    flat[:] = []
+    more = config.with_changes(train_data=str(tmp_path / "more.jsonl"))
+    write_rows(tmp_path / "more.jsonl", with_candidates(11)[10:])
+    assert teach(more, folder, append=True, console=quiet()).flat == 1
 
 
 KILLED_AT = (("fsync", 4), ("replace", 3), ("fsync", 9), ("rename", 1))

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from dream_training.reading.reader import Reader
 
 
+# So many lines whose target no document changes, and no other, show that the heads do nothing.
+_ENOUGH_LINES = 8
+
+
 @dataclass
 class TeachResult:
     """What a process has taught.
@@ -135,16 +139,15 @@ def _teach_parts(
     with progress("teaching lines", total) as work:
         for own, part in todo:
             rows = _teach_part(config, reader, own, part, work)
-            flat = sum(is_flat(row["logits"]) for row in rows)
-            if flat == len(rows):
+            result.lines += len(rows)
+            result.flat += sum(is_flat(row["logits"]) for row in rows)
+            if result.flat == result.lines >= _ENOUGH_LINES:
                 raise ValueError(
-                    f"no document changes the target of any of {len(rows)} lines, the first has "
-                    f"the query {shortened(rows[0]['query'])}: the reader's heads "
-                    f"{own.heads} do not act on them; name others, or look at the targets"
+                    f"no document changes the target of any of {result.lines} lines, the last has "
+                    f"the query {shortened(rows[-1]['query'])}: the reader's heads {own.heads} do "
+                    "not act on them; name others, or look at the targets"
                 )
             write_parquet(part.path, rows, verdict_schema(), own.stamp)
-            result.lines += len(rows)
-            result.flat += flat
     return result
 
 
