@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -169,6 +170,27 @@ def test_a_line_without_a_choice_is_named(config, tmp_path: Path) -> None:
     write_rows(tmp_path / "same.jsonl", rows)
     with pytest.raises(ValueError, match=r"same.jsonl:2: has one candidate, .* in 2 of 4 lines"):
         teach(config.with_changes(train_data=data), tmp_path / "taught", console=quiet())
+
+
+def test_a_line_that_is_left_over_shares_a_pool(config, tmp_path: Path) -> None:
+    """Nine lines in batches of four; where all have one document it shows before any reading."""
+    rows = make_rows(9)
+    shared = config.with_changes(
+        pool="in_batch", train_data=write_rows(tmp_path / "nine.jsonl", rows), max_steps=2
+    )
+    folder = tmp_path / "taught"
+    teach(shared, folder, console=quiet())
+    sizes = [len(row["documents"]) for row in rows_of(folder)]
+    assert sizes == [4] * 4 + [5] * 5
+    run = shared.with_changes(taught=str(folder), train_data=str(folder))
+    result = train(run, console=quiet())
+    assert sorted(round(math.exp(s["max_entropy"])) for s in result.history.steps) == [4, 5]
+    for row in rows:
+        row["documents"] = ["The only one."]
+    write_rows(tmp_path / "nine.jsonl", rows)
+    with pytest.raises(ValueError, match=r"a batch has one document, .* in 4 lines such as that"):
+        teach(shared, tmp_path / "other", console=quiet())
+    assert not list((tmp_path / "other").iterdir())
 
 
 def test_a_target_that_no_document_changes(config, tmp_path: Path, monkeypatch) -> None:

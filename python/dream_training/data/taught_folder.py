@@ -87,7 +87,7 @@ class TaughtLines:
     @property
     def shared(self) -> bool:
         """Whether the lines of a batch share one pool."""
-        return self.settings["pool"] != "mined"
+        return shares_pools(self.settings)
 
     @cached_property
     def candidates(self) -> pyarrow.Table:
@@ -103,13 +103,10 @@ class TaughtLines:
     @cached_property
     def parts(self) -> list[Part]:
         """All files of verdicts, written or not."""
-        settings, count = self.settings, self.manifest["lines"]
-        order, size = list(range(count)), settings["batch_size"]
-        if self.shared:  # neighbours in a file are often alike
-            random.Random(f"{settings['seed']}:{self.number}").shuffle(order)
-        batches = [order[i : i + size] for i in range(0, count, size)]
+        settings = self.settings
+        batches = batches_of(self.manifest["lines"], settings, self.number)
         names = [f"{self.number}-{i}" if self.shared else None for i in range(len(batches))]
-        each = max(1, settings["lines_per_file"] // size)
+        each = max(1, settings["lines_per_file"] // settings["batch_size"])
         return [
             Part(
                 self.path.with_name(f"train-{self.number:05d}-{i // each:05d}.parquet"),
@@ -123,6 +120,31 @@ class TaughtLines:
     def stamp(self) -> dict[str, str]:
         """What every file of verdicts repeats, so that it is not taken for one of others."""
         return {"reader": self.manifest["identity"], "lines": self.manifest["digest"]}
+
+
+def shares_pools(settings: Mapping[str, Any]) -> bool:
+    """Whether the lines of a batch share one pool."""
+    return settings.get("pool") != "mined"
+
+
+def batches_of(count: int, settings: Mapping[str, Any], number: int) -> list[list[int]]:
+    """Which of ``count`` lines are read together.
+
+    A line that would be left alone joins the batch before, where lines share a pool.
+
+    Args:
+        count: of the lines.
+        settings: of the manifest.
+        number: of the lines' folder.
+    """
+    order, size, shared = list(range(count)), settings["batch_size"], shares_pools(settings)
+    if shared:  # neighbours in a file are often alike
+        random.Random(f"{settings.get('seed')}:{number}").shuffle(order)
+    batches = [order[i : i + size] for i in range(0, count, size)]
+    if shared and len(batches) > 1 and len(batches[-1]) == 1:
+        left = batches.pop()
+        batches[-1] += left
+    return batches
 
 
 def is_taught(path: str | os.PathLike[str]) -> bool:
@@ -145,6 +167,8 @@ def taught_lines(folder: str | os.PathLike[str]) -> list[TaughtLines]:
             _check_value(manifest, key, kind, path / MANIFEST)
         for key in _COUNTS:
             _check_value(manifest["settings"], key, int, path / MANIFEST)
+        if not all(layer.isdecimal() for layer in manifest["heads"]):
+            raise ValueError(f"{path / MANIFEST}: heads must map layers to heads")
         found.append(TaughtLines(path, int(path.name[-5:]), manifest))
     return found
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from dream_kernels.parsing import shortened
 from dream_training.config import TrainConfig
 from dream_training.console import tracked
 from dream_training.data.jsonl import column_rows, iterate_training_rows
@@ -15,6 +16,7 @@ from dream_training.data.taught_folder import BATCH, BM25, GIVEN, RETRIEVER, lin
 from dream_training.data.training_row import TrainingRow
 from dream_training.evaluation.ranking import rank_bm25, rank_by
 from dream_training.models.loading import make_retriever
+from dream_training.objectives.pools import build_pools, choose_candidates
 from dream_training.teaching.options import Candidates
 
 # Drawn beyond what is asked for, in place of the line's own documents.
@@ -106,6 +108,36 @@ def make_lines(
     if config.pools.pool == "mined":
         _check_choice(rows, full)
     return lines, counts
+
+
+def pool_of(
+    config: TrainConfig, batch: Sequence[Line]
+) -> tuple[list[str], list[list[int]] | None, list[int]]:
+    """The documents that the lines of a batch compete over, as training would choose them.
+
+    Returns:
+        As :func:`~dream_training.objectives.pools.build_pools`.
+
+    Raises:
+        ValueError: there is one document, and so nothing to choose from.
+    """
+    pools, queries = config.pools, [line["query"] for line in batch]
+    candidates = choose_candidates(
+        queries,
+        [(line["documents"], line["positive"]) for line in batch],
+        pools.pool,
+        pools.documents_per_query,
+        config.run.seed,
+    )
+    documents, own, positives = build_pools(candidates, pools.pool)
+    if len(documents) < 2:
+        raise ValueError(
+            f"{config.data.train_data}: a batch has one document, so that there is nothing to "
+            f"choose from, in {len(batch)} lines such as that with the query "
+            f"{shortened(queries[0])}: take another batch_size, add candidates, or leave these "
+            "lines out"
+        )
+    return documents, own, positives
 
 
 def _rank_at_random(seed: int) -> Rank:

@@ -23,8 +23,10 @@ from dream_training.data.taught_folder import (
     HEADS,
     MANIFEST,
     TaughtLines,
+    batches_of,
     candidate_schema,
     digests_of,
+    shares_pools,
     taught_lines,
     write_parquet,
 )
@@ -33,7 +35,13 @@ from dream_training.environment import describe_environment
 from dream_training.json_file import read_json, write_json
 from dream_training.objectives.verdicts import reader_identity
 from dream_training.reading.loading import load_reader
-from dream_training.teaching.candidates import Line, given_rows, make_lines, missing_rows
+from dream_training.teaching.candidates import (
+    Line,
+    given_rows,
+    make_lines,
+    missing_rows,
+    pool_of,
+)
 from dream_training.teaching.options import Candidates
 from dream_training.training.inputs import find_heads
 
@@ -84,6 +92,10 @@ class Preparation:
                 f"{shortened(missing[0].query)}: add them with --append, or choose another folder"
             )
         filled, mined = make_lines(self.config, missing, self.wanted, rows) if missing else ([], {})
+        number = lines[-1].number + 1 if lines else 0
+        if shares_pools(self.settings):
+            for batch in batches_of(len(filled), self.settings, number):
+                pool_of(self.config, [filled[i] for i in batch])  # a fault must show here
         heads = self._heads(lines, rows)
         self.reader = load_reader(
             self.config.reader, self.config.lengths, self.config.run, heads.by_layer()
@@ -92,7 +104,6 @@ class Preparation:
         if lines:
             _check_identity(folder, lines[0], identity, self.config.reader.model)
         if filled:
-            number = lines[-1].number + 1 if lines else 0
             self._write(number, filled, heads, {"identity": identity, "mined": mined})
 
     def _heads(self, lines: Sequence[TaughtLines], rows: Sequence[TrainingRow]) -> HeadFile:

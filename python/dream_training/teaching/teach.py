@@ -27,10 +27,9 @@ from dream_training.data.taught_statistics import is_flat
 from dream_training.distributed import world
 from dream_training.distributed.launched import launched
 from dream_training.models.loading import check_models
-from dream_training.objectives.pools import build_pools, choose_candidates
 from dream_training.reading.loading import load_reader
 from dream_training.reading.verdict import judge
-from dream_training.teaching.candidates import Line
+from dream_training.teaching.candidates import Line, pool_of
 from dream_training.teaching.options import Candidates, Shard, check_config, settings_of
 from dream_training.teaching.preparation import Preparation
 
@@ -167,23 +166,9 @@ def _teach_batch(
     config: TrainConfig, reader: Reader, batch: Sequence[Line]
 ) -> list[dict[str, Any]]:
     """The verdicts on lines that are read together."""
-    pools = config.pools
     queries = [line["query"] for line in batch]
     targets = [line["target"] for line in batch]
-    candidates = choose_candidates(
-        queries,
-        [(line["documents"], line["positive"]) for line in batch],
-        pools.pool,
-        pools.documents_per_query,
-        config.run.seed,
-    )
-    documents, own, positives = build_pools(candidates, pools.pool)
-    if len(documents) < 2:
-        raise ValueError(
-            f"a batch of {len(batch)} lines has one document, so that there is nothing to choose "
-            f"from; the first has the query {shortened(queries[0])}: choose another batch_size, or "
-            "leave these lines out"
-        )
+    documents, own, positives = pool_of(config, batch)
     verdict = judge(reader, reader.read(documents, own), queries, targets)
     finite = verdict.logits.isfinite().all(-1).tolist()
     if not all(finite):

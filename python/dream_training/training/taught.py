@@ -53,10 +53,10 @@ def _check_pools(config: TrainConfig, lines: TaughtLines) -> None:
     if lines.shared:
         wanted["batch_size"] = config.optimisation.batch_size
     for key, value in wanted.items():
-        if value != taught[key]:
+        if value != taught.get(key):
             raise ValueError(
-                f"{key} is {value!r}, and taught {folder} was taught with {taught[key]!r}: set "
-                f"{key}={_written(taught[key])}, or teach again"
+                f"{key} is {value!r}, and taught {folder} was taught with {taught.get(key)!r}: set "
+                f"{key}={_written(taught.get(key))}, or teach again"
             )
 
 
@@ -69,10 +69,10 @@ def _check_reader(config: TrainConfig, lines: TaughtLines) -> None:
             f"one, or leave reader out"
         )
     for key in READING:
-        if flat[key] != taught[key]:
+        if flat[key] != taught.get(key):
             raise ValueError(
-                f"{key} is {flat[key]!r}, and taught {folder} was taught with {taught[key]!r}: set "
-                f"{key}={_written(taught[key])}, or leave reader out"
+                f"{key} is {flat[key]!r}, and taught {folder} was taught with "
+                f"{taught.get(key)!r}: set {key}={_written(taught.get(key))}, or leave reader out"
             )
 
 

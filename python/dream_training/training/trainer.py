@@ -230,7 +230,7 @@ class TaughtBatchSampler(ShuffledBatchSampler):
     """The batches that share a pool in a folder of ``dream teach``, in a random order.
 
     In other batches every query would bring a pool of its own for the retriever to embed. A batch
-    of fewer lines is left out, as everywhere.
+    of fewer lines is left out, as everywhere; the last one may have a line more.
 
     Args:
         sampler: as in :class:`ShuffledBatchSampler`.
@@ -242,7 +242,7 @@ class TaughtBatchSampler(ShuffledBatchSampler):
         batches: dict[str, list[int]] = {}
         for place, name in enumerate(names):
             batches.setdefault(name, []).append(place)
-        self._batches = [own for own in batches.values() if len(own) == self.batch_size]
+        self._batches = [own for own in batches.values() if len(own) >= self.batch_size]
 
     def __iter__(self) -> Iterator[list[int]]:
         assert self.generator is not None
