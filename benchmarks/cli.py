@@ -181,11 +181,15 @@ def step(
     total_seconds: TotalSeconds = 600.0,
     memory: Memory = True,
 ) -> None:
-    """Time one whole training step: retriever, reading, loss, backward, optimiser."""
+    """Time one whole training step, and what teaching costs: a pair, and a step without a reader.
+
+    The way "teaching" stands for the latter: --way teaching times it alone.
+    """
     from . import records
     from .step import StepSettings, run_steps
     from .step_models import STEP_MODELS
-    from .tables import print_steps
+    from .tables import print_steps, print_teaching
+    from .teaching import TeachingSettings, run_teaching
 
     chosen = _device(device, threads)
     shaped = [name for name in STEP_MODELS if name.endswith("shaped")]
@@ -204,11 +208,22 @@ def step(
             seconds=seconds, total_seconds=total_seconds, ways=way or (), memory=memory,
             quick=quick,
         )  # fmt: skip
-        own = run_steps(
-            settings, lambda text: console.print(text, style="dim"), keeper.replace_last
-        )
-        print_steps(console, own)
-        keeper.add([])
+
+        def say(text: str) -> None:
+            console.print(text, style="dim")
+
+        if settings.chosen_ways():
+            print_steps(console, run_steps(settings, say, keeper.replace_last))
+            keeper.add([])
+        if way is None or any(part in "teaching" for part in way):
+            costs = TeachingSettings(
+                model=name, device=chosen, batch=batch, pair_documents=16 if not quick else 4,
+                step_documents=2 * batch, document_tokens=document_tokens, runs=runs,
+                seconds=seconds, quick=quick,
+            )  # fmt: skip
+            own = run_teaching(costs, say)
+            print_teaching(console, own)
+            keeper.add(own)
     console.print(f"\n{keeper.path}", soft_wrap=True)
 
 

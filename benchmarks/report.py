@@ -24,6 +24,8 @@ from .tables import (
     phase_row,
     step_columns,
     step_row,
+    teaching_columns,
+    teaching_row,
     three_digits,
 )
 from .targets import findings
@@ -41,6 +43,7 @@ _COMMANDS = {
     "overhead": "python -m benchmarks kernel",
     "scaling": "python -m benchmarks scaling",
     "step": "python -m benchmarks step",
+    "teaching": "python -m benchmarks step --way teaching",
     "acceptance": "python -m benchmarks gpu-acceptance",
     "compare": "python -m benchmarks compare --base REV",
 }
@@ -84,6 +87,8 @@ def render(records: Sequence[Record], plots: Iterable[Path], root: Path) -> str:
                 parts.append(_scaling(rows))
             elif suite == "step":
                 parts.append(_steps(rows))
+            elif suite == "teaching":
+                parts.append(_teaching(rows))
             elif suite == "overhead":
                 parts.append(_overhead(rows))
             elif suite == "gpu tests":
@@ -197,6 +202,21 @@ def _steps(records: Sequence[Record]) -> str:
         )
         parts.append(markdown(step_columns(), [step_row(r) for r in own]))
         parts.append(markdown(["seconds", *STEP_PHASES], [phase_row(r) for r in own]))
+        reasons = [f"{r['peer']}: {r['reason']}" for r in own if r["reason"]]
+        if reasons:
+            parts.append("; ".join(reasons) + "\n")
+    return "\n".join(parts)
+
+
+def _teaching(records: Sequence[Record]) -> str:
+    parts = []
+    for model in dict.fromkeys(r["model"] for r in records):
+        own = [r for r in records if r["model"] == model]
+        parts.append(
+            f"**Teaching, reader {model} in {own[0]['dtype']}, documents of "
+            f"{own[0]['document_tokens']} tokens**\n"
+        )
+        parts.append(markdown(teaching_columns(), [teaching_row(r) for r in own]))
         reasons = [f"{r['peer']}: {r['reason']}" for r in own if r["reason"]]
         if reasons:
             parts.append("; ".join(reasons) + "\n")

@@ -115,18 +115,8 @@ def make_setup(
     model: StepModel, batch: int, document_tokens: int, device: torch.device
 ) -> StepSetup:
     """Build models and batch; the packaged model in the faster dtype of this machine."""
-    folder = None
-    if model.shape is None:
-        path = smollm2_path("auto")
-    else:
-        folder = tempfile.TemporaryDirectory()
-        path = Path(folder.name)
-        save_random_model(model.shape, path)
-    heads = model.heads or spread_heads(model.shape or {})
-    reader = Reader.from_pretrained(
-        path, heads, device=device, context="joint", query_max_len=QUERY_TOKENS,
-        passage_max_len=document_tokens, target_max_len=TARGET_TOKENS,
-    )  # fmt: skip
+    folder, path = _path_of(model)
+    reader = _load_reader(path, model, document_tokens, device, "joint")
     torch.manual_seed(0)
     retriever = build_retriever(
         path, layers=model.retriever_layers, lora_r=_LORA_RANK, max_len=document_tokens,
@@ -148,6 +138,36 @@ def make_setup(
         folder=folder,
     )
     return setup
+
+
+def load_step_reader(
+    model: StepModel, document_tokens: int, device: torch.device, context: str
+) -> Reader:
+    """Load the reader alone."""
+    folder, path = _path_of(model)
+    reader = _load_reader(path, model, document_tokens, device, context)
+    if folder is not None:
+        folder.cleanup()
+    return reader
+
+
+def _path_of(model: StepModel) -> tuple[tempfile.TemporaryDirectory[str] | None, Path]:
+    """The folder of a model, and what deletes it where it is temporary."""
+    if model.shape is None:
+        return None, Path(smollm2_path("auto"))
+    folder = tempfile.TemporaryDirectory()
+    save_random_model(model.shape, Path(folder.name))
+    return folder, Path(folder.name)
+
+
+def _load_reader(
+    path: Path, model: StepModel, document_tokens: int, device: torch.device, context: str
+) -> Reader:
+    heads = model.heads or spread_heads(model.shape or {})
+    return Reader.from_pretrained(
+        path, heads, device=device, context=context, query_max_len=QUERY_TOKENS,
+        passage_max_len=document_tokens, target_max_len=TARGET_TOKENS,
+    )  # fmt: skip
 
 
 def _checkpoint(backbone: Any) -> None:

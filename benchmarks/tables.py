@@ -189,6 +189,40 @@ def print_steps(console: Console, records: Sequence[Record]) -> None:
             console.print(f"  {record['peer']}: {record['reason']}", style="dim")
 
 
+def teaching_columns() -> list[str]:
+    """Column headers of :func:`teaching_row`."""
+    return ["what", "status", "B x C", "s", "± %", "ms a pair", "times taught"]
+
+
+def teaching_row(record: Record) -> list[str]:
+    """The cells of one peer."""
+    if record["total"] is None:
+        return [record["peer"], record["status"]]
+    return [
+        record["peer"],
+        record["status"],
+        f"{record['batch']} x {record['documents']}",
+        three_digits(record["total"]["median"]),
+        spread(record["total"]),
+        number(scaled(record["seconds_per_pair"], 1e-3), 2),
+        number(record["ratio"], 2),
+    ]
+
+
+def print_teaching(console: Console, records: Sequence[Record]) -> None:
+    """Print what teaching costs with one reader."""
+    first = records[0]
+    console.print(
+        f"\nteaching: reader {first['model']}, {first['dtype']}, documents of "
+        f"{first['document_tokens']} tokens",
+        style="bold",
+    )
+    print_rows(console, teaching_columns(), [teaching_row(r) for r in records])
+    for record in records:
+        if record["reason"] is not None:
+            console.print(f"  {record['peer']}: {record['reason']}", style="dim")
+
+
 def milliseconds(quantiles: dict[str, float] | None) -> str:
     """A median in ms with three significant digits."""
     if quantiles is None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dream_training.config import TrainConfig, load_config
+    from dream_training.data.taught_folder import read_taught
     from dream_training.heads.selection import HeadExample, select_heads
     from dream_training.models.retriever import build_retriever, save_retriever
     from dream_training.objectives.collator import DreamCollator
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
     from dream_training.objectives.dream import DreamLoss
     from dream_training.objectives.infonce import PoolInfoNCELoss
     from dream_training.objectives.revela import RevelaLoss
+    from dream_training.objectives.taught import TaughtCollator, TaughtDreamLoss
     from dream_training.reading.prompts import ReaderPrompt
     from dream_training.reading.reader import Reader
+    from dream_training.teaching.teach import teach
     from dream_training.training.driver import train
 
 # Imported when first used, so that `dream --help` need not wait for torch.
@@ -31,11 +34,15 @@ _HOMES = {
     "ReaderPrompt": "reading.prompts",
     "ReplugLoss": "objectives.distillation",
     "RevelaLoss": "objectives.revela",
+    "TaughtCollator": "objectives.taught",
+    "TaughtDreamLoss": "objectives.taught",
     "TrainConfig": "config",
     "build_retriever": "models.retriever",
     "load_config": "config",
+    "read_taught": "data.taught_folder",
     "save_retriever": "models.retriever",
     "select_heads": "heads.selection",
+    "teach": "teaching.teach",
     "train": "training.driver",
 }
 
@@ -50,11 +57,15 @@ __all__ = [
     "ReaderPrompt",
     "ReplugLoss",
     "RevelaLoss",
+    "TaughtCollator",
+    "TaughtDreamLoss",
     "TrainConfig",
     "build_retriever",
     "load_config",
+    "read_taught",
     "save_retriever",
     "select_heads",
+    "teach",
     "train",
 ]
 

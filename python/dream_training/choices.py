@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 # The reader.
+NO_READER = "none"  # of a run that reads nothing
 CONTEXTS = ("independent", "joint")
 INJECTED_ROWS = ("all", "target")
 PLAIN, CHAT = "plain", "chat"  # prompts; any other one is the path of a template
@@ -30,6 +31,7 @@ MINED_CHOICES = ("random", "best")
 OBJECTIVES = ("dream", "infonce", "replug", "emdr", "revela")
 TEACHINGS = ("direct", "distilled")
 TEACHERS = ("mean_log_probability", "probability")
+TEACHER_LOSSES = ("kl", "margin")
 DIRECTIONS = ("teacher_student", "student_teacher")
 CONSTANT = "constant"
 SCHEDULES = (CONSTANT, "linear", "cosine", "exponential")
@@ -37,6 +39,7 @@ SCHEDULES = (CONSTANT, "linear", "cosine", "exponential")
 # other one a gradient; above it all documents weigh the same.
 LEARNABLE_RANGE = (0.001, 10.0)
 POOLS = ("both", "in_batch", "mined")
+LINES_PER_FILE = 256  # of verdicts that dream teach writes
 # The run.
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 

@@ -19,6 +19,7 @@ from dream_training.commands.evaluate import evaluate
 from dream_training.commands.heads import heads
 from dream_training.commands.mine import mine
 from dream_training.commands.report import report
+from dream_training.commands.teach import teach
 from dream_training.commands.train import train
 from dream_training.distributed.launched import refuse_several
 from dream_training.startup import find_datasets_cache, quieten_libraries
@@ -45,6 +46,7 @@ app.command(short_help="Train several objectives or settings, in one table.")(co
 app.command(short_help="Say in a minute whether a run can learn.")(doctor)
 app.command(short_help="Rank the reader's attention heads.")(heads)
 app.command(short_help="Add candidates that BM25 or a retriever ranks high.")(mine)
+app.command(short_help="Write the reader's verdicts, to train on many times.")(teach)
 app.command(short_help="Print nDCG@10 and recall@10 of retrievers.")(evaluate)
 app.command(short_help="Test whether two evaluations differ by chance.")(compare_runs)
 app.command(short_help="Write one HTML page of one or several runs.")(report)
@@ -64,7 +66,7 @@ def main() -> None:
     quieten_libraries()
     find_datasets_cache()
     try:
-        if sys.argv[1:2] != ["train"] or "--dry-run" in sys.argv:
+        if sys.argv[1:2] not in (["train"], ["teach"]) or "--dry-run" in sys.argv:
             refuse_several(" ".join(["dream", *sys.argv[1:2]]))
         app()
     except _EXPECTED as error:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dream_kernels.parsing import parse_yaml, read_text, shortened
+from dream_training.choices import NO_READER
 from dream_training.config_group import Group, flat_name
 from dream_training.config_groups import (
     DataConfig,
@@ -58,13 +59,39 @@ class TrainConfig:
     run: RunConfig = field(init=False)
 
     def __init__(self, **keys: Any) -> None:
-        values = flatten(keys, "TrainConfig")
+        values = _completed(flatten(keys, "TrainConfig"))
         check_complete(values, "TrainConfig")
         for group, kind in _GROUPS.items():
             own = {key: values[flat] for key, flat in _KEYS[group].items() if flat in values}
             object.__setattr__(self, group, kind(**own))
         if self.data.streaming and self.objective.name == "infonce":
             raise ValueError("objective 'infonce' needs all lines at once: set streaming: false")
+        if self.data.taught is not None:
+            self._check_taught()
+        elif self.needs_reader and self.reader.model == NO_READER:
+            raise ValueError(
+                f"reader must name a language model unless taught is given, got {NO_READER!r}"
+            )
+
+    @property
+    def needs_reader(self) -> bool:
+        """Whether the run reads: not to learn from labels, nor from verdicts of ``dream teach``."""
+        return self.objective.name != "infonce" and self.data.taught is None
+
+    def _check_taught(self) -> None:
+        """Raise ``ValueError`` if other keys do not go with ``taught``."""
+        wanted = self.objective
+        if wanted.name != "dream" or wanted.teaching != "distilled":
+            got = wanted.name if wanted.name != "dream" else f"teaching {wanted.teaching!r}"
+            raise ValueError(
+                "taught needs objective 'dream' with teaching 'distilled', whose verdicts it "
+                f"holds, got {got}"
+            )
+        if self.pools.gather_across_devices:
+            raise ValueError(
+                "gather_across_devices must be false with taught: a query has the pool that it "
+                "was taught with"
+            )
 
     def flat(self) -> dict[str, Any]:
         """All keys and values by flat names, as files of a run hold them."""
@@ -161,6 +188,13 @@ def _flat_name_of(key: object, source: str) -> str:
     raise ValueError(f"{source}: unknown key {shortened(key)}{hint}")
 
 
+def _completed(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what a run with ``taught`` may leave out; keys are flat."""
+    if values.get("taught") is None:
+        return values
+    return {"reader": NO_READER, "train_data": values["taught"], **values}
+
+
 def check_complete(values: Mapping[str, Any], source: str) -> None:
     """Raise ``ValueError`` if a key without a default is missing; keys are flat."""
     missing = [name for name in _REQUIRED if name not in values]
@@ -183,7 +217,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 def make_config(values: Mapping[str, Any], overrides: Sequence[str], source: str) -> TrainConfig:
     """Build the config from the values of a file, whose name is ``source``, and overrides."""
-    own = {**flatten(values, source), **parse_overrides(overrides)}
+    own = _completed({**flatten(values, source), **parse_overrides(overrides)})
     check_complete(own, source)
     return TrainConfig(**own)
 

@@ -20,6 +20,7 @@ from dream_training.choices import (
     OBJECTIVES,
     POSITIVES,
     READER_SHARDINGS,
+    TEACHER_LOSSES,
     TEACHERS,
     TEACHINGS,
     check_choice,
@@ -39,7 +40,8 @@ class ReaderConfig(Group):
     """The frozen language model, and how it reads.
 
     Attributes:
-        model: folder, GGUF file or hub name; ``smollm2`` for the packaged one.
+        model: folder, GGUF file or hub name; ``smollm2`` for the packaged one; ``none`` where
+            nothing is read, the default with ``taught``.
         context: how documents are read, ``independent`` or ``joint``.
         mode: ``reweight`` or ``bias``.
         document_mass: fixes the attention that all documents get together; None keeps the reader's.
@@ -161,6 +163,9 @@ class DataConfig(Group):
         train_positives: of several relevant documents the ``first``, or one row of ``each``.
         target_from: what the target is where lines have none: ``positive``,
             ``positive_sentence``, ``answers`` or a file of targets.
+        taught: folder of ``dream teach``: train on the verdicts in it, without a reader.
+            ``train_data`` and ``reader`` may then be left out; where they are given, they must be
+            those of the folder.
         streaming: read ``train_data`` while training, shuffled within a buffer, and not at once.
         dataloader_workers: processes that tokenise the next batches; 0 for none.
     """
@@ -169,11 +174,14 @@ class DataConfig(Group):
     train_split: str = "train"
     train_positives: str = "first"
     target_from: str | None = None
+    taught: str | None = None
     streaming: bool = False
     dataloader_workers: int = 0
 
     def check(self) -> None:
         check_choice("train_positives", self.train_positives, POSITIVES)
+        if self.taught is not None and self.streaming:
+            raise ValueError("streaming must be false with taught: its lines are read at once")
         self.at_least(0, "dataloader_workers")
 
 
@@ -194,6 +202,9 @@ class ObjectiveConfig(Group):
         teacher: of ``replug``, ``mean_log_probability`` or ``probability`` of the target.
         teacher_temperature: of ``replug`` and of distilled ``dream``, divides the teacher's scores;
             None for 0.1 nats per target token and 3 nats per target.
+        teacher_loss: of distilled ``dream``: ``kl``, the divergence between the softmaxes of
+            teacher and retriever; or ``margin``, the squared error of the margins by which the
+            document that the teacher prefers is above the others.
         teacher_direction: of both, ``teacher_student`` for KL(teacher || retriever), or
             ``student_teacher``.
     """
@@ -206,12 +217,14 @@ class ObjectiveConfig(Group):
     teaching: str = "distilled"
     teacher: str = "mean_log_probability"
     teacher_temperature: float | None = None
+    teacher_loss: str = "kl"
     teacher_direction: str = "teacher_student"
 
     def check(self) -> None:
         check_choice("objective", self.name, OBJECTIVES)
         check_choice("teaching", self.teaching, TEACHINGS)
         check_choice("teacher", self.teacher, TEACHERS)
+        check_choice("teacher_loss", self.teacher_loss, TEACHER_LOSSES)
         check_choice("teacher_direction", self.teacher_direction, DIRECTIONS)
         if self.teacher_temperature is not None:
             check_positive("teacher_temperature", self.teacher_temperature)

@@ -61,6 +61,8 @@ COMMANDS = {
     "data-targets": "data targets untold.jsonl --reader tiny --output told.jsonl --device cpu "
     "--max-new-tokens 4",
     "report": "report run infonce --output report.html",
+    "teach": "teach c.yaml --output taught --shard 0/2 --lines-per-file 12",
+    "data-stats-taught": "data stats taught",
 }
 VOLATILE = (
     # Measured figures vary in length, and so does where their lines break.
@@ -78,6 +80,7 @@ VOLATILE = (
     (r"norm [\d.e+-]+", "norm #"),
     (r"\d+\.\d+|(?<=\.)\d+\b", lambda found: re.sub(r"\d", "#", found[0])),
     (r"(?m)(±[^±\n]*± \S+) +[\d,]+$", r"\1  #"),
+    (r"(?m)^(weight of the best|choices .*\)|lead .*nats|batch +\d+) .*$", r"\1 #"),
 )
 
 

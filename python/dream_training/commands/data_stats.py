@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from dream_training.commands.options import Limit, Source, Split, TargetFrom, TrustRemoteCode
 from dream_training.console import (
@@ -21,6 +22,9 @@ Model = Annotated[
     typer.Option(help="folder, GGUF file or hub name: count its tokens, and what is cut"),
 ]
 MaxLen = Annotated[int, typer.Option(min=1, help="tokens that are kept")]
+TeacherTemperature = Annotated[
+    float, typer.Option(help="of a folder of dream teach: divides the teacher's logits, in nats")
+]
 
 
 @shows_progress
@@ -34,13 +38,19 @@ def stats(
     query_max_len: MaxLen = 32,
     passage_max_len: MaxLen = 128,
     target_max_len: MaxLen = 32,
+    teacher_temperature: TeacherTemperature = 3.0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Describe training data: lengths, what is cut, what repeats, what looks wrong."""
+    """Describe training data: lengths, what is cut, what repeats, what looks wrong.
+
+    Of a folder of dream teach: how sure the teacher is, how often it agrees with known
+    positives, and which other candidates it prefers to them.
+    """
     from dream_training.data.jsonl import iterate_training_rows
     from dream_training.data.statistics import Lengths, describe, token_lengths
     from dream_training.data.statistics_tables import suspicions, tables
+    from dream_training.data.taught_folder import is_taught
 
     if reader is not None or retriever is not None:
         from dream_training.models.loading import load_named_tokenizer
@@ -48,6 +58,9 @@ def stats(
     console = make_console()
     if not as_json:  # standard output is for JSON alone then
         show_on(console)
+    if is_taught(source):
+        _print_taught(console, source, teacher_temperature, limit, as_json)
+        return
     limits = {"query": query_max_len, "document": passage_max_len}
     lengths = []
     if reader is not None:
@@ -78,4 +91,23 @@ def stats(
     for table in tables(result):
         console.print("", table)
     for i, line in enumerate(suspicions(result)):
+        console.print("\n" * (i == 0) + line, soft_wrap=True)
+
+
+def _print_taught(
+    console: Console, folder: str, teacher_temperature: float, limit: int | None, as_json: bool
+) -> None:
+    """Print what the verdicts in a folder of ``dream teach`` are like."""
+    from dream_training.choices import check_positive
+    from dream_training.data.taught_statistics import describe_taught, disagreements, taught_tables
+
+    check_positive("teacher_temperature", teacher_temperature)
+    result = describe_taught(folder, teacher_temperature, limit)
+    if as_json:
+        print(json.dumps({"source": folder, **result}, indent=1))
+        return
+    console.print(folder, soft_wrap=True)
+    for table in taught_tables(result):
+        console.print("", table)
+    for i, line in enumerate(disagreements(result)):
         console.print("\n" * (i == 0) + line, soft_wrap=True)

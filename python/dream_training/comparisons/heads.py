@@ -129,7 +129,7 @@ def train_with(
 
     Raises:
         FileExistsError: there are such results, and ``overwrite`` is not set.
-        ValueError: the config evaluates nothing, or is not of objective ``dream``.
+        ValueError: the config evaluates nothing, is not of objective ``dream``, or has ``taught``.
         KeyboardInterrupt: Ctrl-C; what is complete is kept.
     """
     from dream_training.comparisons.objectives import Comparison, run_comparison
@@ -138,6 +138,10 @@ def train_with(
         raise ValueError("the training config of a comparison of heads needs eval_data")
     if config.objective.name != "dream":
         raise ValueError(f"heads matter to objective 'dream' alone, got {config.objective.name!r}")
+    if config.data.taught is not None:
+        raise ValueError(
+            "taught must be null where heads are compared: its verdicts have their own"
+        )
     runs = {choice.name: {"heads": str(choice.path), "top_k": top_k} for choice in choices}
     compared = Comparison(config, runs, seeds, keep_models=False)
     rows = run_comparison(compared, console, overwrite=overwrite)

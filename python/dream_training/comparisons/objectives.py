@@ -266,7 +266,8 @@ def _earlier_result(config: TrainConfig, comparison: Comparison) -> dict[str, An
 
 def _data_of(config: TrainConfig, comparison: Comparison) -> dict[str, str]:
     """Digests of the files that a training and its evaluations read, by the key or folder."""
-    found = {"train_data": files_digest(config.data.train_data)}
+    taught = [] if config.data.taught is None else Path(config.data.taught).glob("*/*.json")
+    found = {"train_data": files_digest(config.data.train_data, *map(str, sorted(taught)))}
     for folder in comparison.folders:
         parts = ("corpus.jsonl", "queries.jsonl", f"qrels/{config.evaluation.eval_split}.tsv")
         found[folder] = files_digest(*(f"{folder}/{part}" for part in parts))

@@ -261,15 +261,19 @@ def _columns(
     check_choice("positives", positives, POSITIVES)
     rows = iterate_training_rows(source, split=split, target_from=target_from, streaming=streaming)
     for row in rows:
-        irrelevant = [d for i, d in enumerate(row.documents) if i not in row.positives]
-        known = [row.documents[i] for i in row.positives]
-        if len(known) <= 1:
-            # In the order of the file, so that the data is recognised in it.
-            positive = row.positives[0] if known else -1
-            yield _column_row(row, list(row.documents), positive)
-            continue
-        for document in known if positives == "each" else known[:1]:
-            yield _column_row(row, [document, *irrelevant], 0)
+        yield from column_rows(row, positives)
+
+
+def column_rows(row: TrainingRow, positives: str) -> Iterator[dict[str, Any]]:
+    """Yield a row in the columns of :func:`read_training_data`: once, or for each positive."""
+    irrelevant = [d for i, d in enumerate(row.documents) if i not in row.positives]
+    known = [row.documents[i] for i in row.positives]
+    if len(known) <= 1:
+        # In the order of the file, so that the data is recognised in it.
+        yield _column_row(row, list(row.documents), row.positives[0] if known else -1)
+        return
+    for document in known if positives == "each" else known[:1]:
+        yield _column_row(row, [document, *irrelevant], 0)
 
 
 def _again_and_again(source: str, seed: int, **options: Any) -> Iterator[dict[str, Any]]:

@@ -14,5 +14,6 @@ def refuse_several(command: str) -> None:
     """Raise ``ValueError`` if a launcher has started several processes of a command for one."""
     if launched() > 1:
         raise ValueError(
-            f"only dream train runs in several processes, got {launched()} for {command!r}"
+            "only dream train and dream teach run in several processes, got "
+            f"{launched()} for {command!r}"
         )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dream_training.data.mining import Rank
 from dream_training.evaluation.retrieval import RetrievalTask, search, search_bm25
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 
 def rank_bm25(
@@ -42,6 +45,20 @@ def dense_rank(
         model, device=device, trust_remote_code=trust_remote_code, what="retriever"
     )
 
+    version = importlib.metadata.version("sentence-transformers")
+    settings = text_settings(retriever, query_max_len, passage_max_len)
+    rank = rank_by(retriever, query_max_len, passage_max_len, batch_size)
+    return rank, {"sentence-transformers": version, **settings}
+
+
+def rank_by(
+    retriever: SentenceTransformer,
+    query_max_len: int | None = None,
+    passage_max_len: int | None = None,
+    batch_size: int = 32,
+) -> Rank:
+    """Return what ranks by a retriever; arguments as in :func:`dense_rank`."""
+
     def rank(
         queries: Mapping[str, str], corpus: Mapping[str, str], k: int
     ) -> Mapping[str, Mapping[str, float]]:
@@ -54,6 +71,4 @@ def dense_rank(
             k=k,
         )
 
-    version = importlib.metadata.version("sentence-transformers")
-    settings = text_settings(retriever, query_max_len, passage_max_len)
-    return rank, {"sentence-transformers": version, **settings}
+    return rank

@@ -51,12 +51,12 @@ def load_named_tokenizer(name: str, trust_remote_code: bool, what: str) -> PreTr
     return load_tokenizer(resolve_model(name, what=what), trust_remote_code, what)
 
 
-def check_models(reader: str | None, retriever: str) -> None:
+def check_models(reader: str | None, retriever: str | None) -> None:
     """Find wrong names of models before anything is loaded or written.
 
     Args:
-        reader: folder, GGUF file or hub name; None where the objective needs no reader.
-        retriever: folder, GGUF file or hub name.
+        reader: folder, GGUF file or hub name; None where there is none.
+        retriever: likewise.
 
     Raises:
         FileNotFoundError: there is no such model, as far as can be told here.

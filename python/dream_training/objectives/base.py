@@ -21,6 +21,7 @@ from dream_training.reading.target_loss import at_least_float32
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from dream_training.objectives.verdicts import Verdicts
     from dream_training.reading.document_store import DocumentStore
     from dream_training.reading.reader import Reader
 
@@ -38,11 +39,13 @@ class TrainingObjective(nn.Module):
         metrics: of the last step, as floats.
         reader: the frozen language model; None in an objective that reads nothing.
         temperature: divides the cosine similarities; a number where it cannot change.
+        verdicts: what the reader said, where it is kept.
     """
 
     metrics: dict[str, float]
     reader: Reader | None
     temperature: Temperature | float
+    verdicts: Verdicts | None = None
 
     @property
     def store(self) -> DocumentStore | None:

@@ -22,6 +22,7 @@ from dream_training.objectives.infonce import (
     PoolInfoNCELoss,
 )
 from dream_training.objectives.revela import TEXT_PROMPT, RevelaLoss
+from dream_training.objectives.taught import TaughtCollator, TaughtDreamLoss
 from dream_training.objectives.temperature import Temperature
 from dream_training.objectives.verdicts import Verdicts
 from dream_training.reading.loading import all_heads, load_reader
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from dream_training.config_groups import ObjectiveConfig, OptimisationConfig, PoolsConfig
 
 Heads = Mapping[int, Sequence[int]]
+# Lines whose verdicts a live run keeps, in memory and in every checkpoint: dream teach is for more.
+_KEPT_VERDICTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ def build_objective(
         model: the retriever.
         data: with the columns ``query``, ``target``, ``documents``, ``positive``.
         heads: of the reader, that receive the scores of ``dream``; the others have no use for them.
-        verdicts: keeps what the reader says, with ``teaching: distilled``.
+        verdicts: keeps what the reader says, with ``teaching: distilled``; by default for this run
+            alone, where pools come again.
 
     Raises:
         ValueError: the objective needs labels that the data does not have, or lines that can be in
@@ -78,7 +82,7 @@ def build_objective(
         "mini_batch_size": config.optimisation.mini_batch_size,
         "gather_across_devices": config.pools.gather_across_devices,
     }
-    collator = build_collator(model, config.pools, config.run.seed)
+    collator = build_collator(config, model)
     temperature = Temperature(
         wanted.temperature,
         wanted.temperature_end,
@@ -93,13 +97,29 @@ def build_objective(
             return _library_infonce(config, model, data)
         own = PoolInfoNCELoss(model, temperature, **options)
         data = labelled(data)
+    elif config.data.taught is not None:
+        own = TaughtDreamLoss(
+            model,
+            temperature,
+            **_teacher(wanted),
+            teacher_loss=wanted.teacher_loss,
+            mini_batch_size=config.optimisation.mini_batch_size,
+        )
     elif name == "dream":
         reader = load(heads)
         if wanted.teaching == "direct":
             own = DreamLoss(model, reader, temperature, **options)
         else:
+            if verdicts is None and _pools_come_again(config.pools, data):
+                verdicts = Verdicts(shared=False)
             own = DistilledDreamLoss(
-                model, reader, temperature, **_teacher(wanted), **options, verdicts=verdicts
+                model,
+                reader,
+                temperature,
+                **_teacher(wanted),
+                teacher_loss=wanted.teacher_loss,
+                **options,
+                verdicts=verdicts,
             )
     elif name == "replug":
         own = ReplugLoss(
@@ -125,14 +145,22 @@ def build_objective(
     return Objective(own, data, collator)
 
 
-def build_collator(model: SentenceTransformer, pools: PoolsConfig, seed: int) -> DreamCollator:
+def build_collator(config: TrainConfig, model: SentenceTransformer) -> DreamCollator:
     """Build what makes the batches of a run, with its pools."""
+    if config.data.taught is not None:
+        return TaughtCollator(model)
     return DreamCollator(
         model,
-        pool=pools.pool,
-        documents_per_query=pools.documents_per_query,
-        seed=seed,
+        pool=config.pools.pool,
+        documents_per_query=config.pools.documents_per_query,
+        seed=config.run.seed,
     )
+
+
+def _pools_come_again(pools: PoolsConfig, data: Dataset | IterableDataset) -> bool:
+    """Whether a query has the same candidates in every epoch, and its verdict can be kept."""
+    fixed = pools.pool == "mined" and pools.documents_per_query is None
+    return fixed and hasattr(data, "__len__") and len(data) <= _KEPT_VERDICTS
 
 
 def _teacher(objective: ObjectiveConfig) -> dict[str, Any]:

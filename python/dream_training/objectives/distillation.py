@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dream_training.choices import DIRECTIONS, TEACHERS, check_choice, check_positive
+from dream_training.choices import (
+    DIRECTIONS,
+    TEACHER_LOSSES,
+    TEACHERS,
+    check_choice,
+    check_positive,
+)
 from dream_training.objectives.base import ReaderObjective
 from dream_training.reading.likelihood import TargetLikelihood, target_likelihood
 from dream_training.reading.pool import read_each
@@ -119,6 +126,72 @@ def divergence(teacher: Tensor, scores: Tensor, direction: str) -> Tensor:
         first, second = second, first
     difference = (first - second).masked_fill(outside, 0.0)
     return (first.exp() * difference).sum(-1).mean()
+
+
+def margin_error(teacher: Tensor, scores: Tensor) -> Tensor:
+    r"""Mean squared error of the margins of each query's best document over its others.
+
+    With :math:`b` the document that the teacher prefers among the :math:`C` of a query,
+
+    .. math:: \frac{1}{B} \sum \frac{1}{C - 1} \sum_{d \ne b}
+              \big((s_b - s_d) - (t_b - t_d)\big)^2
+
+    the loss of sentence-transformers' ``MarginMSELoss`` with that document as the positive. A
+    query with one document has none.
+
+    Source: Hofstätter et al. 2020 (arXiv 2010.02666).
+
+    Args:
+        teacher: ``[B, C]`` logits :math:`t`; what they are outside a query's pool does not matter.
+        scores: ``[B, C]`` logits :math:`s` of the retriever, ``-inf`` outside a query's pool.
+    """
+    outside = scores.isneginf()
+    best = teacher.masked_fill(outside, -torch.inf).argmax(-1, keepdim=True)
+    # A score of -inf would make the gradient of its place NaN.
+    difference = (scores - teacher).masked_fill(outside, 0.0)
+    error = (difference.gather(1, best) - difference).square().masked_fill(outside, 0.0)
+    others = (~outside).sum(-1) - 1
+    return (error.sum(-1) / others.clamp(min=1)).mean()
+
+
+@dataclass(frozen=True)
+class TeacherLoss:
+    """What a retriever's scores lose against a teacher's logits.
+
+    Attributes:
+        kind: ``"kl"``, the divergence of :func:`divergence`; or ``"margin"``, the error of
+            :func:`margin_error`.
+        temperature: divides the teacher's logits.
+        direction: of the divergence.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    kind: str = "kl"
+    temperature: float = 3.0
+    direction: str = "teacher_student"
+
+    def __post_init__(self) -> None:
+        check_choice("teacher_loss", self.kind, TEACHER_LOSSES)
+        check_positive("teacher_temperature", self.temperature)
+        check_choice("direction", self.direction, DIRECTIONS)
+
+    def __call__(self, logits: Tensor, scores: Tensor) -> Tensor:
+        """Return the mean over the queries.
+
+        Args:
+            logits: ``[B, C]`` of the teacher.
+            scores: ``[B, C]`` of the retriever, ``-inf`` outside a query's pool.
+        """
+        if self.kind == "margin":
+            return margin_error(logits / self.temperature, scores)
+        return divergence(logits / self.temperature, scores, self.direction)
+
+    def describe(self) -> dict[str, Any]:
+        """What a model card says of it."""
+        own = {"teacher_loss": self.kind, "teacher_temperature": self.temperature}
+        return own if self.kind == "margin" else {**own, "direction": self.direction}
 
 
 class EmdrLoss(_TaughtByLikelihood):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from dream_training.choices import DIRECTIONS, check_choice, check_positive
 from dream_training.distributed import world
-from dream_training.objectives.distillation import divergence
+from dream_training.objectives.distillation import TeacherLoss
 from dream_training.objectives.dream import PoolReading
 from dream_training.objectives.temperature import Temperature
 from dream_training.objectives.verdicts import Verdicts, reader_identity, verdict_keys
 from dream_training.reading.reader import Reader
+from dream_training.reading.verdict import judge
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -55,11 +54,15 @@ class DistilledDreamLoss(PoolReading):
         temperature: :math:`\tau`, as in :class:`~dream_training.objectives.dream.DreamLoss`.
         teacher_temperature: :math:`\tau_u`, in nats.
         direction: ``"teacher_student"``, as above, or ``"student_teacher"``, the other divergence.
+        teacher_loss: ``"kl"``, as above, or ``"margin"``, the squared error of the margins of the
+            document that the teacher prefers, see
+            :func:`~dream_training.objectives.distillation.margin_error`.
         mini_batch_size: as in :class:`~dream_training.objectives.dream.DreamLoss`.
         gather_across_devices: as there.
-        verdicts: keeps what the reader said. A batch whose queries were all read before with the
-            same targets and pools, in this training or in another one that was given the same
-            object, is not read again. None keeps nothing.
+        verdicts: keeps what the reader said, in this training or in another one that was given
+            the same object. A query with a pool of its own that was read before with the same
+            target is not read again; of a pool that queries share, the batch is read again if one
+            of them was not. None keeps nothing.
 
     Attributes:
         metrics: as there, but ``loss`` is the divergence, in nats per query.
@@ -76,6 +79,7 @@ class DistilledDreamLoss(PoolReading):
         *,
         teacher_temperature: float = 3.0,
         direction: str = "teacher_student",
+        teacher_loss: str = "kl",
         mini_batch_size: int | None = None,
         gather_across_devices: bool = False,
         verdicts: Verdicts | None = None,
@@ -83,28 +87,34 @@ class DistilledDreamLoss(PoolReading):
         super().__init__(model, reader, temperature, mini_batch_size, gather_across_devices)
         self.verdicts = verdicts
         self._identity: str | None = None
-        self.teacher_temperature = check_positive("teacher_temperature", teacher_temperature)
-        self.direction = check_choice("direction", direction, DIRECTIONS)
+        self.teacher_loss = TeacherLoss(teacher_loss, teacher_temperature, direction)
 
     def read(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
         """What each document is worth to the reader, ``[B, C]`` in nats, without a graph."""
         if self.verdicts is None:
             return self._judge(query, pool)
         keys, sizes = self._keys(query, pool)
-        known = self.verdicts.get(keys)
-        # The processes of a sharded reader, or of a shared pool, read together.
-        if world.max_over_ranks(known is None):
-            worth = self._judge(query, pool)
-            self.verdicts.put(keys, worth, sizes)
-            return worth
-        assert known is not None
+        unknown = self.verdicts.unknown(keys)
+        # Reading one query of a shared pool costs nearly as much as reading all; and the processes
+        # of a sharded reader, or of a shared pool, read together.
+        alone = query.get("pools") is not None and not self.reader.sharded
+        if not alone:
+            unknown = list(range(len(keys))) if world.max_over_ranks(int(bool(unknown))) else []
+        self.verdicts.count(len(keys) - len(unknown), len(unknown))
         self._read_tokens = 0
-        return known.to(self.reader.device)
+        if unknown:
+            part = (query, pool) if len(unknown) == len(keys) else _part_of(query, pool, unknown)
+            worth = self._judge(*part)
+            self.verdicts.put([keys[i] for i in unknown], worth, [sizes[i] for i in unknown])
+            if len(unknown) == len(keys):
+                return worth
+        return self.verdicts.get(keys).to(self.reader.device)
 
     def _keys(self, query: dict[str, Any], pool: dict[str, Any]) -> tuple[list[str], list[int]]:
         """The keys of the queries, and the sizes of their pools."""
         if self._identity is None:
-            self._identity = reader_identity(self.reader)
+            assert self.verdicts is not None
+            self._identity = reader_identity(self.reader) if self.verdicts.shared else ""
         texts = pool["texts"]
         pools = query.get("pools")
         own = (
@@ -117,26 +127,35 @@ class DistilledDreamLoss(PoolReading):
 
     def _judge(self, query: dict[str, Any], pool: dict[str, Any]) -> Tensor:
         prefix = self.read_documents(query, pool)
-        starts, ends = prefix.spans.unbind(-1)
-        documents = (ends > starts).sum(-1, keepdim=True)  # [1 or B, 1]
-        shape = (len(query["texts"]), prefix.spans.shape[1])
-        options: Any = {"device": self.reader.device, "dtype": self.reader.loss_dtype}
-        equal = torch.zeros(shape, **options, requires_grad=True)
-        with torch.enable_grad():
-            reading = self.predict(prefix, equal, query, pool)
-            (gradient,) = torch.autograd.grad(reading.loss, equal)
-        return -gradient * reading.target_tokens * documents
+        verdict = judge(self.reader, prefix, query["texts"], query["targets"])
+        self.count_read(prefix, pool, verdict.target_tokens)
+        return verdict.logits
 
     def loss(
         self, scores: Tensor, evidence: Tensor, query: dict[str, Any], pool: dict[str, Any]
     ) -> Tensor:
-        return divergence(evidence / self.teacher_temperature, scores, self.direction)
+        return self.teacher_loss(evidence, scores)
 
     def get_config_dict(self) -> dict[str, Any]:
         """What the model card says of the loss."""
         return {
             **super().get_config_dict(),
             "teaching": "distilled",
-            "teacher_temperature": self.teacher_temperature,
-            "direction": self.direction,
+            **self.teacher_loss.describe(),
         }
+
+
+def _part_of(
+    query: dict[str, Any], pool: dict[str, Any], rows: list[int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The texts of some queries of a batch, and of the documents in their pools."""
+    needed = sorted({document for b in rows for document in query["pools"][b]})
+    place = {document: i for i, document in enumerate(needed)}
+    return (
+        {
+            "texts": [query["texts"][b] for b in rows],
+            "targets": [query["targets"][b] for b in rows],
+            "pools": [[place[document] for document in query["pools"][b]] for b in rows],
+        },
+        {"texts": [pool["texts"][document] for document in needed]},
+    )

@@ -33,8 +33,12 @@ class PoolReading(ReaderObjective):
     ) -> Reading:
         """Predict the targets of the batch, its documents scored with ``[B, C]``."""
         reading = self.reader(prefix, query["texts"], query["targets"], scores)
-        self._read_tokens = reading.target_tokens + tokens_read(prefix, self.reader, pool)
+        self.count_read(prefix, pool, reading.target_tokens)
         return reading
+
+    def count_read(self, prefix: Prefix, pool: dict[str, Any], target_tokens: int) -> None:
+        """Count what the reader has read of a batch, for the metric ``tokens``."""
+        self._read_tokens = target_tokens + tokens_read(prefix, self.reader, pool)
 
     @torch.no_grad()
     def _record(

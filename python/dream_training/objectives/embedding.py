@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 # What a collator adds for objective and reader; the retriever does not take it.
-_NOT_OF_THE_MODEL = ("texts", "targets", "positives", "pools", "share")
+_NOT_OF_THE_MODEL = ("texts", "targets", "positives", "pools", "share", "logits")
 
 
 def embed(

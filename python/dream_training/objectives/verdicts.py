@@ -7,8 +7,10 @@ retriever, has the same teacher.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -27,28 +29,34 @@ class Verdicts:
 
     It grows by four bytes for each document of a pool, and nothing leaves it.
 
+    Args:
+        shared: whether several readers may use it. Then the reader's weights are part of a key;
+            their digest takes about a second for each gigabyte.
+
     Attributes:
-        hits: queries whose pool was known.
-        misses: queries whose pool was not.
+        hits: queries whose verdict was known.
+        misses: queries that were read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shared: bool = True) -> None:
+        self.shared = shared
         self.hits = self.misses = 0
         self._known: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._known)
 
-    def get(self, keys: Sequence[str]) -> Tensor | None:
-        """Return ``[B, C]`` in nats on the CPU, 0 after the end of a smaller pool.
+    def unknown(self, keys: Sequence[str]) -> list[int]:
+        """The places of the queries whose verdict is not known."""
+        return [i for i, key in enumerate(keys) if key not in self._known]
 
-        None unless every one of the ``B`` queries is known: reading one query of a batch costs
-        nearly as much as reading all.
-        """
-        if any(key not in self._known for key in keys):
-            self.misses += len(keys)
-            return None
-        self.hits += len(keys)
+    def count(self, hits: int, misses: int) -> None:
+        """Count queries."""
+        self.hits += hits
+        self.misses += misses
+
+    def get(self, keys: Sequence[str]) -> Tensor:
+        """Return ``[B, C]`` in nats on the CPU, 0 after the end of a smaller pool."""
         rows = [self._known[key] for key in keys]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
@@ -56,6 +64,34 @@ class Verdicts:
         """Keep ``worth``, ``[B, C]``, of pools of ``sizes`` documents."""
         for key, row, size in zip(keys, worth.detach().cpu(), sizes, strict=True):
             self._known[key] = row[:size].clone()
+
+    def state(self) -> dict[str, Any]:
+        """Return what is kept, in a form that JSON can hold.
+
+        A verdict that is read again is the same only up to rounding, which depends on the batch
+        that it is read in.
+        """
+        values = [value for row in self._known.values() for value in row.tolist()]
+        dtypes = {row.dtype for row in self._known.values()} or {torch.float32}
+        assert len(dtypes) == 1  # one reader has said all of it, unless it is shared
+        kind = "f" if dtypes == {torch.float32} else "d"
+        return {
+            "keys": list(self._known),
+            "sizes": list(map(len, self._known.values())),
+            "kind": kind,
+            "values": base64.b64encode(array(kind, values).tobytes()).decode(),
+            "hits": self.hits,
+            "misses": self.misses,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state` returned."""
+        self.hits, self.misses = state["hits"], state["misses"]
+        values = array(state["kind"])
+        values.frombytes(base64.b64decode(state["values"]))
+        dtype = torch.float32 if state["kind"] == "f" else torch.float64
+        rows = torch.tensor(values, dtype=dtype).split(state["sizes"])
+        self._known = {key: row.clone() for key, row in zip(state["keys"], rows, strict=True)}
 
 
 def verdict_keys(

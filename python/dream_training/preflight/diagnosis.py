@@ -66,6 +66,7 @@ def diagnose(
     from dream_training.objectives.build import build_objective, check_data
     from dream_training.reading.loading import load_reader
     from dream_training.training.inputs import find_heads, load_training_data
+    from dream_training.training.taught import check_taught
 
     checks: list[Check] = []
 
@@ -77,6 +78,7 @@ def diagnose(
     if data is None:
         # The doctor looks at all lines, also where training streams them.
         data = load_training_data(replace(config.data, streaming=False), config.run.seed)
+        check_taught(config)
     model = prepared_retriever(model, config.retriever, config.lengths, config.run)
     try:
         check_data(data, config.optimisation, config.objective)
@@ -85,14 +87,16 @@ def diagnose(
     except ValueError as error:
         add(Check("batches", FAULT, str(error)))
         return checks
-    # Lines of few documents fill a batch only if all of them are there.
-    whole = data if config.objective.name == "infonce" else None
+    # Lines of few documents, and those that share a taught pool, fill a batch only if all of them
+    # are there.
+    needs_all = config.objective.name == "infonce" or config.data.taught is not None
+    whole = data if needs_all else None
     rows = max(
         _ROWS, config.optimisation.batch_size * config.optimisation.gradient_accumulation_steps
     )
     data = data.shuffle(seed=config.run.seed).select(range(min(len(data), rows)))
     patient = Patient(config, data, model, training_data=whole)
-    if config.objective.name == "dream":
+    if config.objective.name == "dream" and config.needs_reader:
         try:
             heads = find_heads(config, data, _HEAD_EXAMPLES) if heads is None else heads
             chosen = heads.by_layer(config.heads.top_k)

@@ -67,10 +67,15 @@ def _rows(config: TrainConfig) -> tuple[Any, bool]:
     from datasets import Dataset
 
     from dream_training.training.inputs import load_training_data
+    from dream_training.training.taught import check_taught
 
     try:
-        return load_training_data(replace(config.data, streaming=False), config.run.seed), True
+        data = load_training_data(replace(config.data, streaming=False), config.run.seed)
+        check_taught(config)
+        return data, True
     except FileNotFoundError:
+        if config.data.taught is not None:  # verdicts cannot be made up
+            raise
         count = (
             max(4, config.optimisation.gradient_accumulation_steps) * config.optimisation.batch_size
         )
@@ -95,9 +100,11 @@ def _two_steps(config: TrainConfig, rows: Any, folder: Path) -> History:
     if config.heads.file != "auto":
         find_heads(config, rows)  # a faulty file must show here
         heads = HeadFile(heads=[(0, 0), (1, 0)])
-    reader = save_tiny(
-        architecture_of(config.reader.model, "reader", config.run), folder / "reader", seed=0
-    )
+    reader: Any = config.reader.model
+    if config.needs_reader:
+        reader = save_tiny(
+            architecture_of(config.reader.model, "reader", config.run), folder / "reader", seed=0
+        )
     retriever = save_tiny(
         architecture_of(config.retriever.model, "retriever", config.run),
         folder / "retriever",
@@ -111,8 +118,10 @@ def _two_steps(config: TrainConfig, rows: Any, folder: Path) -> History:
         # the tiny reader has no chat template, and later runs cannot use its documents
         reader_prompt=PLAIN if config.reader.reader_prompt == CHAT else config.reader.reader_prompt,
         document_store=None if config.reader.document_store is None else MEMORY,
-        # small batches show as much
-        batch_size=min(config.optimisation.batch_size, 8),
+        # Small batches show as much, but those that share a pool stay together.
+        batch_size=config.optimisation.batch_size
+        if config.data.taught is not None
+        else min(config.optimisation.batch_size, 8),
         max_steps=_STEPS,
         eval_data=None,
         save_steps=0,
@@ -134,7 +143,9 @@ def _print_plan(config: TrainConfig, plan: RunPlan, console: Console) -> None:
         (
             "reader",
             f"{config.reader.model}, {plan.reader_weights / 1e6:,.0f} M weights, frozen"
-            + ("" if quantization is None else f", quantised: {quantization}"),
+            + ("" if quantization is None else f", quantised: {quantization}")
+            if config.needs_reader
+            else "none",
         ),
         ("retriever", f"{config.retriever.model}, {plan.retriever_weights / 1e6:,.0f} M weights"),
         ("trained", f"{plan.trained_weights / 1e6:,.1f} M weights"),

@@ -85,10 +85,12 @@ def make_plan(config: TrainConfig, documents_per_row: int = 1) -> RunPlan:
     """
     lengths, pools, steps = config.lengths, config.pools, config.optimisation
     depth, rank = config.retriever.retriever_layers, config.retriever.lora_r
-    reader = architecture_of(config.reader.model, "reader", config.run)
     retriever = architecture_of(config.retriever.model, "retriever", config.run)
-    own = parameter_count(reader)
-    head = reader.vocab_size * reader.hidden_size
+    reader = None
+    if config.needs_reader:
+        reader = architecture_of(config.reader.model, "reader", config.run)
+    own = {"decoder": 0} if reader is None else parameter_count(reader)
+    head = 0 if reader is None else reader.vocab_size * reader.hidden_size
     backbone = parameter_count(retriever, depth)
     layers = min(depth or 10**6, retriever.num_hidden_layers)
     if pools.pool == "in_batch":
@@ -96,9 +98,13 @@ def make_plan(config: TrainConfig, documents_per_row: int = 1) -> RunPlan:
     elif pools.documents_per_query is not None:
         documents_per_row = min(documents_per_row, pools.documents_per_query)
     documents = steps.batch_size * documents_per_row
-    read = documents * (lengths.reader_passage_max_len or lengths.passage_max_len)
-    targets = steps.batch_size * lengths.target_max_len
-    suffix = steps.batch_size * (lengths.query_max_len + _PROMPT_TOKENS) + targets
+    if config.data.taught is not None and pools.pool != "mined":
+        documents = documents_per_row  # each line has the pool of its batch
+    read = suffix = targets = 0
+    if reader is not None:
+        read = documents * (lengths.reader_passage_max_len or lengths.passage_max_len)
+        targets = steps.batch_size * lengths.target_max_len
+        suffix = steps.batch_size * (lengths.query_max_len + _PROMPT_TOKENS) + targets
     encoded = documents * lengths.passage_max_len + steps.batch_size * lengths.query_max_len
     operations = 2.0 * own["decoder"] * (read + 2 * suffix) + 4.0 * head * targets
     operations += 4.0 * backbone["decoder"] * encoded
@@ -115,8 +121,6 @@ def make_plan(config: TrainConfig, documents_per_row: int = 1) -> RunPlan:
     size = _BYTES.get(config.run.dtype, 2)
     # Embeddings and head are not quantised.
     quantised = bytes_of_weight(config.reader.reader_quantization) or size
-    key_heads = getattr(reader, "num_key_value_heads", reader.num_attention_heads)
-    width = _head_dim(reader) * key_heads
     total_reader = sum(own.values())
     total_retriever = backbone["decoder"] + backbone["embedding"]
     return RunPlan(
@@ -131,7 +135,7 @@ def make_plan(config: TrainConfig, documents_per_row: int = 1) -> RunPlan:
         weight_bytes=int(quantised * own["decoder"])
         + size * (total_reader - own["decoder"] + total_retriever)
         + _OPTIMIZER_BYTES * trained,
-        prefix_bytes=2 * size * reader.num_hidden_layers * width * read,
+        prefix_bytes=0 if reader is None else 2 * size * _key_values(reader) * read,
         activation_bytes=size * layers * kept * _kept_values(retriever),
         steps=steps.max_steps,
     )
@@ -157,6 +161,12 @@ def architecture_of(name: str, what: str, run: RunConfig) -> Any:
 
 def _head_dim(shape: Any) -> int:
     return getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+
+
+def _key_values(shape: Any) -> int:
+    """Values of the keys of one token in all layers."""
+    heads = getattr(shape, "num_key_value_heads", shape.num_attention_heads)
+    return shape.num_hidden_layers * _head_dim(shape) * heads
 
 
 def _adapter_weights(shape: Any, layers: int, rank: int) -> int:

@@ -103,7 +103,7 @@ def weights(patient: Patient) -> Check:
 
     config = patient.config
     rows = list(patient.data.select(range(config.optimisation.batch_size)))
-    batch = build_collator(patient.model, config.pools, config.run.seed)(rows)
+    batch = build_collator(config, patient.model)(rows)
     similarity = _similarities(patient, batch["query_texts"], batch["document_texts"])
     similarity, _ = pool_scores(similarity, batch.get("query_pools"))
     return of_similarity(similarity, config.objective.temperature)

@@ -191,6 +191,11 @@ class Reader(nn.Module):
         """Of losses and likelihoods: float32, or that of the weights if it is wider."""
         return torch.promote_types(self.model.get_input_embeddings().weight.dtype, torch.float32)
 
+    @property
+    def sharded(self) -> bool:
+        """Whether its layers are cut over all processes, which then read together."""
+        return self._pace is not None
+
     def shard(self, device: str | torch.device) -> Reader:
         """Cut the layers over all processes, see ``shard_model``; the results stay the same.
 

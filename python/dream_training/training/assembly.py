@@ -107,7 +107,7 @@ def assemble(prepared: Prepared, given: Given) -> Run:
     if checkpoint is not None:
         check_mini_batches(checkpoint, config.optimisation.mini_batch_size, model)
     heads, identity = _Heads(), dict(prepared.identity)
-    if config.objective.name == "dream":
+    if config.objective.name == "dream" and config.needs_reader:
         heads = _resumed_heads(prepared) if checkpoint else _choose_heads(prepared, given.heads)
         identity["heads"] = heads.by_layer
     objective = build_objective(config, model, prepared.steps_data, heads.by_layer, given.verdicts)
@@ -149,6 +149,9 @@ def _stateful(
     if (store := objective.loss.store) is not None:
         folder, keep = prepared.output_dir / CHECKPOINTS, prepared.config.output.keep_checkpoints
         parts["documents"] = StoredDocuments(store, folder, keep)
+    verdicts = objective.loss.verdicts
+    if verdicts is not None and not verdicts.shared:
+        parts["verdicts"] = verdicts
     return parts
 
 

@@ -13,6 +13,7 @@ from dream_training.data.jsonl import (
     read_training_data,
     stream_training_data,
 )
+from dream_training.data.taught_folder import read_taught
 from dream_training.evaluation import RetrievalEvaluator, sample_queries
 from dream_training.evaluation.tasks import read_task
 from dream_training.heads.selection import (
@@ -42,6 +43,8 @@ def load_training_data(
         FileNotFoundError: there is no such file, folder or data set.
         ValueError: a line is not valid; the message names file and line.
     """
+    if data.taught is not None:
+        return read_taught(data.taught)
     options: dict[str, Any] = {
         "split": data.train_split,
         "target_from": data.target_from,

@@ -31,6 +31,7 @@ from dream_training.training.resuming import (
     find_checkpoint,
     identity_of,
 )
+from dream_training.training.taught import check_taught
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -88,18 +89,20 @@ def prepared(
     output_dir = Path(config.output.output_dir)
     check_inputs(
         output_dir,
-        reader=config.reader.model,
+        reader=config.reader.model if config.needs_reader else None,
+        taught=config.data.taught,
         retriever=config.retriever.model,
         train_data=config.data.train_data,
         eval_data=config.evaluation.eval_data,
     )
-    needs_reader = config.objective.name != "infonce"
-    check_models(config.reader.model if needs_reader else None, config.retriever.model)
+    check_models(config.reader.model if config.needs_reader else None, config.retriever.model)
     if not overwrite:
         world.on_main(lambda: check_unused(output_dir, resume))
     endless = config.data.streaming and data is None
     seed = config.run.seed
-    data = load_training_data(config.data, seed) if data is None else data
+    if data is None:
+        data = load_training_data(config.data, seed)
+        check_taught(config)
     check_data(data, config.optimisation, config.objective)
     if evaluator is None:
         evaluator = make_evaluator(config.evaluation, seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -131,6 +131,8 @@ class RunTrainer(Trainer):
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         sampler = super().get_batch_sampler(dataset, *args, **kwargs)
         if type(sampler) is DefaultBatchSampler and isinstance(sampler.sampler, RandomSampler):
+            if "batch" in (getattr(dataset, "column_names", None) or ()):
+                return TaughtBatchSampler(sampler, dataset["batch"])
             return ShuffledBatchSampler(sampler)
         return sampler
 
@@ -222,6 +224,34 @@ class ShuffledBatchSampler(DefaultBatchSampler):
         assert self.generator is not None
         self.generator.manual_seed(self.seed + self.epoch)
         return super().__iter__()
+
+
+class TaughtBatchSampler(ShuffledBatchSampler):
+    """The batches that share a pool in a folder of ``dream teach``, in a random order.
+
+    In other batches every query would bring a pool of its own for the retriever to embed. A batch
+    of fewer lines is left out, as everywhere; the last one may have a line more.
+
+    Args:
+        sampler: as in :class:`ShuffledBatchSampler`.
+        names: the batch of each line.
+    """
+
+    def __init__(self, sampler: Any, names: Sequence[str]) -> None:
+        super().__init__(sampler)
+        batches: dict[str, list[int]] = {}
+        for place, name in enumerate(names):
+            batches.setdefault(name, []).append(place)
+        self._batches = [own for own in batches.values() if len(own) >= self.batch_size]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        assert self.generator is not None
+        self.generator.manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self._batches), generator=self.generator)
+        return iter([self._batches[i] for i in order.tolist()])
+
+    def __len__(self) -> int:
+        return len(self._batches)
 
 
 def build_trainer(
