@@ -143,8 +143,11 @@ def why_no_prefix(model: PreTrainedModel, layers: Layers) -> str | None:
     """Return why documents cannot be read apart from what follows them, or None when they can."""
     if not takes_positions(model):
         return "it does not take position_ids that count from 0"
-    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
-        return "some layers share the keys and values of others"
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0) and not all(
+        "shared_kv_states" in inspect.signature(type(module).forward).parameters
+        for module in layers.attention.values()
+    ):
+        return "some layers take the keys and values of others from the cache"
     return why_not_continued(model, layers) if layers.states else None
 
 
