@@ -20,7 +20,7 @@ SETTINGS = TeachingSettings(
     pair_documents=3,
     step_documents=8,
     document_tokens=24,
-    runs=2,
+    runs=1,
     quick=True,
 )
 
