@@ -7,9 +7,10 @@ import triton.language as tl
 
 from dream_kernels.triton.options import first_near
 
-# Flags of a tile in the work list: it is the first of its document, it is the last.
+# Flags of a tile in the work list: it is the first of its document, it is the last, it has padding.
 FIRST = tl.constexpr(1)
 LAST = tl.constexpr(2)
+PADDED = tl.constexpr(4)
 # Entries of the work list's counts, per batch element.
 N_TILES = tl.constexpr(0)
 N_SHORT_PREFIX = tl.constexpr(1)

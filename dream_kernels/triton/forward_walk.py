@@ -10,6 +10,7 @@ from dream_kernels.triton.blocks import (
     LAST,
     N_REST,
     N_REST_PREFIX,
+    PADDED,
     load_pack,
     load_pair,
     load_rest,
@@ -49,8 +50,9 @@ def long_documents(
         )  # fmt: skip
         b_s = products(b_q, b_k, cap, IP)  # [BM, BN]
         if HAS_MASK:
-            m_n = tl.load(p_mask + key0 + o_n, mask=m_n, other=0) != 0
-            b_s = tl.where(m_n[None, :], b_s, float("-inf"))
+            if (n < BN) | ((flags & PADDED) != 0):
+                m_n = tl.load(p_mask + key0 + o_n, mask=m_n, other=0) != 0
+                b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         elif n < BN:
             b_s = tl.where(m_n[None, :], b_s, float("-inf"))
         if FOLD:

@@ -8,6 +8,7 @@ import triton.language as tl
 from dream_kernels.triton.blocks import (
     FIRST,
     LAST,
+    PADDED,
     load_pack,
     load_pair,
     load_rest,
@@ -67,8 +68,9 @@ def long_document_gradients(
                 b_u = tl.load(p_documents + slot, mask=m_z, other=0.0)
         b_ds, b_s = logit_gradient(b_q, b_do, b_k, b_v, b_n, b_f, b_u, scale, cap, IP)
         if HAS_MASK:
-            m_n = tl.load(p_mask + key0 + o_n, mask=m_n, other=0) != 0
-            b_ds = tl.where(m_n[None, :], b_ds, 0.0)
+            if (n < BN) | ((flags & PADDED) != 0):
+                m_n = tl.load(p_mask + key0 + o_n, mask=m_n, other=0) != 0
+                b_ds = tl.where(m_n[None, :], b_ds, 0.0)
         elif n < BN:
             b_ds = tl.where(m_n[None, :], b_ds, 0.0)
         if DQ:

@@ -17,8 +17,12 @@ from dream_kernels.triton.blocks import (
     N_SHORT_LOCAL,
     N_SHORT_PREFIX,
     N_TILES,
+    PADDED,
 )
 from dream_kernels.triton.options import LOG2_E
+
+# Keys of which a program compares padding and positions at once.
+_COMPARED = tl.constexpr(2048)
 
 
 @triton.jit
@@ -65,7 +69,7 @@ def work_list_kernel(
         _list_keys(
             spans, p_spans, mask, positions, tiles, shorts, rest, segment, counts, i_x, i_b,
             window, M, T, P, C, NT,
-            BN, SLOT, BX, BC, BW, CAUSAL, SEGMENT, HAS_MASK,
+            BN, SLOT, BX, BC, CAUSAL, SEGMENT, HAS_MASK,
         )  # fmt: skip
     else:
         _weigh_documents(
@@ -77,7 +81,7 @@ def work_list_kernel(
 def _list_keys(
     spans, p_spans, mask, positions, tiles, shorts, rest, segment, counts, i_x, i_b,
     window, M, T, P, C, NT, BN: tl.constexpr, SLOT: tl.constexpr, BX: tl.constexpr,
-    BC: tl.constexpr, BW: tl.constexpr, CAUSAL: tl.constexpr, SEGMENT: tl.constexpr,
+    BC: tl.constexpr, CAUSAL: tl.constexpr, SEGMENT: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """Write tiles and positions ``i_x * BX ...``, and program 0 short documents and counts."""
@@ -124,6 +128,11 @@ def _list_keys(
         if window is not None:
             first_key = tl.minimum(first_key, tl.min(tl.where(b_length > 0, b_start, T), 0))
 
+    if HAS_MASK:
+        o_k = b_key0[:, None] + tl.arange(0, BN)[None, :]
+        m_k = tl.arange(0, BN)[None, :] < b_n[:, None]
+        b_token = tl.load(mask + i_b.to(tl.int64) * T + o_k, mask=m_k, other=1)
+        b_flags += tl.where(tl.min(b_token.to(tl.int32), 1) == 0, PADDED, 0)
     p_tiles = tiles + (i_b.to(tl.int64) * NT + o_x) * 4
     m_t = o_x < tl.minimum(n_tiles, NT)
     tl.store(p_tiles, b_key0, mask=m_t)
@@ -147,7 +156,7 @@ def _list_keys(
     if i_x == 0:
         _store_counts(
             counts, mask, positions, i_b, row, n_tiles, n_front, n_back, n_inside, n_rest_prefix,
-            n_rest, n_unlike, last_end, first_key, window, M, T, P, NT, BW, CAUSAL, HAS_MASK,
+            n_rest, n_unlike, last_end, first_key, window, M, T, P, NT, CAUSAL, HAS_MASK,
         )  # fmt: skip
 
 
@@ -212,7 +221,7 @@ def _cut_long(
 @triton.jit
 def _store_counts(
     counts, mask, positions, i_b, row, n_tiles, n_front, n_back, n_inside, n_rest_prefix, n_rest,
-    n_unlike, last_end, first_key, window, M, T, P, NT, BW: tl.constexpr, CAUSAL: tl.constexpr,
+    n_unlike, last_end, first_key, window, M, T, P, NT, CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):  # fmt: skip
     """Write the counts of a batch element, whose padding begins at ``mask + row``."""
@@ -227,14 +236,14 @@ def _store_counts(
     tl.store(p_counts + N_REST, n_rest)
     tl.store(p_counts + FIRST_ROW, first_row)
     if HAS_MASK:
-        for n in range(0, P, BW):
-            o_n = n + tl.arange(0, BW)
+        for n in range(0, P, _COMPARED):
+            o_n = n + tl.arange(0, _COMPARED)
             b_own = tl.load(mask + row + o_n, mask=o_n < P, other=0)
             b_first_own = tl.load(mask + o_n, mask=o_n < P, other=0)
             n_unlike += tl.sum((b_own != b_first_own).to(tl.int32), 0)
     if positions is not None:
-        for n in range(0, P, BW):
-            o_n = n + tl.arange(0, BW)
+        for n in range(0, P, _COMPARED):
+            o_n = n + tl.arange(0, _COMPARED)
             b_own_at = tl.load(positions + row + o_n, mask=o_n < P, other=0)
             b_first_at = tl.load(positions + o_n, mask=o_n < P, other=0)
             n_unlike += tl.sum((b_own_at != b_first_at).to(tl.int32), 0)

@@ -31,7 +31,7 @@ from helpers.own_process import run_command
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from dream_kernels.triton import call, device, launch, tiles, tuning
-from dream_kernels.triton.blocks import COUNTS, LIKE_FIRST
+from dream_kernels.triton.blocks import COUNTS, LIKE_FIRST, PADDED
 from dream_kernels.triton.tiles import Config
 
 ON_GPU = torch.cuda.is_available()
@@ -540,6 +540,21 @@ def test_keys_of_unchecked_overlapping_spans_are_those_of_their_memory(
         for key, n in (*tiles_of, *shorts[:front], *shorts[len(spans) - back :]):
             first, end = (0, prefix) if key < prefix else (prefix, length)
             assert n >= 1 and first <= key and key + n <= end
+
+
+def test_tiles_with_padding_are_marked() -> None:
+    """Only they load the mask."""
+    case = Case("marks", spans=((1, 60), (62, 90)), prefix=70, local=40, padding=("middle", "left"))
+    problem = inputs_of(case).call(problem_of)
+    assert problem.mask is not None
+    work = call.Call(problem).any_work_list()
+    marks = []
+    for b in range(case.batch):
+        count = work.counts[b * COUNTS.value]
+        for key, n, _, flags in work.tiles.view(-1, 4)[b * work.limit :][:count].tolist():
+            marks.append(flags & PADDED.value != 0)
+            assert marks[-1] != bool(problem.mask[b, key : key + n].all())
+    assert any(marks) and not all(marks)
 
 
 @pytest.mark.parametrize("mode", ("reweight", "bias"))
