@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from dream_kernels import library
@@ -47,8 +48,7 @@ class DocumentAttention(torch.autograd.Function):
         implementation: Implementation,
         needs: Needs,
     ) -> Tensor:
-        with torch.autocast(query.device.type, enabled=False):
-            output, saved = implementation.forward(problem, needs)
+        output, saved = _forward(problem, implementation, needs)
         # The problem itself is not kept: its tensors must go through the saved list, which frees
         # them after the backward and detects in-place changes.
         ctx.save_for_backward(*problem.tensors, *problem.geometry, output, *saved)
@@ -81,9 +81,22 @@ def run(problem: Problem, implementation: Implementation) -> Tensor:
     """Apply the operator to a validated problem, recording it for autograd where needed."""
     if problem.value_dim != problem.head_dim and not implementation.any_value_dim:
         return run(problem.with_equal_dims(), implementation)[..., : problem.value_dim]
-    needs = Needs(
-        *(t is not None and torch.is_grad_enabled() and t.requires_grad for t in problem.tensors)
-    )
+    recorded = torch.is_grad_enabled()
+    needs = Needs(*(recorded and t is not None and t.requires_grad for t in problem.tensors))
     if is_traced(problem.query):
         return library.attend(problem, implementation.name, needs)
+    if not any(needs) and forward_ad._current_level < 0:
+        # Nothing is recorded, and torch.autograd.Function takes longer than a short call.
+        return _forward(problem, implementation, needs)[0]
     return DocumentAttention.apply(*problem.tensors, problem, implementation, needs)
+
+
+def _forward(
+    problem: Problem, implementation: Implementation, needs: Needs
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run the forward, without autocast."""
+    device = problem.query.device.type
+    if not torch.is_autocast_enabled(device):
+        return implementation.forward(problem, needs)
+    with torch.autocast(device, enabled=False):
+        return implementation.forward(problem, needs)

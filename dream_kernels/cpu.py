@@ -38,14 +38,16 @@ def native_import_error() -> str | None:
     return _import_error
 
 
-@cache
-def _head_tensor(heads: tuple[bool, ...]) -> Tensor:
-    return torch.tensor(heads)
-
-
 def _array(tensor: Tensor) -> _Array:
     memory = tensor.untyped_storage()
     return tensor.data_ptr(), tensor.shape, tensor.stride(), memory.data_ptr(), memory.nbytes()
+
+
+@cache
+def _heads(heads: tuple[bool, ...]) -> tuple[_Array, Tensor]:
+    """Which heads receive the scores, in memory, and the tensor that keeps the memory."""
+    tensor = torch.tensor(heads)
+    return _array(tensor), tensor
 
 
 def _optional(tensor: Tensor | None) -> _Array | None:
@@ -65,7 +67,7 @@ def _native_problem(problem: Problem) -> _native.Problem:
         mask=_optional(problem.mask),
         positions=_optional(problem.positions),
         sinks=_optional(problem.sinks),
-        heads=_array(_head_tensor(problem.heads)),
+        heads=_heads(problem.heads)[0],
         mode=problem.mode,
         document_mass=problem.document_mass,
         scale=problem.scale,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -54,6 +55,8 @@ def check_problem_values(problem: Problem) -> None:
 
 def check_span_values(spans: Tensor, length: int) -> None:
     """Raise ``ValueError`` unless the spans ``[B, C, 2]`` are in range and disjoint."""
+    if _ascend(spans, length):
+        return
     start, end = spans.unbind(-1)
     bad = (start < 0) | (end < start) | (end > length)
     if bad.any():
@@ -74,6 +77,17 @@ def check_span_values(spans: Tensor, length: int) -> None:
             f"spans must be disjoint, got spans[{b}, {first}] = {spans[b, first].tolist()} and "
             f"spans[{b}, {second}] = {spans[b, second].tolist()}"
         )
+
+
+def _ascend(spans: Tensor, length: int) -> bool:
+    """Whether each document begins where the one before it ends, or after it: the usual case.
+
+    A list tells so in a tenth of the time that the operations on small tensors take.
+    """
+    for edges in spans.flatten(1).tolist():
+        if edges[0] < 0 or edges[-1] > length or edges != sorted(edges):
+            return False
+    return True
 
 
 def check_window(problem: Problem) -> None:
@@ -113,7 +127,7 @@ def check_window(problem: Problem) -> None:
 
 
 def _check_logits(name: str, logits: Tensor) -> None:
-    if (logits < torch.inf).all():
+    if logits.max().item() < math.inf:
         return
     bad = (~(logits < torch.inf)).nonzero()[0].tolist()
     raise ValueError(f"{name} must not be NaN or +inf, got {logits[tuple(bad)].item()} at {bad}")
