@@ -86,7 +86,7 @@ DREAM_INLINE Vec exp(Vec x) {
   return p * power;
 }
 
-// tanh(x) to 2 ulp, and its derivative 1 - tanh(x)^2 to as much, however small; NaN for NaN.
+// tanh(x) to 2 ulp and its derivative 1 - tanh(x)^2, however small, to 5; NaN for NaN.
 struct Tanh {
   Vec value;
   Vec slope;
