@@ -54,6 +54,8 @@ TILES: dict[tuple[str, str, int, int], tuple[tuple[int, int, int, int], ...]] = 
     ("forward-fold", "blackwell", 64, 2): ((128, 32, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
     ("forward-fold", "hopper", 128, 2): ((64, 32, 8, 2), (128, 32, 8, 2)),
     ("forward-fold", "blackwell", 128, 2): ((64, 32, 8, 2), (128, 32, 8, 2)),
+    ("forward-split", "ampere", 64, 2): ((64, 32, 8, 3), (128, 32, 8, 3)),
+    ("forward-split", "ampere", 128, 2): ((32, 32, 8, 2), (64, 32, 8, 2)),
     ("forward-split", "hopper", 64, 2): ((128, 32, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
     ("forward-split", "blackwell", 64, 2): ((128, 32, 8, 2), (64, 64, 8, 2)),
     ("forward-split", "hopper", 128, 2): ((64, 32, 8, 2), (128, 32, 8, 2)),
