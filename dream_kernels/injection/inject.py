@@ -148,7 +148,7 @@ class Injection:
         prepared = self._before_forward(self.model, (), inputs)
         if prepared is not None:
             _, inputs = prepared
-        output = self.model.base_model(**inputs)
+        output = support.backbone_of(self.model)(**inputs)
         self._after_forward(self.model, (), inputs, output)
         return output.last_hidden_state
 

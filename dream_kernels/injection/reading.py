@@ -252,11 +252,14 @@ def _received(
     received: dict[int, tuple[Tensor, Tensor]] = {}
     context = DocumentContext.plain(input_ids.shape[1], received)
     cache = empty_cache(model) if layers.states else None
-    model.base_model(
+    support.backbone_of(model)(
         input_ids=input_ids,
         attention_mask=None if mask is None else mask.long().to(input_ids.device),
         use_cache=cache is not None,
-        **{attention.CONTEXT_KEYWORD: context, support.cache_keyword(model.base_model): cache},
+        **{
+            attention.CONTEXT_KEYWORD: context,
+            support.cache_keyword(support.backbone_of(model)): cache,
+        },
     )
     states = {} if cache is None else states_of(cache, layers)
     if states.keys() != layers.states.keys():

@@ -89,6 +89,12 @@ def _last_name(called: ast.expr) -> str | None:
     return getattr(called, "attr", getattr(called, "id", None))
 
 
+def backbone_of(model: PreTrainedModel) -> nn.Module:
+    """Return the model below the head; Gemma 3 of transformers 4.57 is its own ``base_model``."""
+    base = model.base_model
+    return model.get_decoder() if base is model else base
+
+
 def cache_keyword(model: nn.Module) -> str:
     """Return what the model's forward calls its cache: transformers renamed it in 5.24."""
     names = inspect.signature(type(model).forward).parameters

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dream_kernels.injection.support import backbone_of
 from dream_training.heads.contrast import Contrast, measure_contrast, single_document_losses
 from dream_training.heads.selection import HeadExample
 from dream_training.preflight.check import FAULT, OK, WARNING, Check
@@ -26,7 +27,7 @@ _SHOWN = 40
 def spans(reader: Reader, documents: Sequence[str]) -> Check:
     """Whether the token ranges of a pool decode to the beginnings of its documents."""
     seen: list[Any] = []
-    handle = reader.model.base_model.register_forward_pre_hook(
+    handle = backbone_of(reader.model).register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].cpu()), with_kwargs=True
     )
     try:

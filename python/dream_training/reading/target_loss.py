@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dream_kernels.injection.support import backbone_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -118,5 +120,5 @@ def plain_head(model: PreTrainedModel) -> nn.Module | None:
         return None
     ids = torch.arange(_PROBE_TOKENS, device=head.weight.device)[None]
     logits = model(input_ids=ids, use_cache=False).logits
-    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    states = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state
     return head if torch.equal(logits, head(states)) else None
