@@ -46,11 +46,6 @@ def attention_of(model: PreTrainedModel) -> str:
     return model.config.get_text_config()._attn_implementation
 
 
-def is_injected(model: PreTrainedModel) -> bool:
-    """Whether the attention that a model calls is one of this module."""
-    return attention_of(model).startswith(_NAME)
-
-
 def use_attention(model: PreTrainedModel, name: str) -> None:
     """Let a model call a registered attention function, see :func:`attention_of`.
 

@@ -34,6 +34,8 @@ class Injection:
         heads: ``{layer: [head, ...]}`` that receive the scores.
         mode: how the scores act, ``"reweight"`` or ``"bias"``.
         document_mass: the attention that all documents together get, None for the head's own.
+        layers: the model's layers, and why scores cannot act in some of them.
+        why_no_prefix: why documents cannot be read apart, or None.
     """
 
     def __init__(
@@ -50,8 +52,8 @@ class Injection:
         self.mode = mode
         self.document_mass, self._impl = document_mass, impl
         _, *self._names = inspect.signature(type(model).forward).parameters
-        self._layers = layers
-        self._why_no_prefix = support.why_no_prefix(model, layers)
+        self.layers = layers
+        self.why_no_prefix = support.why_no_prefix(model, layers)
         self._original = attention.base_name(attention.attention_of(model))
         self._config = OwnConfig(model, attention.register(self._original))
         self._handles = [
@@ -90,22 +92,22 @@ class Injection:
             TypeError: ``heads`` has the wrong form.
             ValueError: the model has no such head, or a head file does not say which are chosen.
         """
-        self.heads = support.check_heads(_by_layer(heads, top_k), self.model, self._layers)
+        self.heads = support.check_heads(_by_layer(heads, top_k), self.model, self.layers)
 
     @property
     def keeps_states(self) -> bool:
         """Whether layers keep a state, over which padding before a token would pass."""
-        return bool(self._layers.states)
+        return bool(self.layers.states)
 
     def layers_that_reach(self, tokens: int) -> list[int]:
         """The layers in which scores can act on documents that start ``tokens - 1`` tokens back.
 
         All that can be injected, except those with a shorter sliding window.
         """
-        windows = self._layers.windows
+        windows = self.layers.windows
         return [
             layer
-            for layer in sorted(self._layers.attention)
+            for layer in sorted(self.layers.attention)
             if (window := windows.get(layer)) is None or window >= tokens
         ]
 
@@ -131,7 +133,7 @@ class Injection:
             self.model(**inputs, **{call.RECORDER_KEYWORD: recorder})
         masses = {layer: mass.cpu() for layer, mass in recorder.layers.items()}
         none = torch.zeros_like(next(iter(masses.values())))
-        return torch.stack([masses.get(layer, none) for layer in range(self._layers.count)])
+        return torch.stack([masses.get(layer, none) for layer in range(self.layers.count)])
 
     def decode(self, **inputs: Any) -> Tensor:
         """Run the decoder without its language-model head.
@@ -204,8 +206,8 @@ class Injection:
         context, changes = call.prepare(
             documents,
             given,
-            layers=self._layers,
-            why_no_prefix=self._why_no_prefix,
+            layers=self.layers,
+            why_no_prefix=self.why_no_prefix,
             heads=self.heads,
             query_heads=model.config.get_text_config().num_attention_heads,
             mode=self.mode,
@@ -237,7 +239,7 @@ class Injection:
                 if isinstance(output, dict) and name in output:
                     output[name] = None
         everywhere = context.prefix is not None or context.recorder is not None
-        expected = set(self._layers.attention if everywhere else context.heads)
+        expected = set(self.layers.attention if everywhere else context.heads)
         missed = expected - context.reached
         if missed:
             raise RuntimeError(
@@ -296,7 +298,7 @@ def inject_attention(
             head file is a ranking in which none are chosen, and ``top_k`` is not given.
     """
     model = support.decoder_of(model)
-    if _is_injected(model):
+    if injection_of(model) is not None:
         reason: str | None = (
             "it is injected already; call remove() on the first injection, or use that one"
         )
@@ -311,9 +313,10 @@ def inject_attention(
     return Injection(model, checked, mode, document_mass, impl, layers)
 
 
-def _is_injected(model: PreTrainedModel) -> bool:
-    hooks = model._forward_pre_hooks.values()
-    return any(isinstance(getattr(hook, "__self__", None), Injection) for hook in hooks)
+def injection_of(model: PreTrainedModel) -> Injection | None:
+    """Return the injection of a model, None if it has none."""
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, Injection)), None)
 
 
 def _batch_of(given: Mapping[str, Any]) -> int:

@@ -169,7 +169,7 @@ def _calls_of_attention(forward: Callable[..., Any]) -> list[ast.Call] | None:
 
     Without its source a class is taken for one with an attention if its name says so.
     """
-    tree = _source_of(forward)
+    tree = source_of(forward)
     if tree is None:
         return [] if forward.__qualname__.split(".")[0].endswith("Attention") else None
     names = {
@@ -187,7 +187,7 @@ def _calls_of_attention(forward: Callable[..., Any]) -> list[ast.Call] | None:
 
 def _writes_elsewhere(forward: Callable[..., Any]) -> bool:
     """Whether keys go to other places of the cache than the layer's own."""
-    tree = _source_of(forward)
+    tree = source_of(forward)
     return tree is not None and any(
         isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
@@ -204,7 +204,7 @@ def _computes_mask(forward: Callable[..., Any], call: ast.Call) -> bool:
     mask = given[0] if given else call.args[4] if len(call.args) > 4 else None
     if not isinstance(mask, ast.Name):
         return True
-    tree = _source_of(forward)
+    tree = source_of(forward)
     assert tree is not None
     return any(
         isinstance(target, ast.Name) and target.id == mask.id and not _selects(value)
@@ -233,7 +233,8 @@ def _assignments(tree: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 
 @functools.cache
-def _source_of(forward: Callable[..., Any]) -> ast.AST | None:
+def source_of(forward: Callable[..., Any]) -> ast.AST | None:
+    """Return the parsed source of a forward, None where it cannot be had."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError):

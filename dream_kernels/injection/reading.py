@@ -7,7 +7,7 @@ documents are scored. So their keys and values are computed once and every suffi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -16,8 +16,7 @@ from torch import Tensor
 from dream_kernels.injection import attention, support
 from dream_kernels.injection.assembly import Layers, PoolAssembly
 from dream_kernels.injection.context import DocumentContext, Prefix
-from dream_kernels.injection.inject import inject_attention
-from dream_kernels.injection.layers import layers_of
+from dream_kernels.injection.inject import Injection, inject_attention, injection_of
 from dream_kernels.injection.states import States, empty_cache, states_of
 from dream_kernels.value_checks import check_span_values
 
@@ -69,7 +68,8 @@ def read_jointly(
         if (mask[:, 1:] & ~mask[:, :-1]).any():
             raise ValueError("attention_mask of a prefix must have its padding at the end")
         next_position = mask.sum(1)
-    layers, states = _keys_and_values(model, input_ids, mask)
+    with _injected(model) as injection:
+        layers, states = _keys_and_values(injection, input_ids, mask)
     starts = spans[..., 0][spans[..., 1] > spans[..., 0]].tolist()
     length = input_ids.shape[1]
     return Prefix(
@@ -126,27 +126,30 @@ def read_independently(
         raise ValueError(f"pools must name documents 0 .. {len(documents) - 1}, got {rows}")
     device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
     assembly = PoolAssembly(len(header), lengths, rows, device)
-    with _injected(model) as whole:
-        states = layers_of(whole).states
-        if states and support.why_no_prefix(whole, layers_of(whole)) is None:
+    with _injected(model) as injection:
+        if injection.keeps_states and injection.why_no_prefix is None:
             raise ValueError(
-                f"documents cannot be read independently by {type(whole).__name__}: what layer "
-                f"{min(states)} keeps of one continues with the next; read them jointly"
+                f"documents cannot be read independently by {type(injection.model).__name__}: what "
+                f"layer {min(injection.layers.states)} keeps of one continues with the next; read "
+                "them jointly"
             )
-        _read_missing(model, assembly, documents, header, batch_size, store)
+        _read_missing(injection, assembly, documents, header, batch_size, store)
     return assembly.prefix()
 
 
 @contextmanager
-def _injected(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The decoder inside its wrappers, injected without heads unless it is injected already."""
-    whole = support.decoder_of(model)
-    with nullcontext() if attention.is_injected(whole) else inject_attention(whole, {}):
-        yield whole
+def _injected(model: PreTrainedModel) -> Iterator[Injection]:
+    """The injection of a model, one without heads where it has none."""
+    injection = injection_of(support.decoder_of(model))
+    if injection is not None:
+        yield injection
+        return
+    with inject_attention(model, {}) as injection:
+        yield injection
 
 
 def _read_missing(
-    model: PreTrainedModel,
+    injection: Injection,
     assembly: PoolAssembly,
     documents: Sequence[Sequence[int]],
     header: Sequence[int],
@@ -162,13 +165,13 @@ def _read_missing(
             assembly.add_header(states)
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
-        layers = _read_alone(model, header, [documents[i] for i in batch], device)
+        layers = _read_alone(injection, header, [documents[i] for i in batch], device)
         assembly.add_batch(layers, batch)
         if store is not None:
             _into_store(store, header, [documents[i] for i in batch], layers)
         del layers  # before the next batch is read
     if header and not assembly.has_header:
-        layers = _read_alone(model, header, [[]], device)
+        layers = _read_alone(injection, header, [[]], device)
         assembly.add_batch(layers, [])
         if store is not None:
             _into_store(store, header, [], layers)
@@ -210,7 +213,7 @@ def _stack(layers: Layers, row: int, place: slice) -> Tensor:
 
 
 def _read_alone(
-    model: PreTrainedModel,
+    injection: Injection,
     header: Sequence[int],
     documents: Sequence[Sequence[int]],
     device: torch.device,
@@ -223,25 +226,17 @@ def _read_alone(
         tokens = [*header, *document]
         ids[i, : len(tokens)] = torch.tensor(tokens)
         mask[i, : len(tokens)] = True
-    return _keys_and_values(model, ids.to(device), mask)[0]
+    return _keys_and_values(injection, ids.to(device), mask)[0]
 
 
 def _keys_and_values(
-    model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None
+    injection: Injection, input_ids: Tensor, mask: Tensor | None
 ) -> tuple[Layers, States]:
     """Run the decoder without its language-model head and return what every attention received.
 
     A cache may hold something else, such as the projections from which keys are computed.
     """
-    with _injected(model) as whole:
-        return _received(whole, input_ids, mask)
-
-
-def _received(
-    model: PreTrainedModel, input_ids: Tensor, mask: Tensor | None
-) -> tuple[Layers, States]:
-    layers = layers_of(model)
-    reason = support.why_no_prefix(model, layers)
+    model, layers, reason = injection.model, injection.layers, injection.why_no_prefix
     if reason is not None:
         raise ValueError(f"{type(model).__name__} cannot read documents into a prefix: {reason}")
     if layers.states and mask is not None and not mask.all():
@@ -252,14 +247,12 @@ def _received(
     received: dict[int, tuple[Tensor, Tensor]] = {}
     context = DocumentContext.plain(input_ids.shape[1], received)
     cache = empty_cache(model) if layers.states else None
-    support.backbone_of(model)(
+    backbone = support.backbone_of(model)
+    backbone(
         input_ids=input_ids,
         attention_mask=None if mask is None else mask.long().to(input_ids.device),
         use_cache=cache is not None,
-        **{
-            attention.CONTEXT_KEYWORD: context,
-            support.cache_keyword(support.backbone_of(model)): cache,
-        },
+        **{attention.CONTEXT_KEYWORD: context, support.cache_keyword(backbone): cache},
     )
     states = {} if cache is None else states_of(cache, layers)
     if states.keys() != layers.states.keys():

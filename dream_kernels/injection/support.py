@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dream_kernels.injection.layers import Layers
+from dream_kernels.injection.layers import Layers, source_of
 from dream_kernels.injection.states import why_not_continued
 
 if TYPE_CHECKING:
@@ -71,14 +70,13 @@ def _passes_keywords(forward: Callable[..., Any]) -> bool:
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return False
     function = inspect.unwrap(forward)
-    try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):
+    tree = source_of(function)
+    if tree is None:
         return True
     functions = {"loss_function", *getattr(function, "__globals__", ())}
     return any(
         keyword.arg is None and _last_name(call.func) not in functions
-        for call in ast.walk(ast.parse(textwrap.dedent(source)))
+        for call in ast.walk(tree)
         if isinstance(call, ast.Call)
         for keyword in call.keywords
     )
