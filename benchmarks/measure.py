@@ -7,11 +7,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .adapters import Prepared
+
+TurnT = TypeVar("TurnT", bound="Turn")
 
 MIN_RUNS = 3
 _FLUSH_BYTES = 256 * 2**20  # more than any GPU's second-level cache
@@ -77,6 +79,56 @@ class ProcessorClock(Clock):
         start = time.process_time()
         result = function()
         return result, time.process_time() - start
+
+
+@dataclass
+class Turn:
+    """Something that takes turns with others.
+
+    Attributes:
+        runs: what its timed runs gave.
+        spent: seconds of all its runs.
+        failure: its status in records and why it stopped, or None.
+    """
+
+    runs: list[Any] = field(init=False, default_factory=list)
+    spent: float = field(init=False, default=0.0)
+    failure: tuple[str, str] | None = field(init=False, default=None)
+
+
+def take_turns(
+    turns: dict[str, TurnT],
+    run: Callable[[TurnT, bool], Any],
+    runs: int,
+    seconds: float,
+    say: Callable[[str], None],
+) -> None:
+    """Run all once per round, in their order.
+
+    The first round warms up; it counts only for what is so slow that this makes no difference.
+
+    Args:
+        turns: by name.
+        run: runs one of them and returns what is kept; told whether this is the first round.
+        runs: rounds after the first.
+        seconds: budget of each.
+        say: called with progress messages.
+    """
+    for number in range(runs + 1):
+        for name, turn in turns.items():
+            if turn.failure is not None or (turn.runs and turn.spent > seconds):
+                continue
+            start = time.perf_counter()
+            try:
+                result = run(turn, not number)
+            except Exception as error:
+                turn.failure = ("failed", describe_failure(error))
+                continue
+            turn.spent += time.perf_counter() - start
+            if number or turn.spent > seconds:
+                turn.runs.append(result)
+            if not number:
+                say(f"first run of: {name}, {turn.spent:.1f} s")
 
 
 def race(

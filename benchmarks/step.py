@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from .environment import provenance
-from .measure import describe_failure, quantiles
+from .measure import Turn, quantiles, take_turns
 from .memory import PeakMemory, measurable, spawn_environment
 from .records import SCHEMA
 from .step_models import STEP_MODELS, StepSetup, make_setup
@@ -74,15 +75,12 @@ class StepSettings:
 
 
 @dataclass
-class _Outcome:
-    """Results of one way."""
+class _Outcome(Turn):
+    """Results of one way; a run is the seconds of its phases."""
 
     way: Way
-    runs: list[dict[str, float]] = field(default_factory=list)
     loss: float | None = None
     gradient: Tensor | None = None
-    failure: tuple[str, str] | None = None
-    spent: float = 0.0
     peak: int | None = None
     models: int | None = None
 
@@ -115,7 +113,7 @@ def run_steps(
     for outcome in outcomes.values():
         outcome.way = next(w for w in settings.chosen_ways() if w.name == outcome.way.name)
     say("timing")
-    _time(setup, settings, list(outcomes.values()), say)
+    take_turns(outcomes, partial(_time, setup), settings.runs, settings.seconds, say)
     keep(_records(setup, settings, environment, list(outcomes.values())))
     if settings.memory:
         for name, outcome in outcomes.items():
@@ -173,37 +171,18 @@ def _loss_and_gradient(setup: StepSetup, way: Way) -> tuple[float, Tensor]:
     return loss, gradient
 
 
-def _time(
-    setup: StepSetup,
-    settings: StepSettings,
-    outcomes: list[_Outcome],
-    say: Callable[[str], None],
-) -> None:
-    """Run the ways alternating.
-
-    The first round keeps loss and gradient and warms up; it counts only for a way that is so slow
-    that warming up makes no difference.
-    """
-    for number in range(settings.runs + 1):
-        for outcome in outcomes:
-            enough = outcome.runs and outcome.spent > settings.seconds
-            if outcome.failure is not None or enough:
-                continue
-            watch, start = Stopwatch(setup.device), time.perf_counter()
-            try:
-                loss = run_step(setup, outcome.way, watch)
-                if not number:
-                    outcome.loss, outcome.gradient = loss, gradient_of(setup)
-                update(setup, watch)
-            except Exception as error:
-                outcome.failure = ("failed", describe_failure(error))
-                setup.optimizer.zero_grad()
-                continue
-            outcome.spent += time.perf_counter() - start
-            if number or outcome.spent > settings.seconds:
-                outcome.runs.append(watch.seconds)
-            if not number:
-                say(f"first run of: {outcome.way.name}, {outcome.spent:.1f} s")
+def _time(setup: StepSetup, outcome: _Outcome, first: bool) -> dict[str, float]:
+    """Time one step; the first keeps loss and gradient."""
+    watch = Stopwatch(setup.device)
+    try:
+        loss = run_step(setup, outcome.way, watch)
+        if first:
+            outcome.loss, outcome.gradient = loss, gradient_of(setup)
+        update(setup, watch)
+    except Exception:
+        setup.optimizer.zero_grad()
+        raise
+    return watch.seconds
 
 
 def _measure_memory(setup: StepSetup, settings: StepSettings, outcome: _Outcome) -> None:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from dream_training.reading.reader import Reader
 from dream_training.reading.verdict import judge
 
 from .environment import provenance
-from .measure import describe_failure, quantiles
+from .measure import Turn, quantiles, take_turns
 from .records import SCHEMA
 from .step_models import QUERY_TOKENS, STEP_MODELS, TARGET_TOKENS, load_step_reader, make_rows
 
@@ -84,7 +85,7 @@ class TeachingSettings:
 
 
 @dataclass
-class _Peer:
+class _Peer(Turn):
     """Something that is timed.
 
     Attributes:
@@ -100,10 +101,6 @@ class _Peer:
     note: str
     documents: int
     run: Callable[[], Any]
-    times: list[float] = field(default_factory=list)
-    spent: float = 0.0
-    status: str = "ok"
-    failure: str | None = None
 
 
 def run_teaching(settings: TeachingSettings, say: Callable[[str], None]) -> list[Record]:
@@ -120,30 +117,18 @@ def run_teaching(settings: TeachingSettings, say: Callable[[str], None]) -> list
         STEP_MODELS[settings.model], settings.document_tokens, settings.device, "independent"
     )
     peers = [*_pairs(reader, settings), *_steps(reader, settings)]
-    # The first round warms up; it counts only for what is so slow that this makes no difference.
-    for number in range(settings.runs + 1):
-        for peer in peers:
-            if peer.failure is not None or (peer.times and peer.spent > settings.seconds):
-                continue
-            start = time.perf_counter()
-            try:
-                peer.run()
-                _wait(settings.device)
-            except Exception as error:
-                peer.status, peer.failure = "failed", describe_failure(error)
-                continue
-            took = time.perf_counter() - start
-            peer.spent += took
-            if number or peer.spent > settings.seconds:
-                peer.times.append(took)
-            if not number:
-                say(f"first run of: {peer.what}, {peer.name}, {took:.1f} s")
+    turns = {f"{peer.what}, {peer.name}": peer for peer in peers}
+    take_turns(turns, partial(_time, settings.device), settings.runs, settings.seconds, say)
     return _records(settings, reader, peers)
 
 
-def _wait(device: torch.device) -> None:
+def _time(device: torch.device, peer: _Peer, first: bool) -> float:
+    """The seconds of one run."""
+    start = time.perf_counter()
+    peer.run()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def _pairs(reader: Reader, settings: TeachingSettings) -> list[_Peer]:
@@ -217,8 +202,8 @@ def _steps(reader: Reader, settings: TeachingSettings) -> list[_Peer]:
     ]  # fmt: skip
     losses = [peer.run() for peer in peers]
     if abs(losses[0] - losses[1]) > _ALLOWED_LOSS * abs(losses[1]):
-        peers[0].status = "wrong"
-        peers[0].failure = f"loss {losses[0]:.6f}, with a live reader {losses[1]:.6f}"
+        complaint = f"loss {losses[0]:.6f}, with a live reader {losses[1]:.6f}"
+        peers[0].failure = ("wrong", complaint)
     return peers
 
 
@@ -283,7 +268,7 @@ def make_small_retriever(shape: Mapping[str, int], max_len: int, device: torch.d
 def _records(settings: TeachingSettings, reader: Reader, peers: Sequence[_Peer]) -> list[Record]:
     environment = provenance(settings.device)
     medians = {
-        (peer.what, peer.name): quantiles(peer.times)["median"] for peer in peers if peer.times
+        (peer.what, peer.name): quantiles(peer.runs)["median"] for peer in peers if peer.runs
     }
     found = []
     for peer in peers:
@@ -296,8 +281,8 @@ def _records(settings: TeachingSettings, reader: Reader, peers: Sequence[_Peer])
                 "quick": settings.quick,
                 "environment": environment,
                 "peer": f"{peer.what}: {peer.name}",
-                "status": peer.status,
-                "reason": peer.failure,
+                "status": "ok" if peer.failure is None else peer.failure[0],
+                "reason": None if peer.failure is None else peer.failure[1],
                 "model": settings.model,
                 "dtype": str(reader.model.dtype).removeprefix("torch."),
                 "batch": settings.batch,
@@ -306,7 +291,7 @@ def _records(settings: TeachingSettings, reader: Reader, peers: Sequence[_Peer])
                 "query_tokens": QUERY_TOKENS,
                 "target_tokens": TARGET_TOKENS,
                 "note": peer.note,
-                "total": quantiles(peer.times) if peer.times else None,
+                "total": quantiles(peer.runs) if peer.runs else None,
                 "seconds_per_pair": own / pairs if own is not None else None,
                 "ratio": own / base if own is not None and base is not None else None,
             }
