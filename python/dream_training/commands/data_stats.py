@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from itertools import islice
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from dream_training.commands.options import Limit, Source, Split, TargetFrom, TrustRemoteCode
 from dream_training.console import (
@@ -84,14 +86,7 @@ def stats(
         on_bad_line=bad_lines.append,
     )
     result = describe(tracked(islice(rows, limit), "counting lines", limit), lengths, bad_lines)
-    if as_json:
-        print(json.dumps({"source": source, **result}, indent=1))
-        return
-    console.print(source, soft_wrap=True)
-    for table in tables(result):
-        console.print("", table)
-    for i, line in enumerate(suspicions(result)):
-        console.print("\n" * (i == 0) + line, soft_wrap=True)
+    _print(console, source, result, tables(result), suspicions(result), as_json)
 
 
 def _print_taught(
@@ -103,11 +98,23 @@ def _print_taught(
 
     check_positive("teacher_temperature", teacher_temperature)
     result = describe_taught(folder, teacher_temperature, limit)
+    _print(console, folder, result, taught_tables(result), disagreements(result), as_json)
+
+
+def _print(
+    console: Console,
+    source: str,
+    result: dict[str, Any],
+    tables: Iterable[Table],
+    lines: Iterable[str],
+    as_json: bool,
+) -> None:
+    """Print what was found, as JSON or as tables and what to look at."""
     if as_json:
-        print(json.dumps({"source": folder, **result}, indent=1))
+        print(json.dumps({"source": source, **result}, indent=1))
         return
-    console.print(folder, soft_wrap=True)
-    for table in taught_tables(result):
+    console.print(source, soft_wrap=True)
+    for table in tables:
         console.print("", table)
-    for i, line in enumerate(disagreements(result)):
+    for i, line in enumerate(lines):
         console.print("\n" * (i == 0) + line, soft_wrap=True)

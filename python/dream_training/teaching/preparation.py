@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dream_kernels import HeadFile, write_heads
 from dream_kernels.files import whole_folder
-from dream_kernels.head_file import read_chosen_heads, read_heads
+from dream_kernels.head_file import read_heads
 from dream_kernels.parsing import shortened
 from dream_training.config import TrainConfig
 from dream_training.data.jsonl import column_rows
@@ -44,6 +44,7 @@ from dream_training.teaching.candidates import (
 )
 from dream_training.teaching.options import Candidates
 from dream_training.training.inputs import find_heads
+from dream_training.training.taught import check_named_heads
 
 if TYPE_CHECKING:
     from dream_training.reading.reader import Reader
@@ -122,13 +123,8 @@ class Preparation:
                 f"top_k is {top_k}, and {self.folder} was taught with {taught.chosen} heads: leave "
                 "it out, or choose another folder"
             )
-        if named:
-            wanted = read_chosen_heads(self.config.heads.file, self.config.heads.top_k).by_layer()
-            if wanted != lines[0].heads:
-                raise ValueError(
-                    f"heads {self.config.heads.file} are {wanted}, and {self.folder} was taught "
-                    f"with {lines[0].heads}: give that head file, or another folder"
-                )
+        advice = "give that head file, or another folder"
+        check_named_heads(self.config, lines[0], str(self.folder), advice)
         return taught
 
     def _write(

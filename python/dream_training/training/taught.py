@@ -33,15 +33,31 @@ def check_taught(config: TrainConfig) -> None:
     _check_pools(config, first)
     if config.reader.model != NO_READER:
         _check_reader(config, first)
-    if config.heads.file != "auto":
-        wanted = read_chosen_heads(config.heads.file, config.heads.top_k).by_layer()
-        if wanted != first.heads:
-            raise ValueError(
-                f"heads {config.heads.file} are {wanted}, and taught {folder} was taught with "
-                f"{first.heads}: teach again, or leave heads out"
-            )
+    check_named_heads(config, first, f"taught {folder}", "teach again, or leave heads out")
     if Path(config.data.train_data).resolve() != Path(folder).resolve():
         _check_lines(config, lines)
+
+
+def check_named_heads(config: TrainConfig, lines: TaughtLines, folder: str, advice: str) -> None:
+    """Raise unless lines were taught with the heads of the config's file; pass where it has none.
+
+    Args:
+        config: the run.
+        lines: of a folder.
+        folder: its name in the message.
+        advice: the end of the message.
+
+    Raises:
+        ValueError: they were taught with other heads.
+    """
+    if config.heads.file == "auto":
+        return
+    wanted = read_chosen_heads(config.heads.file, config.heads.top_k).by_layer()
+    if wanted != lines.heads:
+        raise ValueError(
+            f"heads {config.heads.file} are {wanted}, and {folder} was taught with {lines.heads}: "
+            f"{advice}"
+        )
 
 
 def _check_pools(config: TrainConfig, lines: TaughtLines) -> None:
