@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dream_kernels.injection.support import backbone_of
 from dream_training.distributed import world
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Pace:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._for_nothing = False
-        model.base_model.register_forward_pre_hook(self._announce)
+        backbone_of(model).register_forward_pre_hook(self._announce)
 
     def spare(self, passes: int) -> int:
         """How many more passes the process with the most makes; all processes call it.
@@ -49,7 +50,7 @@ class Pace:
         ids = torch.zeros(1, 1, dtype=torch.long, device=embeddings.weight.device)
         self._for_nothing = True
         while world.max_over_ranks(0):
-            self.model.base_model(input_ids=ids, use_cache=False)
+            backbone_of(self.model)(input_ids=ids, use_cache=False)
         self._for_nothing = False
 
     def _announce(self, module: nn.Module, args: Any) -> None:
@@ -84,7 +85,7 @@ def shard_model(model: PreTrainedModel, device: str | torch.device) -> Pace | No
         raise ValueError(
             f"reader_sharding 'sharded' needs torch 2.7 or newer, got torch {torch.__version__}"
         )
-    decoder: Any = model.base_model
+    decoder: Any = backbone_of(model)
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(

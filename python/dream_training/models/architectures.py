@@ -44,12 +44,14 @@ def parameter_count(config: PretrainedConfig, layers: int | None = None) -> dict
     import torch
     from transformers import AutoModelForCausalLM
 
+    from dream_kernels.injection.support import backbone_of
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     embedding = model.get_input_embeddings().weight.numel()
     head = model.get_output_embeddings().weight.numel()
     tied = bool(config.tie_word_embeddings)
-    decoder = sum(p.numel() for p in model.base_model.parameters()) - embedding
+    decoder = sum(p.numel() for p in backbone_of(model).parameters()) - embedding
     if layers is not None:
         decoder = decoder * min(layers, config.num_hidden_layers) // config.num_hidden_layers
     return {"decoder": decoder, "embedding": embedding, "head": 0 if tied else head}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dream_kernels.injection.support import backbone_of
 from dream_kernels.parsing import shortened
 from dream_training.choices import READER_QUANTIZATIONS
 from dream_training.known_models import first_line
@@ -202,7 +203,7 @@ def check_gradient(model: PreTrainedModel) -> None:
 
         return hook
 
-    decoder = model.base_model
+    decoder = backbone_of(model)
     embedding: Any = model.get_input_embeddings()
     ids = torch.arange(2, device=embedding.weight.device)[None]
     states = embedding(ids).detach().requires_grad_()
