@@ -1,48 +1,38 @@
-"""The GPU acceptance: the tests on the device, then the times of realistic shapes.
+"""The GPU acceptance: correctness, then the times of realistic shapes, within a lease of minutes.
 
-``--rehearse`` does the same with tiny shapes on the CPU, to try the command without a GPU; its
-figures mean nothing and are marked as quick.
+Its stages (``stages.py``) follow each other by how much they tell. Each is stopped at its limit;
+one that no longer fits is left out by name; what was recorded by then stays. ``--rehearse`` does
+the same with tiny shapes on the CPU; its figures mean nothing and are marked as quick.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .cases import Case, gpu_cases, rehearsal_cases
-from .environment import provenance
-from .floors import Peaks, floor_table
-from .kernel import Settings, run_kernel
-from .records import SCHEMA
+from .floors import H100, Peaks, floor_table
+from .records import Keeper
+from .stages import STAGES, SUITE, Order, Stage, check_record, command_of, keep
 from .targets import findings, unmeasured
 
 Record = dict[str, Any]
 
-# The peers of the acceptance; the floor is the flash kernel without scores.
-PEERS = (
-    "ours (cuda)", "ours (triton)", "ours (cpu)", "eager", "sdpa, no scores, expanded",
-    "sdpa, no scores, grouped", "sdpa, dense mask", "sdpa, extra channel", "flex_attention",
-)  # fmt: skip
-PEERS_GRADIENTS = ("query", "scores")
-_TEST_SECONDS = 1800
-_SANITIZERS = ("memcheck", "racecheck")
-# Where the CUDA toolkit installs them, often without adding it to PATH.
-_CUDA_TOOLS = "/usr/local/cuda/bin"
-# A sanitizer makes a kernel a hundred times slower: one small forward and backward of each kind.
-_SANITIZED = f"{__package__}.sanitized"
-_COLD = f"{__package__}.cold"
-# Each process spends most of its time compiling its own kernels.
-_TEST_PROCESSES = 8
+# Tuning would compile every kernel two or three times.
+_FIXED = {"DREAM_KERNELS_TUNE": "0"}
+_INTERPRETER = {"TRITON_INTERPRET": "1"}
+# A stage that is told to stop may still write.
+_GRACE_SECONDS = 5.0
 
 
 def require_gpu() -> None:
@@ -58,40 +48,138 @@ def require_gpu() -> None:
         )
 
 
+def chosen_stages(names: Sequence[str]) -> list[Stage]:
+    """Stages by name, in their own order; all by default.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {unknown[0]!r}")
+    return [stage for name, stage in STAGES.items() if not names or name in names]
+
+
 def run_acceptance(
-    settings: Settings,
+    stages: Sequence[Stage],
+    order: Order,
     *,
-    rehearse: bool,
-    checks: bool,
-    wanted: str,
+    minutes: float,
+    cache: Path | None,
     say: Callable[[str], None],
-    show: Callable[[list[Record]], object],
-) -> list[Record]:
-    """Run tests and times.
+    command: Callable[[Stage, Order, Path], list[str]] = command_of,
+) -> None:
+    """Run the stages that fit into the time.
 
     Args:
-        settings: of the timing.
-        rehearse: tiny shapes, no GPU.
-        checks: whether to run tests and sanitizers, too.
-        wanted: only cases whose name contains this.
+        stages: in this order.
+        order: what each is told; its ``seconds`` become the stage's own.
+        minutes: of all stages together.
+        cache: folder of compiled Triton kernels, which ``compile-ahead`` fills; None for an empty
+            one, which is filled beside the first stage.
         say: called with progress messages.
-        show: called with the records of each case.
+        command: of a stage.
     """
-    cases = [c for c in (rehearsal_cases() if rehearse else gpu_cases()) if wanted in c.name]
-    if not cases:
-        raise ValueError(f"no case has {wanted!r} in its name")
-    records = _run_checks(settings, rehearse, say) if checks else []
-    if records:
-        show(records)
-    say(f"timing {len(cases)} cases")
+    deadline = time.monotonic() + 60 * minutes
+    begin = check_record(
+        order,
+        "acceptance",
+        "ok",
+        f"{minutes:g} minutes for {', '.join(s.name for s in stages)}",
+        0.0,
+    )
+    # Records of an earlier acceptance stay only where a part of it is done again.
+    Keeper(Path(order.output), SUITE, part=len(stages) < len(STAGES)).add([begin])
+    with ExitStack() as stack:
+        folder = cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        extra = {**_FIXED, "TRITON_CACHE_DIR": str(folder)}
+        extra |= _INTERPRETER if order.rehearse else {}
+        if cache is None and not order.rehearse:
+            stack.enter_context(_compiling(folder))
+        for stage in stages:
+            left = deadline - time.monotonic()
+            if left < stage.least:
+                status, seconds = "refused", 0.0
+                said = f"left out: it needs {stage.least:.0f} s, {max(0.0, left):.0f} are left"
+            else:
+                limit = min(stage.seconds, left)
+                say(f"{stage.name}: {stage.shows}, at most {limit:.0f} s")
+                own = replace(order, seconds=limit)
+                status, said, seconds = run_stage(stage, own, extra, command)
+            say(f"{stage.name}: {status}, {said} ({seconds:.0f} s)")
+            keep(order, [check_record(order, stage.name, status, said, seconds)])
 
-    def peers(case: Case) -> Sequence[str]:
-        """The peers race where their targets are; the other backwards are compared with ours."""
-        if case.gradients == PEERS_GRADIENTS:
-            return settings.peers
-        return [name for name in settings.peers if name.startswith("ours")]
 
-    return records + run_kernel(cases, settings, show, "acceptance", peers)
+def run_stage(
+    stage: Stage,
+    order: Order,
+    extra: Mapping[str, str],
+    command: Callable[[Stage, Order, Path], list[str]] = command_of,
+) -> tuple[str, str, float]:
+    """Status, line and seconds of one stage; it is killed with its children at its limit."""
+    environment = {
+        **os.environ,
+        **extra,
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        said, errors = Path(folder) / "said", Path(folder) / "errors"
+        start = time.monotonic()
+        with (
+            errors.open("w") as stream,
+            _group(command(stage, order, said), environment, stream) as process,
+        ):
+            try:
+                code: int | None = process.wait(order.seconds)
+            except subprocess.TimeoutExpired:
+                code = None
+        seconds = time.monotonic() - start
+        line = said.read_text(encoding="utf-8") if said.is_file() else ""
+        if code == 0:
+            return "ok", line, seconds
+        if code is None:
+            return (
+                "failed",
+                f"stopped after {order.seconds:.0f} s; its records until then stay",
+                seconds,
+            )
+        last = [x.strip() for x in errors.read_text(errors="replace").splitlines() if x.strip()]
+        if not line:
+            line = f"exit status {code}: {last[-1][:200] if last else 'it said nothing'}"
+        refused = line.endswith("is not installed")
+        return "refused" if refused else "failed", line, seconds
+
+
+@contextmanager
+def _group(
+    command: list[str], environment: Mapping[str, str], errors: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose whole group ends with the block."""
+    process = subprocess.Popen(
+        command, env=dict(environment), stderr=errors, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def _compiling(cache: Path) -> Iterator[None]:
+    """Compile the kernels of all stages into ``cache``, on the processors, beside the block."""
+    major, minor = torch.cuda.get_device_capability()
+    command = [
+        sys.executable, "-m", f"{__package__}.compile_ahead", f"sm_{major}{minor}", str(cache),
+        str(os.cpu_count() or 1),
+    ]  # fmt: skip
+    with open(os.devnull, "w") as nothing, _group(command, os.environ, nothing):
+        yield
 
 
 def summary(records: list[Record]) -> list[list[str]]:
@@ -100,102 +188,19 @@ def summary(records: list[Record]) -> list[list[str]]:
     rows = [
         [r["peer"], "passes", r["said"][:72], met.get(r["status"], "**no**")]
         for r in records
-        if r["suite"] == "gpu tests"
+        if r["suite"] == "gpu tests" and not (r["status"] == "ok" and ": " in r["peer"])
     ]
     rows += [finding.row() for finding in findings(records)]
     return rows + [[claim, "", "not measured", "**no**"] for claim in unmeasured(records)]
 
 
-def measured_floors(records: list[Record]) -> str:
-    """The floors, counted with the ceilings that were measured on this device."""
-    timed = next(r for r in records if r["suite"] == "acceptance")
+def measured_floors(records: list[Record]) -> str | None:
+    """The floors, counted with the ceilings that were measured on this device; None without."""
+    timed = next((r for r in records if r.get("ceilings")), None)
+    if timed is None:
+        return None
     ceilings, device = timed["ceilings"], timed["environment"]["device"]
-    from .floors import H100
-
     peaks = Peaks(
         f"{device}, measured", max(ceilings["gemm"].values()), ceilings["copy"], H100.exponentials
     )
     return floor_table(peaks)
-
-
-def _run_checks(settings: Settings, rehearse: bool, say: Callable[[str], None]) -> list[Record]:
-    environment = provenance(settings.device)
-    records = []
-    with tempfile.TemporaryDirectory() as cache:
-        for name, command, extra in _checks(rehearse, cache):
-            say(f"{name}: {' '.join(command)}")
-            status, said, seconds = _run(command, extra)
-            say(f"{name}: {status}, {said} ({seconds:.0f} s)")
-            records.append(
-                {
-                    "schema": SCHEMA,
-                    "suite": "gpu tests",
-                    "quick": settings.quick,
-                    "environment": environment,
-                    "peer": name,
-                    "status": status,
-                    "reason": None if status == "ok" else said,
-                    "command": command,
-                    "seconds": seconds,
-                    "said": said,
-                }
-            )
-    return records
-
-
-def _checks(rehearse: bool, cache: str) -> list[tuple[str, list[str], Mapping[str, str]]]:
-    """Name, command and environment of every check; ``cache`` is an empty folder."""
-    tests = Path(__file__).resolve().parents[1] / "tests" / "kernels"
-    pytest = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", str(tests)]
-    if rehearse:
-        # The real command collects; the tests themselves run in `make test`.
-        pytest += ["--collect-only"]
-    elif importlib.util.find_spec("xdist") is not None:
-        pytest += ["-n", str(min(_TEST_PROCESSES, os.cpu_count() or 1))]
-    # The interpreter is slow, so a rehearsal runs two cases.
-    device = "cpu" if rehearse else "cuda"
-    arguments = [device, "2"] if rehearse else [device]
-    interpreter = {"TRITON_INTERPRET": "1"} if rehearse else {}
-    # Tuning would compile every kernel of these two or three times.
-    fixed = {"DREAM_KERNELS_TUNE": "0", **interpreter}
-    small = [sys.executable, "-m", _SANITIZED, *arguments]
-    checks: list[tuple[str, list[str], Mapping[str, str]]] = [
-        ("tests", pytest, {} if rehearse else fixed),
-        ("small shapes", small, fixed),
-    ]
-    for tool in _SANITIZERS:
-        # PyTorch's caching allocator hides reads beyond a tensor from the sanitizer.
-        extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **fixed}
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *small]
-        checks.append((f"compute-sanitizer {tool}", command, extra))
-    cold = [sys.executable, "-m", _COLD, device]
-    kept = {"TRITON_CACHE_DIR": cache, **interpreter}
-    return [*checks, ("cold first call", cold, kept), ("first call, compiled before", cold, kept)]
-
-
-def _run(command: list[str], extra: Mapping[str, str]) -> tuple[str, str, float]:
-    """Status, last line or reason, and seconds of one check."""
-    path = os.pathsep.join((os.environ.get("PATH", ""), _CUDA_TOOLS))
-    program = shutil.which(command[0], path=path)
-    if program is None:
-        return "refused", f"{command[0]} is not installed", 0.0
-    environment = {
-        **os.environ,
-        **extra,
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-    }
-    start = time.monotonic()
-    try:
-        process = subprocess.run(
-            [program, *command[1:]], env=environment, capture_output=True, text=True,
-            timeout=_TEST_SECONDS, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return "failed", f"took more than {_TEST_SECONDS} s", time.monotonic() - start
-    seconds = time.monotonic() - start
-    said = process.stdout if process.returncode == 0 else process.stdout + process.stderr
-    lines = [x for x in said.splitlines() if x.strip()]
-    last = lines[-1].strip()[:200] if lines else "it said nothing"
-    if process.returncode == 0:
-        return "ok", last, seconds
-    return "failed", f"exit status {process.returncode}: {last}", seconds

@@ -14,6 +14,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 GRADIENTS = ("query", "key", "value", "scores")
+# Of the padded cases: it begins within a tile and is longer than one.
+PADDING = 72
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Case:
         mode: ``"reweight"`` or ``"bias"``.
         gradients: which gradients the backward computes; ``key`` and ``value`` are the local ones.
         scored: share of the heads that receive the scores, at least one unless it is 0.
+        padding: how many keys at the end of every document are padding.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Case:
     mode: str = "reweight"
     gradients: tuple[str, ...] = GRADIENTS
     scored: float = 1.0
+    padding: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -61,6 +65,11 @@ class Case:
             raise ValueError(
                 f"{self.name}: {self.documents} documents over {self.covered} keys must end before "
                 f"the last of {self.length} keys"
+            )
+        if not 0 <= self.padding < self.covered // self.documents:
+            raise ValueError(
+                f"{self.name}: padding must leave keys of documents of "
+                f"{self.covered // self.documents}, got {self.padding}"
             )
         unknown = set(self.gradients) - set(GRADIENTS)
         if unknown:
@@ -89,8 +98,9 @@ class Case:
         return self.batch * self.query_heads * per_head
 
     def record(self) -> dict[str, Any]:
-        """The case as JSON."""
-        return {**asdict(self), "gradients": list(self.gradients)}
+        """The case as JSON, without padding where there is none."""
+        record = {**asdict(self), "gradients": list(self.gradients)}
+        return record if self.padding else {k: v for k, v in record.items() if k != "padding"}
 
 
 def full_sequence(name: str, length: int, **changes: Any) -> Case:
@@ -156,6 +166,20 @@ class Inputs:
         ends = self.spans[0, :, 1].contiguous()
         return torch.searchsorted(ends, position, right=True)
 
+    def padding_mask(self) -> Tensor | None:
+        """``[T]`` bool, False for padding; None without any."""
+        if not self.case.padding:
+            return None
+        position = torch.arange(self.case.length, device=self.device)
+        ends = torch.cat([self.spans[0, :, 1], self.spans.new_tensor([2 * self.case.length])])
+        end = ends[self.document_of_key()]
+        return position < end - self.case.padding
+
+    def attention_mask(self) -> Tensor | None:
+        """``[B, T]`` bool as the operator takes it, or None."""
+        kept = self.padding_mask()
+        return None if kept is None else kept.expand(self.case.batch, -1).contiguous()
+
     def scored_row(self) -> Tensor:
         """``[M]`` bool: the rows after every document."""
         case = self.case
@@ -172,7 +196,12 @@ class Inputs:
         return chosen
 
     def visible(self) -> Tensor:
-        """``[M, T]`` bool: causal, the last row at the last key."""
+        """``[M, T]`` bool: causal, and no padding."""
+        kept = self.padding_mask()
+        return self.causal() if kept is None else self.causal() & kept
+
+    def causal(self) -> Tensor:
+        """``[M, T]`` bool: the last row at the last key."""
         rows, length = self.case.rows, self.case.length
         ones = torch.ones(rows, length, dtype=torch.bool, device=self.device)
         return ones.tril(length - rows)
@@ -194,12 +223,23 @@ class Inputs:
         return replace(self, **tensors)  # type: ignore[arg-type]
 
 
-def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
-    """Random inputs of a case; scores are spread like cosines over a temperature of 0.05."""
+def make_inputs(
+    case: Case, device: torch.device | str = "cpu", seed: int = 0, draw: bool = True
+) -> Inputs:
+    """Random inputs of a case; scores are spread like cosines over a temperature of 0.05.
+
+    Args:
+        case: what they are made for.
+        device: where.
+        seed: of the random numbers.
+        draw: False leaves large tensors as they were allocated, for calls that compute nothing.
+    """
     generator = torch.Generator(device=device).manual_seed(seed)
     dtype = DTYPES[case.dtype]
 
     def normal(*size: int) -> Tensor:
+        if not draw:
+            return torch.empty(size, device=device, dtype=dtype)
         return torch.randn(*size, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
     rows = (case.batch, case.query_heads, case.rows, case.head_dim)
@@ -269,7 +309,13 @@ def gpu_cases() -> list[Case]:
         for shared in (True, False)
         for gradients in (("query", "scores"), ("scores",), GRADIENTS)
     ]  # fmt: skip
-    return pools + list(full_sequences())
+    padded = [
+        replace(case, name=f"{case.name}, padded", padding=PADDING)
+        for case in pools
+        if case.shared and case.documents == 16 and case.gradients == ("query", "scores")
+        and not case.name.startswith("Llama-3.2-1B")
+    ]  # fmt: skip
+    return pools + padded + list(full_sequences())
 
 
 def full_sequences() -> tuple[Case, Case]:

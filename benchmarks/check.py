@@ -74,7 +74,8 @@ class Oracle:
         if kind not in self._expected:
             exact = self.inputs.exact()
             case = replace(self.inputs.case, gradients=("query", "key", "value", "scores"))
-            change = {"scored": 0.0} if kind == "plain" else {"mode": kind}
+            # A kernel without scores takes no mask either.
+            change = {"scored": 0.0, "padding": 0} if kind == "plain" else {"mode": kind}
             case = replace(case, **change)
             expected = _reference(replace(exact, case=case))
             yardstick = Eager().setup(replace(self.inputs, case=case))
@@ -135,7 +136,7 @@ def _reference(inputs: Inputs) -> dict[str, Tensor]:
     query, key, value, scores = leaves
     output = document_attention(
         query, key, value, scores, inputs.spans, mode=case.mode, heads=case.heads,
-        prefix=inputs.prefix, impl="reference",
+        attention_mask=inputs.attention_mask(), prefix=inputs.prefix, impl="reference",
     )  # fmt: skip
     gradients = torch.autograd.grad(output, leaves, inputs.grad_output)
     return {

@@ -244,49 +244,68 @@ def gpu_acceptance(
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="tiny shapes on the CPU, to try the command out")
     ] = False,
-    checks: Annotated[bool, typer.Option(help="run tests and sanitizers, too")] = True,
-    case: Annotated[str, typer.Option(help="only cases whose name contains this")] = "",
+    minutes: Annotated[float, typer.Option(min=0.1, help="of all stages together")] = 25.0,
+    stage: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="only this stage; may be repeated"),
+    ] = None,
+    cache: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="folder that compile-ahead filled", exists=True, file_okay=False),
+    ] = None,
     output: Output = None,
     runs: Runs = 25,
-    seconds: Seconds = 5.0,
-    total_seconds: TotalSeconds = 1500.0,
+    seconds: Seconds = 4.0,
 ) -> None:
-    """Run the tests on the GPU, then time the acceptance shapes of the GPU kernels."""
-    import torch
+    """Check the kernels on the GPU, time them and what surrounds them, the most telling first.
 
+    Each stage is stopped at its limit, and one that no longer fits is left out by name.
+    """
     from . import records
-    from .acceptance import PEERS, measured_floors, require_gpu, run_acceptance, summary
-    from .kernel import Settings, choose_peers
-    from .tables import print_kernel, print_rows
+    from .acceptance import (
+        chosen_stages,
+        measured_floors,
+        require_gpu,
+        run_acceptance,
+        summary,
+    )
+    from .environment import provenance
+    from .stages import SUITE, Order
+    from .tables import print_rows
 
+    stages = chosen_stages(stage or ())
     if not rehearse:
         require_gpu()
-    settings = Settings(
-        device=torch.device("cpu" if rehearse else "cuda"), peers=choose_peers(PEERS),
-        runs=2 if rehearse else runs, seconds=seconds, total_seconds=total_seconds,
-        memory=not rehearse, quick=rehearse,
-    )  # fmt: skip
+    folder = results_folder(output, rehearse)
+    order = Order(str(folder), rehearse, 0.0, runs, seconds)
     console = show_on(make_console())
-    said: set[str] = set()
-    keeper = records.Keeper(results_folder(output, rehearse), "acceptance")
-
-    def show(own: list[dict[str, Any]]) -> None:
-        keeper.add(own)
-        if "case" in own[0]:
-            print_kernel(console, own, said)
-
-    results = run_acceptance(
-        settings,
-        rehearse=rehearse,
-        checks=checks,
-        wanted=case,
+    path = folder / records.file_name(SUITE, provenance(order.device))
+    run_acceptance(
+        stages, order, minutes=minutes, cache=cache,
         say=lambda text: console.print(text, style="dim"),
-        show=show,
-    )
-    if not rehearse:
-        console.print(f"\n{measured_floors(results)}")
-    console.print(f"\n{keeper.path}\n", soft_wrap=True)
+    )  # fmt: skip
+    results = records.read_file(path)
+    floors_here = None if rehearse else measured_floors(results)
+    if floors_here is not None:
+        console.print(f"\n{floors_here}")
+    console.print(f"\n{path}\n", soft_wrap=True)
     print_rows(console, ["to be reached", "bound", "measured", "met"], summary(results))
+
+
+@app.command("compile-ahead")
+def compile_ahead(
+    cache: Annotated[Path, typer.Option(help="folder to fill, the later TRITON_CACHE_DIR")],
+    arch: Annotated[str, typer.Option(help="architecture of the GPU")] = "sm_90",
+    processes: Annotated[int, typer.Option(min=1, help="that compile")] = 1,
+) -> None:
+    """Compile the kernels of gpu-acceptance on a machine without a GPU, for one that has it.
+
+    Both need the same version of Triton and the same checkout.
+    """
+    from .compile_ahead import acceptance_cases, compile_cases
+
+    count, seconds = compile_cases(arch, cache, acceptance_cases(), processes)
+    typer.echo(f"{cache}: {count} kernels for {arch}, {seconds:.0f} s")
 
 
 @app.command()
@@ -350,7 +369,7 @@ def predict(
     console = show_on(make_console())
     print_rows(console, *published_table(table))
     console.print()
-    pools = [case for case in gpu_cases() if case.prefix and case.shared]
+    pools = [case for case in gpu_cases() if case.prefix and case.shared and not case.padding]
     print_rows(console, *case_table(table, pools))
 
 

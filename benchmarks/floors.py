@@ -83,7 +83,8 @@ def floor_table(peaks: Peaks, cases: Iterable[Case] | None = None) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     seen: set[tuple[str, str]] = set()
-    for case in gpu_cases() if cases is None else cases:
+    plain = [case for case in gpu_cases() if not case.padding]
+    for case in plain if cases is None else cases:
         directions = (
             ("forward", forward_work(case)),
             (f"backward, {' '.join(case.gradients)}", backward_work(case)),

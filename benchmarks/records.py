@@ -23,6 +23,13 @@ class Maybe:
         self.kind = kind
 
 
+class Rare:
+    """A field that may be missing."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+
 class Table:
     """A field that maps names to values of one kind."""
 
@@ -74,6 +81,7 @@ _CASE = {
     "mode": str,
     "gradients": Rows(str),
     "scored": NUMBER,
+    "padding": Rare(int),
 }
 _KERNEL = {
     **_COMMON,
@@ -169,10 +177,12 @@ def _check(value: Any, kind: Any, path: str) -> None:
             _check(item, kind.kind, f"{path}.{key}")
     elif isinstance(kind, dict):
         _require(isinstance(value, Mapping), path, "a table", value)
-        difference = sorted(kind.keys() ^ value.keys())
+        rare = {k for k, v in kind.items() if isinstance(v, Rare) and k not in value}
+        difference = sorted((kind.keys() - rare) ^ value.keys())
         _require(not difference, path, "exactly its fields", difference)
-        for key, item in kind.items():
-            _check(value[key], item, f"{path}.{key}")
+        for key, item in value.items():
+            own = kind[key]
+            _check(item, own.kind if isinstance(own, Rare) else own, f"{path}.{key}")
     else:
         right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         _require(right, path, str(kind), value)

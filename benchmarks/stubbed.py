@@ -35,12 +35,15 @@ _CALLS = 50
 
 
 class _Driver:
-    """A Hopper GPU that is asked for but never used."""
+    """An NVIDIA GPU that is asked for but never used."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -69,15 +72,29 @@ class _Kernel:
         return self.run
 
 
-def stub_launches() -> None:
-    """From now on Triton launches nothing in this process, as on a Hopper GPU."""
+def stub_launches(capability: int = 90, processors: int = 132, compiled: bool = False) -> None:
+    """From now on Triton launches nothing in this process, as on a GPU; by default a Hopper one.
+
+    Args:
+        capability: major and minor compute capability in one number.
+        processors: its streaming multiprocessors.
+        compiled: whether kernels are compiled all the same, into Triton's cache.
+    """
     import triton.compiler
     from triton.runtime import driver
 
-    driver.set_active(_Driver())
-    triton.compiler.compile = lambda *arguments, **options: _Kernel()
-    vars(device).update(capability=lambda on: 9, processors=lambda on: 132)
-    vars(implementation).update(interpreted=lambda: True)  # so that tensors on the CPU are taken
+    driver.set_active(_Driver(capability))
+    real = triton.compiler.compile
+
+    def instead(*arguments: Any, **options: Any) -> _Kernel:
+        if compiled:
+            real(*arguments, **options)
+        return _Kernel()
+
+    triton.compiler.compile = instead
+    vars(device).update(capability=lambda on: capability // 10, processors=lambda on: processors)
+    # so that tensors on the CPU are taken, in every dtype
+    implementation.TritonImplementation.why_not = lambda self, problem: None  # type: ignore[method-assign]
     set_value_checks(False)  # as on a GPU
 
 

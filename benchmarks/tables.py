@@ -17,9 +17,11 @@ def describe_case(case: dict[str, Any]) -> str:
     """A case in one line."""
     heads = f"Hq {case['query_heads']} Hkv {case['key_heads']} D {case['head_dim']}"
     prefix = f"prefix {case['prefix']} {'shared' if case['shared'] else 'per query'}, "
+    padding = f"{case['padding']} keys of padding in each, " if case.get("padding") else ""
     return (
         f"{case['name']}: {case['dtype']}, B {case['batch']} {heads}, M {case['rows']}, "
         f"{prefix if case['prefix'] else ''}N {case['local']}, C {case['documents']}, "
+        f"{padding}"
         f"{case['mode']}, {percent(case['scored'])} of heads scored, "
         f"gradients: {', '.join(case['gradients']) or 'none'}"
     )

@@ -30,6 +30,8 @@ class ExtraChannel:
 
     def setup(self, inputs: Inputs) -> Prepared | Refusal:
         case = inputs.case
+        if case.padding:
+            return Refusal("a kernel that takes no mask takes no padding")
         leaves = operator_leaves(inputs, case.gradients)
         scale = case.head_dim**-0.5
         index = inputs.document_of_key()

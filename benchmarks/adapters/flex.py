@@ -41,11 +41,13 @@ class FlexAttention:
             use = (document < documents) & scored_head[h] & scored_row[m]
             return torch.where(use, score + bias.to(score.dtype), score)
 
-        def causal(b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
-            return n <= m + offset
+        kept = inputs.padding_mask()
+
+        def visible(b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
+            return n <= m + offset if kept is None else (n <= m + offset) & kept[n]
 
         block_mask = create_block_mask(
-            causal, None, None, case.rows, case.length, device=str(inputs.device)
+            visible, None, None, case.rows, case.length, device=str(inputs.device)
         )
         # A captured tensor is fixed at compilation: one compilation for each case.
         compiled: Any = torch.compile(flex_attention, dynamic=False)

@@ -32,7 +32,10 @@ class Ours:
             return Refusal("this build has no such implementation")
         leaves = operator_leaves(inputs, case.gradients)
         arguments = (*leaves.values(), inputs.spans)
-        options = {"mode": case.mode, "heads": case.heads, "prefix": inputs.prefix}
+        options = {
+            "mode": case.mode, "heads": case.heads, "prefix": inputs.prefix,
+            "attention_mask": inputs.attention_mask(),
+        }  # fmt: skip
         reason = explain(*arguments, **options).reasons[self.impl]  # type: ignore[arg-type]
         if reason.startswith("cannot"):
             return Refusal(reason.removeprefix("cannot: "))

@@ -29,7 +29,10 @@ _FORMS = {
 
 
 def causal_arguments(inputs: Inputs) -> tuple[dict[str, Any], list[SDPBackend]]:
-    """The causal mask in the form that lets SDPA's fastest kernel run, and the allowed kernels."""
+    """The causal mask in the form that lets SDPA's fastest kernel run, and the allowed kernels.
+
+    Without padding: that would need a dense mask.
+    """
     case = inputs.case
     cuda = inputs.device.type == "cuda"
     backends = (
@@ -38,7 +41,7 @@ def causal_arguments(inputs: Inputs) -> tuple[dict[str, Any], list[SDPBackend]]:
     if case.rows == case.length:
         return {"is_causal": True}, backends
     # On a GPU the flash kernel takes no mask but this one, which ends at the last key.
-    mask = causal_lower_right(case.rows, case.length) if cuda else inputs.visible()
+    mask = causal_lower_right(case.rows, case.length) if cuda else inputs.causal()
     return {"attn_mask": mask}, backends
 
 

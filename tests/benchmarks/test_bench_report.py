@@ -237,7 +237,7 @@ def test_exponents_of_power_laws() -> None:
 def test_the_committed_floors_match_the_code() -> None:
     text = (PACKAGE / "floors.md").read_text(encoding="utf-8")
     assert floor_table(H100) in text, "run: python -m benchmarks floors, and put it into floors.md"
-    assert {c.name for c in gpu_cases()} == {
+    assert {c.name for c in gpu_cases() if not c.padding} == {
         line.split("|")[1].strip() for line in text.splitlines() if "documents, " in line
     }
 
