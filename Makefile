@@ -71,9 +71,9 @@ demo: $(STAMP)
 # What is saved safely waits for the disk, thousands of times in these tests: they write to memory
 # where there is room.
 TEST_ROOT ?= $(shell test -w /dev/shm && test "$$(df -m /dev/shm | awk 'END {print $$4}')" -gt 4000 && echo /dev/shm)
-# Two processes of one thread each: most tests are Python, not arithmetic.
+# For two cores, with one thread each: most tests are Python, not arithmetic, and some wait.
 PYTEST := $(if $(TEST_ROOT),PYTEST_DEBUG_TEMPROOT=$(TEST_ROOT)) OMP_NUM_THREADS=1 \
-  $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not soak"
+  $(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and not soak"
 
 test: $(STAMP)
 	$(PYTEST)

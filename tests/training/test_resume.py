@@ -42,7 +42,7 @@ class Stop(TrainerCallback):
 
 def both(run, tmp_path: Path, stop: int, number: int = signal.SIGTERM, **changes):
     """Outcomes of an uninterrupted run, and of one stopped after a step and resumed."""
-    changes = {"max_steps": 8, "eval_steps": 3, "learning_rate": 3e-3, **changes}
+    changes = {"max_steps": 8, "eval_steps": 4, "learning_rate": 3e-3, **changes}
     alone = run(output_dir=str(tmp_path / "alone"), **{**changes, "dataloader_workers": 0})
     stopped = run(output_dir=str(tmp_path / "stopped"), **changes)
     train(alone, console=quiet())
