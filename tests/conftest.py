@@ -61,6 +61,12 @@ def poisoned_empty(test_keeps_the_process: None, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(torch.Tensor, name, poisoned_method)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes seconds begins first, so that no process of several works alone at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_collection_finish() -> None:
     """Freeze what the imports made, so that the collections that trainers force skip it."""
     gc.collect()

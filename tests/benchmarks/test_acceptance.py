@@ -15,6 +15,8 @@ from dream_benchmarks.check import Oracle
 from dream_benchmarks.stages import Order, Stage, check_record
 from helpers.own_process import run_command
 
+pytestmark = pytest.mark.long
+
 # What the processes of the stages below run, with the file of their line as argument.
 SCRIPTS = {
     "good": "open(sys.argv[1], 'w').write('all is well')",

@@ -21,6 +21,8 @@ from dream_training.cli import app
 from dream_training.models.texts import library_keeps_lengths
 from helpers.tiny import make_rows, save_decoder, write_tiny_data
 
+pytestmark = pytest.mark.long
+
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = {
     "reader": "tiny",

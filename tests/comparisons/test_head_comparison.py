@@ -23,6 +23,8 @@ from dream_training.plots import plot_head_choices
 from dream_training.reading.reader import Reader
 from helpers.tiny import make_decoder, make_rows, make_tokenizer
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = [HeadExample(r["query"], r["target"], tuple(r["documents"]), 0) for r in make_rows(6)]
 OPTIONS = {"pool_size": 3, "reader_name": "tiny", "data_name": "rows"}
 

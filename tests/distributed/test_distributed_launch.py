@@ -24,6 +24,8 @@ from helpers import engines_on_cpu
 from helpers.own_process import run_command, run_dream
 from helpers.tiny import write_tiny_data
 
+pytestmark = pytest.mark.long
+
 _ZERO = (
     'deepspeed={"zero_optimization": {"stage": %d}, "train_micro_batch_size_per_gpu": "auto", '
     '"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}'

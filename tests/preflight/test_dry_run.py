@@ -15,6 +15,8 @@ from dream_training.preflight.dry_run import dry_run
 from dream_training.preflight.plan import make_plan, measured_rate
 from helpers.tiny import quiet, retriever_of
 
+pytestmark = pytest.mark.long
+
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 

@@ -15,6 +15,8 @@ from dream_training.training.driver import train
 from helpers.soak_record import SOAK, record
 from helpers.tiny import quiet
 
+pytestmark = pytest.mark.long
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 

@@ -23,6 +23,8 @@ from dream_training.training.driver import train
 from dream_training.training.output_folder import claimed, remove_run
 from helpers.tiny import quiet
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def scored(monkeypatch):

@@ -26,6 +26,8 @@ from helpers.own_process import TIMEOUT_S, in_own_process, run_dream
 from helpers.soak_record import SOAK, record
 from helpers.tiny import quiet
 
+pytestmark = pytest.mark.long
+
 
 class Stop(TrainerCallback):
     """Sends the process a signal during a step."""

@@ -22,6 +22,8 @@ from helpers.killed_run import outcome
 from helpers.own_process import in_own_process
 from helpers.tiny import make_config, quiet
 
+pytestmark = pytest.mark.long
+
 # Steps before the kill: after them come an evaluation and a checkpoint.
 DONE = 3
 
