@@ -40,10 +40,13 @@ CACHE_BYTES = 24  # a cycle of a multiprocessor: 5.5 TB/s from the second-level 
 MEMORY = 3.0e12  # bytes a second
 WAIT, BARRIER = 30, 20  # cycles, assumed: until a product is complete, and until all warps arrive
 REGISTERS, SHARED, THREADS = 65536, 227 * 1024, 2048
+LOAD = 300  # cycles, assumed: until what a load reads from the second-level cache is there
+SORT = 15e-6  # seconds, assumed: PyTorch's sort of the documents by their starts
 LAUNCH = 1.5e-6  # seconds between kernels of one stream, assumed
+LAYERS = 24  # with attention, which share the plan of a reading
 # As the kernels are launched: call.py, which cannot be imported without triton.
 MIN_SPLIT_KEYS = 256
-_LISTED_TOGETHER = 32  # documents
+_DOCUMENTS_TOGETHER = 32  # of a program of coefficients_kernel
 
 
 @dataclass(frozen=True)
@@ -239,27 +242,31 @@ class Prediction:
     """Seconds of one case.
 
     Attributes:
-        forward: of the forward, the work list included.
-        backward: of the backward for the case's gradients, work lists included.
-        work_list: of one work list.
+        forward: of the forward, its plan apart.
+        backward: of the backward for the case's gradients, likewise.
+        plan: of the work lists of all calls of a reading.
         flash: of FlashAttention 2's forward and backward without scores, by the same formula.
     """
 
     forward: float
     backward: float
-    work_list: float
+    plan: float
     flash: float
 
     @property
     def total(self) -> float:
-        return self.forward + self.backward
+        """Of a layer, with its share of the plan."""
+        return self.forward + self.backward + self.plan / LAYERS
 
 
 def predict(case: Case, resources: Resources) -> Prediction:
     """The time of a case whose heads are all scored, and which has no padding."""
     ours = _Ours(case, resources)
     flash = sum(flash_seconds(2, case, backward) for backward in (False, True))
-    return Prediction(ours.forward(), ours.backward(), ours.work_list(), flash)
+    return Prediction(ours.forward(), ours.backward(), ours.plan(), flash)
+
+
+_PLAN = ("list-documents", "list-keys", "weights")
 
 
 class _Ours:
@@ -271,27 +278,24 @@ class _Ours:
 
     def forward(self) -> float:
         seconds = self.over_rows("forward", "long_documents", "rest_keys")
-        return max(seconds, forward_work(self.case).bytes / MEMORY) + LAUNCH + self.work_list()
+        return max(seconds, forward_work(self.case).bytes / MEMORY) + LAUNCH + self.weights()
 
     def backward(self) -> float:
         gradients = self.case.gradients
         documents = self.over_rows("documents", "long_document_gradients", None)
-        seconds, launches = documents + self.coefficients(), 2
-        keys = {self.kernel("documents").keys}
+        seconds, launches = documents + self.coefficients() + self.weights(), 2
         if "query" in gradients:
             seconds += self.over_rows("query", "long_document_gradients", "rest_gradients")
             launches += 1
-            keys.add(self.kernel("query").keys)
-        lists = len(keys)
         if {"key", "value"} & set(gradients):
             seconds += self.over_keys()
-            launches, lists = launches + 1, lists + 1
+            launches += 1
         seconds = max(seconds, backward_work(self.case).bytes / MEMORY)
-        return seconds + launches * LAUNCH + lists * self.work_list()
+        return seconds + launches * LAUNCH
 
     def kernel(self, name: str, split: bool = False) -> Kernel:
-        mode = "" if name in ("work-list", "mass") else f"-{self.case.mode}"
-        head_dim = 64 if name == "work-list" else self.case.head_dim  # which it does not depend on
+        mode = "" if name in (*_PLAN, "mass") else f"-{self.case.mode}"
+        head_dim = 64 if name in _PLAN else self.case.head_dim  # which they do not depend on
         return self.resources.kernel(head_dim, f"{name}{mode}{'-split' if split else ''}")
 
     def over_rows(self, name: str, documents: str, rest: str | None) -> float:
@@ -327,23 +331,43 @@ class _Ours:
 
     def coefficients(self) -> float:
         kernel = self.kernel("coefficients")
-        passes = math.ceil(self.case.documents / kernel.rows)
+        passes = math.ceil(self.case.documents / _DOCUMENTS_TOGETHER)
         programs = math.ceil(self.case.rows / kernel.rows) * self.case.query_heads * self.case.batch
-        tiles = [(passes, _small(kernel, loop)) for loop in kernel.loops]
+        tiles = [(passes, _small(loop, 1)) for loop in kernel.loops]
         return kernel.seconds(programs, tiles) + LAUNCH
 
-    def work_list(self) -> float:
-        """Blocks of positions, of which each reads all documents."""
-        case, kernel = self.case, self.kernel("work-list")
+    def plan(self) -> float:
+        """The lists for each size of tiles, and the documents of the keys for their gradients."""
+        rows = {"forward", "documents", *(("query",) if "query" in self.case.gradients else ())}
+        widths = {self.kernel(name).keys for name in rows}
+        lists = len(widths) + bool({"key", "value"} & set(self.case.gradients))
+        return SORT + len(widths) * self.list_documents() + lists * self.list_keys()
+
+    def list_documents(self) -> float:
+        """Programs that scan the documents of one batch element each."""
+        kernel = self.kernel("list-documents")
+        passes = math.ceil(self.case.documents / kernel.rows)
+        return kernel.seconds(self.case.batch, [(passes, _small(kernel.loops[0], 2))]) + LAUNCH
+
+    def list_keys(self) -> float:
+        """Blocks of positions, which bisect the documents: the ends of the block, keys, tiles."""
+        case, kernel = self.case, self.kernel("list-keys")
         programs = math.ceil((case.prefix + case.local) / kernel.rows) * case.batch
-        passes = math.ceil(case.documents / _LISTED_TOGETHER)
-        tile = _small(kernel, kernel.loop("_list_keys"))
-        return kernel.seconds(programs, [(passes, tile)]) + LAUNCH
+        *ends_and_tiles, keys = sorted(kernel.loops, key=lambda loop: loop.instructions)
+        within = math.ceil(kernel.rows * case.documents / case.covered) + 1
+        tiles = [(case.documents.bit_length(), _small(loop, 1)) for loop in ends_and_tiles]
+        tiles.append((within.bit_length(), _small(keys, 1)))
+        return kernel.seconds(programs, tiles) + LAUNCH
+
+    def weights(self) -> float:
+        case, kernel = self.case, self.kernel("weights")
+        passes = math.ceil(case.documents / kernel.rows)
+        return kernel.seconds(case.batch, [(passes, _small(loop, 1)) for loop in kernel.loops])
 
 
-def _small(kernel: Kernel, loop: Loop) -> Tile:
-    """A pass of a loop without products, whose loads are waited for."""
-    return Tile(0, loop.instructions, loop.mufu, 0, loop.barriers)
+def _small(loop: Loop, loads: int) -> Tile:
+    """A pass of a loop without products, with so many loads in a row that are waited for."""
+    return Tile(0, loop.instructions, loop.mufu, loads * LOAD / WAIT, loop.barriers)
 
 
 def published_table(resources: Resources) -> tuple[list[str], list[list[str]]]:
@@ -363,13 +387,13 @@ def case_table(resources: Resources, cases: Iterable[Case]) -> tuple[list[str], 
     rows = []
     for case in cases:
         found = predict(case, resources)
-        times = (found.forward, found.backward, found.work_list, found.flash)
+        times = (found.forward, found.backward, found.plan, found.flash)
         gradients = "all" if len(case.gradients) > 2 else ", ".join(case.gradients)
         rows.append(
             [case.name, gradients, *(f"{1e6 * x:,.0f}" for x in times),
              f"{found.total / found.flash:.2f}"]
         )  # fmt: skip
     return [
-        "predicted, µs", "gradients", "forward", "backward", "a work list",
+        "predicted, µs", "gradients", "forward", "backward", "plan",
         "FA 2, both", "ratio",
     ], rows  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dream_kernels import autograd, library
 from dream_kernels.dispatch import Explanation, explain_problem, select
+from dream_kernels.problem import Reading
 from dream_kernels.validation import build_problem, is_traced
 
 
@@ -96,8 +98,9 @@ def document_attention(
         NotImplementedError: ``impl`` names an implementation that cannot run this call, or a
             transform of ``torch.func`` or ``torch.jit.trace`` is at work.
     """
-    query, key, value, prefix = autocast_inputs(query, key, value, prefix)
-    problem = build_problem(
+    return attend(
+        None,
+        impl,
         query,
         key,
         value,
@@ -114,6 +117,25 @@ def document_attention(
         positions=positions,
         softcap=softcap,
         sinks=sinks,
+    )
+
+
+def attend(
+    reading: Reading | None,
+    impl: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    spans: Tensor,
+    *,
+    prefix: tuple[Tensor, Tensor] | None,
+    **options: Any,
+) -> Tensor:
+    """:func:`document_attention` as one of the calls of a reading, all options given."""
+    query, key, value, prefix = autocast_inputs(query, key, value, prefix)
+    problem = build_problem(
+        query, key, value, scores, spans, prefix=prefix, reading=reading, **options
     )
     return autograd.run(problem, select(problem, impl))
 
@@ -161,6 +183,34 @@ def document_mass(
         NotImplementedError: ``impl`` names an implementation that cannot run this call, or a
             transform of ``torch.func`` or ``torch.jit.trace`` is at work.
     """
+    return mass_of_documents(
+        None,
+        impl,
+        query,
+        key,
+        spans,
+        scale=scale,
+        causal=causal,
+        attention_mask=attention_mask,
+        prefix=prefix,
+        window=window,
+        positions=positions,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+def mass_of_documents(
+    reading: Reading | None,
+    impl: str,
+    query: Tensor,
+    key: Tensor,
+    spans: Tensor,
+    *,
+    prefix: tuple[Tensor, Tensor] | Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """:func:`document_mass` as one of the calls of a reading, all options given."""
     pair = (prefix, prefix) if isinstance(prefix, Tensor) else prefix
     query, key, _, pair = autocast_inputs(query, key, key, pair)
     # The mass is that of plain attention: no head receives the scores, so zeros will do.
@@ -174,14 +224,9 @@ def document_mass(
         mode="reweight",
         heads=(),
         document_mass=None,
-        scale=scale,
-        causal=causal,
-        attention_mask=attention_mask,
         prefix=pair,
-        window=window,
-        positions=positions,
-        softcap=softcap,
-        sinks=sinks,
+        reading=reading,
+        **options,
     )
     implementation = select(problem, impl)
     if is_traced(problem.query):

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from dream_kernels import library
-from dream_kernels.problem import Gradients, Implementation, Needs, Problem, readable
+from dream_kernels.problem import Gradients, Implementation, Needs, Problem, Reading, readable
 from dream_kernels.validation import is_traced
 
 # Saved before what the implementation saves: the tensors with gradients, spans, mask, positions
@@ -53,6 +53,7 @@ class DocumentAttention(torch.autograd.Function):
         # them after the backward and detects in-place changes.
         ctx.save_for_backward(*problem.tensors, *problem.geometry, output, *saved)
         ctx.options = problem.options
+        ctx.reading = problem.reading
         ctx.implementation = implementation
         return output
 
@@ -62,7 +63,10 @@ class DocumentAttention(torch.autograd.Function):
         # Read once: under gradient checkpointing a second read would recompute everything.
         tensors = ctx.saved_tensors
         (*inputs, output), saved = tensors[:_INPUTS], tensors[_INPUTS:]
-        problem = Problem(*inputs, **ctx.options)
+        problem = Problem(*inputs, **{**ctx.options, "reading": ctx.reading})
+        # It is dropped as the saved tensors are. Where the graph is retained, the next backward
+        # makes its own.
+        ctx.reading = Reading()
         needs = Needs(*ctx.needs_input_grad[: len(Needs._fields)])
         with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
             gradients: Gradients = ctx.implementation.backward(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,41 @@ def readable(tensor: Tensor) -> Tensor:
     """
     tensor = tensor.resolve_conj().resolve_neg()
     return tensor.clone() if tensor._is_zerotensor() else tensor
+
+
+Kept = TypeVar("Kept")
+
+
+class Reading:
+    """What calls on the same documents share, such as the order in which keys are visited.
+
+    Made for one pass of a model, or for one call and its backward, and dropped with it: what is
+    kept lives no longer. It is found again by the memory of the tensors that it was made from, if
+    nothing was written to them since.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[tuple[Tensor | None, ...], Any]] = {}
+
+    def keep(
+        self, name: Hashable, tensors: tuple[Tensor | None, ...], make: Callable[[], Kept]
+    ) -> Kept:
+        """Return what ``make`` returned when it was first called for ``name`` and ``tensors``."""
+        key = (name, *map(_contents, tensors))
+        found = self._kept.get(key)
+        if found is None:
+            # The tensors are kept too: their memory cannot become another's.
+            found = self._kept[key] = tensors, make()
+        return found[1]
+
+
+def _contents(tensor: Tensor | None) -> Hashable:
+    """Equal for tensors of the same memory, and other after it was written to."""
+    if tensor is None:
+        return None
+    # Those of inference mode count no changes.
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype
 
 
 @dataclass(frozen=True)
@@ -49,6 +85,7 @@ class Problem:
         window: rows see only keys less than this many positions before their own; in scored rows
             this holds outside the documents. None for all keys.
         softcap: ``c`` in ``c * tanh(a / c)``, which replaces the logit ``a``; None for ``a``.
+        reading: what the call shares with others.
     """
 
     query: Tensor
@@ -68,6 +105,7 @@ class Problem:
     causal: bool
     window: int | None = None
     softcap: float | None = None
+    reading: Reading = field(default_factory=Reading, repr=False, compare=False)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -17,6 +17,7 @@ def present_documents(spans: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return end > start
     tokens_before = torch.nn.functional.pad(mask.long().cumsum(-1), (1, 0))
+    start, end = spans.clamp(0, mask.shape[1]).unbind(-1)  # they may be unchecked
     return tokens_before.gather(1, end) > tokens_before.gather(1, start)
 
 

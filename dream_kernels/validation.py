@@ -10,9 +10,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dream_kernels.problem import MODES, Problem, readable
+from dream_kernels.problem import MODES, Problem, Reading, readable
 from dream_kernels.spans import present_documents
-from dream_kernels.value_checks import check_values, check_window
+from dream_kernels.value_checks import (
+    check_logits,
+    check_span_values,
+    check_window,
+    checks_values_of,
+)
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int32, torch.int64)
@@ -135,7 +140,7 @@ def _check_spans(spans: Tensor, query: Tensor, length: int) -> Tensor:
         raise ValueError(
             f"spans must be on the CPU or on query's device {query.device}, got {spans.device}"
         )
-    return spans.long()
+    return spans
 
 
 def _check_scores(scores: Tensor, query: Tensor, documents: int) -> Tensor:
@@ -182,7 +187,7 @@ def head_mask(heads: Sequence[int] | Tensor | None, query_heads: int) -> tuple[b
 
 
 def check_attention_mask(mask: object, batch: int, length: int, device: torch.device) -> Tensor:
-    """Return the padding mask as ``[B, T]`` bool after checking its shape, dtype and device."""
+    """Return the padding mask after checking its shape, dtype and device."""
     mask = _require_tensor("attention_mask", mask)
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(
@@ -194,7 +199,7 @@ def check_attention_mask(mask: object, batch: int, length: int, device: torch.de
         )
     if mask.device != device:
         raise ValueError(f"attention_mask must be on query's device {device}, got {mask.device}")
-    return mask.bool()
+    return mask
 
 
 def _check_sinks(sinks: object, query: Tensor, accumulate: torch.dtype) -> Tensor:
@@ -218,7 +223,7 @@ def _check_positions(positions: object, batch: int, length: int, device: torch.d
         )
     if positions.device != device:
         raise ValueError(f"positions must be on query's device {device}, got {positions.device}")
-    return positions.long()
+    return positions
 
 
 def _check_window(window: object, causal: bool) -> None:
@@ -252,6 +257,26 @@ def check_mode(mode: str, document_mass: float | None) -> None:
         raise ValueError(f"document_mass must lie in (0, 1], got {document_mass}")
 
 
+def _geometry(
+    spans: Tensor, mask: Tensor | None, positions: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The fields of a problem that say where documents, tokens and rows are."""
+    spans, mask = spans.long().to(device), None if mask is None else mask.bool()
+    present = present_documents(spans, mask)
+    return spans * present[..., None], mask, None if positions is None else positions.long()
+
+
+def _checked_geometry(
+    spans: Tensor, mask: Tensor | None, positions: Tensor | None, device: torch.device, length: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As :func:`_geometry`, with the values, and with no mask where nothing is padding."""
+    if checks_values_of(spans):
+        check_span_values(spans, length)
+    if mask is not None and mask.device.type == "cpu" and mask.all():
+        mask = None
+    return _geometry(spans, mask, positions, device)
+
+
 def build_problem(
     query: Tensor,
     key: Tensor,
@@ -270,8 +295,11 @@ def build_problem(
     positions: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    reading: Reading | None = None,
 ) -> Problem:
     """Check every argument of :func:`dream_kernels.document_attention`.
+
+    Calls of one ``reading`` check and prepare what says where documents and tokens are once.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
@@ -297,19 +325,24 @@ def build_problem(
         sinks = _check_sinks(sinks, query, checked_scores.dtype)
     if window is not None:
         _check_window(window, causal)
+    batch, device = query.shape[0], query.device
     if positions is not None:
-        positions = _check_positions(positions, query.shape[0], length, query.device)
+        positions = _check_positions(positions, batch, length, device)
+    if attention_mask is not None:
+        attention_mask = check_attention_mask(attention_mask, batch, length, device)
     # While a graph is traced there are no values yet; the graph checks them when it runs.
     tracing = is_traced(query)
-    if not tracing:
-        check_values(spans, scores, length, sinks)
-    spans = spans.to(query.device)
-    mask = None
-    if attention_mask is not None:
-        mask = check_attention_mask(attention_mask, query.shape[0], length, query.device)
-        if not tracing and mask.device.type == "cpu" and mask.all():
-            mask = None
-    present = present_documents(spans, mask)
+    if tracing:
+        places = _geometry(spans, attention_mask, positions, device)
+    else:
+        check_logits(scores, sinks)
+        reading = Reading() if reading is None else reading
+        places = reading.keep(
+            ("geometry", length, device),
+            (spans, attention_mask, positions),
+            lambda: _checked_geometry(spans, attention_mask, positions, device, length),
+        )
+    spans, mask, positions = places
     problem = Problem(
         query=query,
         key=key,
@@ -318,7 +351,7 @@ def build_problem(
         prefix_value=prefix_value,
         scores=checked_scores,
         sinks=sinks,
-        spans=spans * present[..., None],
+        spans=spans,
         mask=mask,
         positions=None if window is None else positions,
         heads=head_mask(heads, query.shape[1]),
@@ -328,6 +361,7 @@ def build_problem(
         causal=bool(causal),
         window=window,
         softcap=None if softcap is None else _check_softcap(softcap),
+        reading=Reading() if reading is None else reading,
     )
     if not tracing:
         check_window(problem)

@@ -37,10 +37,8 @@ def checks_values_of(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def check_values(spans: Tensor, scores: Tensor, length: int, sinks: Tensor | None = None) -> None:
-    """Raise ``ValueError`` for impossible spans, scores and sinks, where contents are checked."""
-    if checks_values_of(spans):
-        check_span_values(spans, length)
+def check_logits(scores: Tensor, sinks: Tensor | None) -> None:
+    """Raise ``ValueError`` for impossible scores and sinks, where contents are checked."""
     if checks_values_of(scores):
         _check_logits("scores", scores.detach())
         if sinks is not None:
@@ -49,7 +47,9 @@ def check_values(spans: Tensor, scores: Tensor, length: int, sinks: Tensor | Non
 
 def check_problem_values(problem: Problem) -> None:
     """Raise ``ValueError`` for impossible contents of a problem, where contents are checked."""
-    check_values(problem.spans, problem.scores, problem.total_length, problem.sinks)
+    if checks_values_of(problem.spans):
+        check_span_values(problem.spans, problem.total_length)
+    check_logits(problem.scores, problem.sinks)
     check_window(problem)
 
 

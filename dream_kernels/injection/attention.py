@@ -142,15 +142,16 @@ def _document_attention(
         if begin < first or scores is None or spans is None:
             # Plain attention over prefix and local keys: one absent document and no scored head.
             own = []
-            scores = torch.zeros(len(query), 1, device=query.device)
-            spans = torch.zeros(len(query), 1, 2, dtype=torch.long, device=query.device)
+            scores, spans = _no_documents(context, query)
         local = key.shape[2] - rows + end
         seen = {
             name: formula[name][:, : formula[name].shape[1] - rows + end]
             for name in ("attention_mask", "positions")
             if formula[name] is not None
         }
-        return api.document_attention(
+        return api.attend(
+            context.reading,
+            context.impl,
             _places(query, begin, end),
             _places(key, 0, local),
             _places(value, 0, local),
@@ -166,6 +167,17 @@ def _document_attention(
         return attend(0, rows).transpose(1, 2).contiguous()
     # Rows before the first scored one see no later key, so two calls cost as much as one.
     return torch.cat([attend(0, first), attend(first, rows)], dim=2).transpose(1, 2).contiguous()
+
+
+def _no_documents(context: DocumentContext, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores ``[B, 1]`` and spans ``[B, 1, 2]`` of one absent document."""
+    batch, device = len(query), query.device
+
+    def make() -> tuple[Tensor, Tensor]:
+        spans = torch.zeros(batch, 1, 2, dtype=torch.long, device=device)
+        return torch.zeros(batch, 1, device=device), spans
+
+    return make() if is_traced(query) else context.reading.keep(("none", batch, device), (), make)
 
 
 def _refuse_a_second_call(context: DocumentContext, layer: int, module: nn.Module) -> None:
@@ -257,7 +269,9 @@ def _record_mass(
     context: DocumentContext, layer: int, query: Tensor, key: Tensor, kwargs: dict[str, Any]
 ) -> None:
     assert context.recorder is not None and context.spans is not None
-    mass = api.document_mass(
+    mass = api.mass_of_documents(
+        context.reading,
+        context.impl,
         query,
         key,
         context.spans.to(query.device),
@@ -292,5 +306,5 @@ def _formula(
         "positions": None if positions is None or window is None else positions.to(query.device),
         "attention_mask": None if mask is None else mask.to(query.device),
         "prefix": context.prefix_of(layer),
-        "impl": context.impl,
+        "causal": True,
     }

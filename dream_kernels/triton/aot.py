@@ -33,11 +33,16 @@ from dream_kernels.triton.device import triton_version
 from dream_kernels.triton.forward import forward_kernel
 from dream_kernels.triton.keys import keys_kernel
 from dream_kernels.triton.mass import mass_kernel
+from dream_kernels.triton.plan import LISTED_DOCUMENTS, LISTED_KEYS, LISTED_TILES
 from dream_kernels.triton.rows import rows_kernel
 from dream_kernels.triton.sass import Loop, count_instructions, loops, serialisation
 from dream_kernels.triton.tiles import Config, family_of, padded_head
 from dream_kernels.triton.tuning import candidates
-from dream_kernels.triton.work_list import work_list_kernel
+from dream_kernels.triton.work_list import (
+    list_documents_kernel,
+    list_keys_kernel,
+    weights_kernel,
+)
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 # NVIDIA: compute capability, and the shared memory that a block may have, in KB.
@@ -49,6 +54,7 @@ TARGETS = {
 _POINTERS = {
     **dict.fromkeys(("q", "k", "v", "pk", "pv", "o", "do", "dq", "dk", "dv"), "data"),
     **dict.fromkeys(("table", "n_scored", "tiles", "shorts", "rest", "segment", "counts"), "*i32"),
+    "places": "*i32", "order": "*i64",
     **dict.fromkeys(("weights", "state", "part_o", "part_lse", "columns", "scores"), "*fp32"),
     **dict.fromkeys(("documents", "parts", "partial", "sinks"), "*fp32"),
     "spans": "*i64", "positions": "*i64", "mask": "*u8", "scored": "*i32", "cap": "fp32",
@@ -158,10 +164,15 @@ def variants(
     if head_dim == HEAD_DIMS[0]:  # these do not depend on it
         yield Variant("join", join_kernel, Config(16, 64, 1, 1), {"REST": rare})
         yield Variant(
-            "work-list", work_list_kernel, Config(128, 64, 4, 1),
-            {"BX": 128, "BC": 32, "BW": 64, "HS": 1, "CAUSAL": not rare, "BIAS": rare,
-             "SEGMENT": not rare, "HAS_MASK": rare},
+            "list-documents", list_documents_kernel, Config(LISTED_DOCUMENTS, 64, 4, 1),
+            {"BC": LISTED_DOCUMENTS, "CAUSAL": not rare},
         )  # fmt: skip
+        yield Variant(
+            "list-keys", list_keys_kernel, Config(LISTED_KEYS, 64, 4, 1),
+            {"BX": LISTED_KEYS, "BT": LISTED_TILES, "TILES": True, "REST": True, "SEGMENT": rare,
+             "HAS_MASK": rare},
+        )  # fmt: skip
+        yield Variant("weights", weights_kernel, Config(64, 64, 4, 1), {"BW": 64, "BIAS": rare})
 
 
 def describe(config: Config) -> str:

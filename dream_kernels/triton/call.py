@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -15,31 +14,20 @@ from torch import Tensor
 
 from dream_kernels.problem import Problem
 from dream_kernels.triton import device
-from dream_kernels.triton.blocks import COUNTS
+from dream_kernels.triton.plan import Plan, run
 from dream_kernels.triton.tiles import Config, family_of, padded_head
 from dream_kernels.triton.tuning import bucket, candidates, choose
-from dream_kernels.triton.work_list import work_list_kernel
+from dream_kernels.triton.work_list import weights_kernel
 
 LOG2_E = 1.0 / math.log(2.0)
 # A split shorter than this many keys costs more in partial results than it gains.
 MIN_SPLIT_KEYS = 256
 # Positions less a window are int64.
 _LONGEST_WINDOW = 1 << 62
-# Positions of a program that makes the work list, and documents that a program reads together.
-_LIST_BLOCK = 128
+# Documents that a program reads together.
 DOCUMENT_BLOCK = 32
 # Arguments that are None unless a call has that option.
 OPTIONS = ("window", "positions", "cap", "sinks")
-
-
-def run(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **options: int) -> None:
-    """Launch ``kernel`` with those of the ``arguments`` that it has parameters for.
-
-    A parameter's name means the same in every kernel, so that kernels share groups of arguments.
-    """
-    # Fused multiply-adds are no longer triton's own default in 3.10.
-    arguments_in_order = itemgetter(*kernel.arg_names)(arguments)
-    kernel[grid](*arguments_in_order, enable_fp_fusion=True, **options)
 
 
 def strides(of: str, dimensions: str, tensor: Tensor) -> dict[str, int]:
@@ -84,26 +72,6 @@ def _heads(scored: tuple[bool, ...], key_heads: int, device: torch.device) -> He
 
 
 @dataclass(frozen=True)
-class WorkList:
-    """What ``work_list_kernel`` writes for one size of tiles, at most ``limit`` tiles."""
-
-    tiles: Tensor
-    shorts: Tensor
-    rest: Tensor
-    segment: Tensor
-    counts: Tensor
-    weights: Tensor
-    limit: int
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "tiles": self.tiles, "shorts": self.shorts, "rest": self.rest, "segment": self.segment,
-            "counts": self.counts, "weights": self.weights, "NT": self.limit,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
 class RowGrid:
     """Programs of a kernel over rows.
 
@@ -141,7 +109,7 @@ class Call:
         self.heads = _heads(problem.heads, self.key_heads, self.device)
         self.bias = problem.mode == "bias"
         self.fixed = problem.document_mass is not None
-        self._work_lists: dict[tuple[int, int, bool], WorkList] = {}
+        self.plan = Plan.of(problem)
         self._flags = {
             "D": self.head_dim,
             "BD": padded_head(self.head_dim),
@@ -197,49 +165,35 @@ class Call:
             arguments |= {**strides(name, "bhnd", local), **of_prefix}
         return arguments
 
-    def work_list(self, config: Config, segment: bool = False) -> WorkList:
-        key = (config.keys, config.slot, segment)
-        if key not in self._work_lists:
-            self._work_lists[key] = self._make_work_list(*key)
-        return self._work_lists[key]
-
-    def any_work_list(self) -> WorkList:
-        """A work list of tiles of some size: weights and scored rows are the same in all."""
-        if not self._work_lists:
-            self.work_list(self.configs("query", self.reach)[0])
-        return next(iter(self._work_lists.values()))
-
-    def _make_work_list(self, keys: int, slot: int, segment: bool) -> WorkList:
-        scores, batch, length, documents = (
-            self.problem.scores, self.batch, self.length, self.documents
-        )  # fmt: skip
-        # Every tile but a document's last is full, and one document, short or not, may be cut at
-        # the prefix's end.
-        limit = length // keys + min(documents, length // (slot + 1)) + 2
-        sizes = (
-            batch * limit * 4, batch * documents * 4, batch * length,
-            batch * length if segment else 0, batch * COUNTS.value,
-        )  # fmt: skip
-        # Each part begins at 16 bytes, whatever the sizes: a kernel is compiled for alignments.
-        sizes = tuple(triton.cdiv(size, 4) * 4 for size in sizes)
-        buffer = torch.empty(sum(sizes), dtype=torch.int32, device=self.device)
-        score_heads = scores.shape[1]
-        weights = torch.empty(
-            batch, score_heads, documents, dtype=torch.float32, device=self.device
-        )
-        tiles, shorts, rest, segments, counts = buffer.split(sizes)
-        work = WorkList(tiles, shorts, rest, segments, counts, weights, limit)
-        blocks = triton.cdiv(max(limit, length), _LIST_BLOCK)
-        own = {
-            "scores": scores, **strides("s", "bhc", scores), "n_blocks": blocks, "BN": keys,
-            "SLOT": slot, "BX": _LIST_BLOCK, "BC": DOCUMENT_BLOCK,
-            "BW": min(1024, max(16, bucket(documents))), "HS": score_heads, "SEGMENT": segment,
+    def work_list(self, config: Config) -> dict[str, Any]:
+        """The arguments of the kernels that visit documents, for tiles of a shape."""
+        made = self.plan.documents_in_tiles(config.keys, config.slot)
+        return {
+            "tiles": made.tiles, "shorts": made.shorts, "rest": self.plan.rest,
+            "counts": made.counts, "NT": made.limit, "weights": self.weights(),
         }  # fmt: skip
-        run(
-            work_list_kernel, (blocks + score_heads, batch),
-            {**self.arguments, **work.arguments, **own}, num_warps=4,
-        )  # fmt: skip
-        return work
+
+    def weighed_rows(self) -> dict[str, Any]:
+        """The arguments of kernels that visit no documents: which rows are scored, and weights."""
+        config = self.configs("query", self.reach)[0]
+        made = self.plan.documents_in_any_tiles(config.keys, config.slot)
+        return {"counts": made.counts, "weights": self.weights()}
+
+    def weights(self) -> Tensor:
+        """``[B, 1 or Hq, C]`` float32: what ``weights_kernel`` makes of the scores."""
+        scores = self.problem.scores.detach()
+        return self.problem.reading.keep(
+            ("weights", self.bias), (scores, self.problem.spans), lambda: self._weigh(scores)
+        )
+
+    def _weigh(self, scores: Tensor) -> Tensor:
+        weights = torch.empty(scores.shape, dtype=torch.float32, device=self.device)
+        arguments = {
+            **self.arguments, "scores": scores, **strides("s", "bhc", scores), "weights": weights,
+            "HS": scores.shape[1], "BW": min(1024, max(16, bucket(self.documents))),
+        }  # fmt: skip
+        run(weights_kernel, (scores.shape[1] * self.batch,), arguments, num_warps=4)
+        return weights
 
     def row_tensor(self, *leading: int, slots: int) -> Tensor:
         shape = (*leading, self.batch, self.query_heads, slots, self.rows)

@@ -12,7 +12,6 @@ from dream_kernels.triton.call import (
     DOCUMENT_BLOCK,
     LOG2_E,
     Call,
-    run,
     strides,
     tile_arguments,
 )
@@ -21,6 +20,7 @@ from dream_kernels.triton.combine import combine_kernel, join_kernel
 from dream_kernels.triton.forward import forward_kernel
 from dream_kernels.triton.keys import keys_kernel
 from dream_kernels.triton.mass import mass_kernel
+from dream_kernels.triton.plan import run
 from dream_kernels.triton.rows import rows_kernel
 from dream_kernels.triton.tiles import Config
 from dream_kernels.triton.tuning import bucket
@@ -49,7 +49,7 @@ def _forward(call: Call, config: Config, output: Tensor, state: Tensor) -> None:
             (*part_lse.shape, call.head_dim), dtype=torch.float32, device=call.device
         )
     arguments = {
-        **call.arguments, **work.arguments, **grid.arguments, **tile_arguments(config),
+        **call.arguments, **work, **grid.arguments, **tile_arguments(config),
         "o": output, "state": state, "part_o": part_o, "part_lse": part_lse,
     }  # fmt: skip
     run(
@@ -164,7 +164,7 @@ def _launch_rows(
             (grid.splits, *grad_query.shape), dtype=torch.float32, device=call.device
         )
     arguments = {
-        **call.arguments, **work.arguments, **grid.arguments, **tile_arguments(config),
+        **call.arguments, **work, **grid.arguments, **tile_arguments(config),
         "do": grad_output, **strides("o", "bhmd", grad_output),
         "state": state, "columns": columns, "parts": parts,
         "documents": columns if documents is None else documents,
@@ -208,7 +208,7 @@ def _coefficients(
     }  # fmt: skip
     run(
         coefficients_kernel, (blocks, call.query_heads, call.batch),
-        {**call.arguments, **call.any_work_list().arguments, **own}, num_warps=8,
+        {**call.arguments, **call.weighed_rows(), **own}, num_warps=8,
     )  # fmt: skip
     return partial
 
@@ -241,13 +241,13 @@ def _keys(
         "dv": value if grad_value is None else grad_value,
         "dk_scale": abs(call.problem.scale), "first_key": first, "n_keys": key.shape[2],
         "SHARED": key.shape[0] < call.batch, "DK": needs_key, "DV": needs_value,
+        "segment": call.plan.segment,
     }  # fmt: skip
 
     def launch(config: Config) -> None:
-        work = call.work_list(config, segment=True)
         run(
             keys_kernel, (triton.cdiv(key.shape[2], config.keys), call.key_heads, key.shape[0]),
-            {**call.arguments, **work.arguments, **tile_arguments(config), **own},
+            {**call.arguments, **call.weighed_rows(), **tile_arguments(config), **own},
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
@@ -263,7 +263,7 @@ def mass(problem: Problem) -> Tensor:
 
     def launch(config: Config) -> None:
         arguments = {
-            **call.arguments, **call.work_list(config).arguments, **tile_arguments(config),
+            **call.arguments, **call.work_list(config), **tile_arguments(config),
             "state": state,
         }  # fmt: skip
         blocks = triton.cdiv(call.group * call.rows, config.rows)

@@ -82,6 +82,20 @@ def test_predictions_follow_the_case_and_the_kernels(resources: Resources) -> No
     assert predict(case, slower).forward > 1.1 * whole.forward
 
 
+def test_a_plan_costs_next_to_nothing_of_a_long_reading(resources: Resources) -> None:
+    """Two percent of the forward, which in a reading of many layers is made once."""
+    case = Case(
+        "long", batch=16, query_heads=16, key_heads=4, rows=128, prefix=130_944, local=128,
+        documents=1024, covered=130_048, dtype="bfloat16", gradients=("query", "scores"),
+    )  # fmt: skip
+    found = predict(case, resources)
+    assert found.plan < 0.02 * found.forward
+    longer = predict(replace(case, prefix=2 * case.prefix, documents=2048), resources)
+    assert longer.plan < 2.2 * found.plan
+    wider = predict(replace(case, head_dim=128), resources)  # tiles of two sizes
+    assert found.plan < wider.plan < 0.02 * wider.forward
+
+
 def test_a_table_that_lacks_something_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"must be a file, got {tmp_path}"):
         Resources(tmp_path)

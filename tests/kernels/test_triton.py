@@ -30,8 +30,8 @@ from helpers.own_process import run_command
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from dream_kernels.triton import call, device, launch, tiles, tuning
-from dream_kernels.triton.blocks import COUNTS, LIKE_FIRST, PADDED
+from dream_kernels.triton import call, device, launch, plan, tiles, tuning
+from dream_kernels.triton.blocks import COUNTS, LIKE_FIRST
 from dream_kernels.triton.tiles import Config
 
 ON_GPU = torch.cuda.is_available()
@@ -123,31 +123,6 @@ def run(inputs: Inputs, **overrides) -> dict[str, Tensor | None]:
 def check(inputs: Inputs, names: tuple[str, ...] = GRADIENTS) -> None:
     """Output and gradients against float64, and no gradient that nobody asked for."""
     Oracle.of(inputs, names).check(run(inputs.require_grad(names)))
-
-
-@pytest.fixture(autouse=True)
-def language_patched_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter patches the language's functions at every call of a device function.
-
-    That takes 40 % of its time, and changes nothing after the first call.
-    """
-    interpreter = sys.modules.get("triton.runtime.interpreter")
-    if ON_GPU or not hasattr(interpreter, "_LangPatchScope"):
-        return
-    patch, patched = interpreter._patch_lang, {}
-    languages = (triton.language, triton.language.core)
-
-    def restore() -> None:
-        while patched:
-            patched.popitem()[1].restore()
-
-    def patch_once(function) -> SimpleNamespace:
-        seen = tuple(any(x is y for y in function.__globals__.values()) for x in languages)
-        if seen not in patched:
-            patched[seen] = patch(function)
-        return SimpleNamespace(restore=restore)
-
-    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
 
 
 @pytest.fixture
@@ -336,8 +311,8 @@ def test_folded_rows_with_all_options(apart: int, mode: str, mass: float | None)
     inputs = inputs_of(case)
     inputs.options["positions"][1] += apart
     problem = inputs.call(problem_of)
-    work = call.Call(problem).any_work_list()
-    alike = work.counts[: 3 * COUNTS.value].view(3, -1)[:, LIKE_FIRST.value]
+    counts = plan.Plan.of(problem).documents_in_tiles(16, 4).counts
+    alike = counts[: 3 * COUNTS.value].view(3, -1)[:, LIKE_FIRST.value]
     assert alike.tolist() == [1, 1 if apart == 0 else 0, 1]
     check(inputs)
 
@@ -379,8 +354,6 @@ def test_folded_tiles_of_several_heads(
 def test_a_thousand_documents_of_few_tokens(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "INTERPRETER", Config(64, 256, 4, 1, slot=4))
     if not ON_GPU:  # fewer steps for the interpreter, the same ones
-        monkeypatch.setattr(call, "_LIST_BLOCK", 1024)
-        monkeypatch.setattr(call, "DOCUMENT_BLOCK", 256)
         monkeypatch.setattr(launch, "DOCUMENT_BLOCK", 256)
     widths = [1 + i % 3 for i in range(1024)]
     starts = [2 + sum(widths[:i]) for i in range(1024)]
@@ -503,65 +476,6 @@ def test_unchecked_spans_stay_inside_memory() -> None:
     finally:
         set_value_checks(None)
     assert output.shape == inputs.tensors["query"].shape
-
-
-@pytest.mark.parametrize(
-    "prefix,spans",
-    [
-        pytest.param(10, ((10, 18),) * 3, id="local"),
-        pytest.param(20, ((8, 20),) * 3, id="prefix"),
-        pytest.param(13, ((3, 24), (5, 16), (13, 15)), id="across"),
-        pytest.param(0, ((0, 40), (-5, 60), (7, 3)), id="everything"),
-        pytest.param(19, ((2, 9), (4, 6), (30, 33)), id="inside"),
-    ],
-)
-def test_keys_of_unchecked_overlapping_spans_are_those_of_their_memory(
-    prefix: int, spans: tuple, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every key of the work list is in memory, and in the segment that it is read from."""
-    inputs = inputs_of(Case("overlap", spans=spans, prefix=prefix, local=24, rows=4))
-    length, batch = prefix + 24, 2
-    set_value_checks(False)
-    empty = torch.empty
-
-    def unwritten(*shape, **options) -> Tensor:
-        tensor = empty(*shape, **options)
-        return tensor if tensor.is_floating_point() else tensor.fill_(-(1 << 30))
-
-    try:
-        problem = inputs.call(problem_of)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "empty", unwritten)
-            work = call.Call(problem).any_work_list()
-        result = run(inputs.require_grad())
-    finally:
-        set_value_checks(None)
-    assert all(result[name].shape == tensor.shape for name, tensor in inputs.tensors.items())
-    counts = work.counts[: batch * COUNTS.value].view(batch, -1)
-    for b, (n_tiles, front, back, n_prefix, n_rest) in enumerate(counts[:, :5].tolist()):
-        rest = work.rest[b * length :][:n_rest]
-        assert all(0 <= key < prefix for key in rest[:n_prefix])
-        assert all(prefix <= key < length for key in rest[n_prefix:])
-        tiles_of = work.tiles.view(-1, 4)[b * work.limit :][:n_tiles, :2].tolist()
-        shorts = work.shorts.view(-1, 4)[b * len(spans) :][: len(spans), 1:3].tolist()
-        for key, n in (*tiles_of, *shorts[:front], *shorts[len(spans) - back :]):
-            first, end = (0, prefix) if key < prefix else (prefix, length)
-            assert n >= 1 and first <= key and key + n <= end
-
-
-def test_tiles_with_padding_are_marked() -> None:
-    """Only they load the mask."""
-    case = Case("marks", spans=((1, 60), (62, 90)), prefix=70, local=40, padding=("middle", "left"))
-    problem = inputs_of(case).call(problem_of)
-    assert problem.mask is not None
-    work = call.Call(problem).any_work_list()
-    marks = []
-    for b in range(case.batch):
-        count = work.counts[b * COUNTS.value]
-        for key, n, _, flags in work.tiles.view(-1, 4)[b * work.limit :][:count].tolist():
-            marks.append(flags & PADDED.value != 0)
-            assert marks[-1] != bool(problem.mask[b, key : key + n].all())
-    assert any(marks) and not all(marks)
 
 
 @pytest.mark.parametrize("mode", ("reweight", "bias"))
@@ -801,7 +715,8 @@ def test_new_sizes_within_a_bucket_do_not_recompile() -> None:
     from dream_kernels.triton import coefficients, forward, keys, rows, work_list
 
     kernels = (
-        work_list.work_list_kernel, forward.forward_kernel, rows.rows_kernel, keys.keys_kernel,
+        work_list.list_documents_kernel, work_list.list_keys_kernel, work_list.weights_kernel,
+        forward.forward_kernel, rows.rows_kernel, keys.keys_kernel,
         coefficients.coefficients_kernel,
     )  # fmt: skip
 

@@ -189,7 +189,7 @@ def compile_for(
 @pytest.mark.parametrize(
     "target,head_dim,kernels",
     [
-        ("sm_80", 64, ("forward-reweight", "work-list")),
+        ("sm_80", 64, ("forward-reweight", "list-documents", "list-keys")),
         ("sm_90", 128, ("forward-reweight", "query-reweight", "documents-reweight")),
         ("sm_90", 64, ("keys-reweight", "coefficients-reweight", "combine-reweight")),
         ("sm_100", 64, ("forward-bias",)),
@@ -225,7 +225,8 @@ def test_compiles_for_other_devices(resources: Callable[..., dict], target: str)
 
 RARE = (
     "forward-reweight", "forward-bias-fold", "query-reweight-fold", "documents-bias-split",
-    "keys-reweight", "mass", "combine-reweight", "coefficients-reweight", "join", "work-list",
+    "keys-reweight", "mass", "combine-reweight", "coefficients-reweight", "join",
+    "list-documents", "list-keys", "weights",
 )  # fmt: skip
 
 
