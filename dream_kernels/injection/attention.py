@@ -177,7 +177,8 @@ def _no_documents(context: DocumentContext, query: Tensor) -> tuple[Tensor, Tens
         spans = torch.zeros(batch, 1, 2, dtype=torch.long, device=device)
         return torch.zeros(batch, 1, device=device), spans
 
-    return make() if is_traced(query) else context.reading.keep(("none", batch, device), (), make)
+    reading = None if is_traced(query) else context.reading
+    return make() if reading is None else reading.keep(("none", batch, device), (), make)
 
 
 def _refuse_a_second_call(context: DocumentContext, layer: int, module: nn.Module) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dream_kernels.injection.context import DocumentContext, Prefix
 from dream_kernels.injection.layers import Layers
+from dream_kernels.problem import Reading
+from dream_kernels.validation import is_traced
 
 KEYWORDS = ("document_scores", "document_spans", "document_prefix", "document_first_row")
 # Inputs of models that read more than text.
@@ -126,6 +128,7 @@ def prepare(
         positions=positions,
         own_spans=prefix is not None and documents.get("document_spans") is None,
         positions_given=prefix is not None and given.get("position_ids") is not None,
+        reading=None if is_traced(inputs) else Reading(),
         **options,
     )
     return context, changes

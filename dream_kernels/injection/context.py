@@ -139,7 +139,7 @@ class DocumentContext:
         finished: whether the pass is over. Layers are called again by gradient checkpointing alone.
         needed_window: the least window in which scored rows see the documents in full, once known.
         masks: the model's own masks that agree with ``attention_mask``.
-        reading: what the calls of the operator in all layers share.
+        reading: what the calls of the operator in all layers share; None in a traced graph.
     """
 
     heads: dict[int, list[int]]
@@ -164,7 +164,7 @@ class DocumentContext:
     finished: bool = False
     needed_window: int | None = None
     masks: list[tuple[Tensor, int | None]] = field(default_factory=list)
-    reading: Reading = field(default_factory=Reading)
+    reading: Reading | None = None
 
     @classmethod
     def plain(cls, length: int, states: dict[int, tuple[Tensor, Tensor]]) -> DocumentContext:

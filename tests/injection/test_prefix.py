@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dream_kernels import Prefix, inject_attention, read_independently, read_jointly
+from dream_kernels import Prefix, inject_attention, read_independently, read_jointly, validation
 from helpers.injected_models import NAMES, VOCABULARY, make_model, register_oracle, target_loss
 
 HEADS = {0: [1], 1: [0, 3, 5], 2: [2, 4]}
@@ -180,13 +180,13 @@ def test_the_prefix_is_never_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("Llama", torch.float32)
     ids, mask, _, scores = _suffix(g)
     seen = []
-    original = attention.api.document_attention
+    original = attention.api.attend
 
     def spy(*args, **kwargs):
         seen.append(kwargs["prefix"])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(attention.api, "document_attention", spy)
+    monkeypatch.setattr(attention.api, "attend", spy)
     with inject_attention(model, HEADS):
         prefix = read_jointly(model, _tokens(g, 1, 9), torch.tensor([[[0, 3], [3, 6], [6, 9]]]))
         model(ids, attention_mask=mask, document_prefix=prefix, document_scores=scores)
@@ -208,8 +208,19 @@ def test_a_prefix_without_scores_reads_plainly() -> None:
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_gradient_checkpointing_keeps_the_prefix() -> None:
-    """transformers' own cache is dropped under checkpointing; the prefix keyword is not."""
+def test_gradient_checkpointing_keeps_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own cache is dropped under checkpointing; the prefix keyword is not.
+
+    What says where the documents are is checked once a pass, for all layers and their second forward.
+    """
+    checked = []
+    original = validation._checked_geometry
+
+    def recorded(*arguments):
+        checked.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(validation, "_checked_geometry", recorded)
     g = torch.Generator().manual_seed(7)
     model = make_model("Llama")
     ids, mask, is_target, scores = _suffix(g)
@@ -221,6 +232,7 @@ def test_gradient_checkpointing_keeps_the_prefix() -> None:
         model.train()
         actual = _loss_and_gradient(model, ids, is_target, scores, **inputs)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+    assert len(checked) == 2
 
 
 def test_bad_prefixes_are_refused() -> None:
