@@ -14,10 +14,14 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
-from dream_kernels import set_value_checks
+from torch import Tensor
+
+from dream_kernels import api, set_value_checks
+from dream_kernels.problem import Reading
 from dream_kernels.triton import device, implementation
 
 from .adapters import ADAPTERS, Prepared, Refusal
+from .adapters.base import gradients_of, operator_leaves, wanted
 from .cases import Case, make_inputs
 from .measure import ProcessorClock, race
 
@@ -31,6 +35,8 @@ CASES = {
     ", ".join(gradients): replace(_SHAPE, gradients=gradients)
     for gradients in (("scores",), ("query", "scores"), _SHAPE.gradients)
 }
+ALONE = "query, scores, a call alone"
+CASES[ALONE] = replace(_SHAPE, gradients=("query", "scores"))
 _CALLS = 50
 
 
@@ -52,24 +58,26 @@ class _Driver:
         return 0
 
 
-class _Kernel:
+def _stub() -> Any:
     """A compiled kernel that does nothing, in each way in which one is launched."""
+    from triton.compiler import CompiledKernel
 
-    function = 0
-    packed_metadata = ()
-    metadata = SimpleNamespace(shared=0, num_warps=4)
+    class Nothing(CompiledKernel):
+        function = module = 0
+        packed_metadata, name, src = (), "nothing", None
+        metadata = SimpleNamespace(shared=0, num_warps=4)
+        run = staticmethod(lambda *arguments: None)
 
-    def launch_metadata(self, *arguments: Any) -> None:
-        return None
+        def __init__(self) -> None:
+            """There is nothing to load."""
 
-    def run(self, *arguments: Any) -> None:
-        return None
+        def __del__(self) -> None:
+            """Nor to unload."""
 
-    def result(self) -> _Kernel:
-        return self
+        def result(self) -> Nothing:
+            return self
 
-    def __getitem__(self, grid: Any) -> Any:
-        return self.run
+    return Nothing()
 
 
 def stub_launches(capability: int = 90, processors: int = 132, compiled: bool = False) -> None:
@@ -86,10 +94,10 @@ def stub_launches(capability: int = 90, processors: int = 132, compiled: bool = 
     driver.set_active(_Driver(capability))
     real = triton.compiler.compile
 
-    def instead(*arguments: Any, **options: Any) -> _Kernel:
+    def instead(*arguments: Any, **options: Any) -> Any:
         if compiled:
             real(*arguments, **options)
-        return _Kernel()
+        return _stub()
 
     triton.compiler.compile = instead
     vars(device).update(capability=lambda on: capability // 10, processors=lambda on: processors)
@@ -99,14 +107,29 @@ def stub_launches(capability: int = 90, processors: int = 132, compiled: bool = 
 
 
 def prepare() -> dict[str, Prepared]:
-    """The calls by the gradients that they compute."""
-    ready = {}
-    for name, case in CASES.items():
-        prepared = ADAPTERS[PEER].setup(make_inputs(case))
+    """The calls by the gradients that they compute; all but the last are layers of one reading."""
+    return {name: _prepared(case, alone=name == ALONE) for name, case in CASES.items()}
+
+
+def _prepared(case: Case, alone: bool) -> Prepared:
+    inputs = make_inputs(case)
+    if alone:
+        prepared = ADAPTERS[PEER].setup(inputs)
         if isinstance(prepared, Refusal):
             sys.exit(prepared.reason)
-        ready[name] = prepared
-    return ready
+        return prepared
+    leaves = operator_leaves(inputs, case.gradients)
+    query, key, value, scores = leaves.values()
+    reading = Reading()
+
+    def forward() -> Tensor:
+        return api.attend(
+            reading, "triton", query, key, value, scores, inputs.spans, mode=case.mode,
+            heads=case.heads, document_mass=None, scale=None, causal=True, attention_mask=None,
+            prefix=inputs.prefix,
+        )  # fmt: skip
+
+    return Prepared(forward, gradients_of(wanted(leaves), inputs.grad_output))
 
 
 def main(runs: int, seconds: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -68,11 +70,12 @@ class DocumentAttention(torch.autograd.Function):
         # makes its own.
         ctx.reading = Reading()
         needs = Needs(*ctx.needs_input_grad[: len(Needs._fields)])
-        with torch.no_grad(), torch.autocast(grad_output.device.type, enabled=False):
+        recorded = torch.is_grad_enabled()  # for a second derivative
+        with _plainly(grad_output.device.type, recorded):
             gradients: Gradients = ctx.implementation.backward(
                 problem, output, saved, readable(grad_output), needs
             )
-        if torch.is_grad_enabled():
+        if recorded:
             # grad_output replaces a frozen query: the gradients depend on both.
             query = problem.query if problem.query.requires_grad else grad_output
             gradients = Gradients(
@@ -99,8 +102,17 @@ def _forward(
     problem: Problem, implementation: Implementation, needs: Needs
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run the forward, without autocast."""
-    device = problem.query.device.type
-    if not torch.is_autocast_enabled(device):
+    with _plainly(problem.query.device.type, recorded=False):
         return implementation.forward(problem, needs)
-    with torch.autocast(device, enabled=False):
-        return implementation.forward(problem, needs)
+
+
+def _plainly(device: str, recorded: bool) -> AbstractContextManager[None]:
+    """Without autocast and gradients; what would change nothing takes as long as a launch."""
+    usual = not (recorded or torch.is_autocast_enabled(device))
+    return nullcontext() if usual else _without_autocast_and_gradients(device)
+
+
+@contextmanager
+def _without_autocast_and_gradients(device: str) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        yield

@@ -40,7 +40,7 @@ class Reading:
         self, name: Hashable, tensors: tuple[Tensor | None, ...], make: Callable[[], Kept]
     ) -> Kept:
         """Return what ``make`` returned when it was first called for ``name`` and ``tensors``."""
-        key = (name, *map(_contents, tensors))
+        key = (name, *map(contents, tensors))
         found = self._kept.get(key)
         if found is None:
             # The tensors are kept too: their memory cannot become another's.
@@ -48,7 +48,7 @@ class Reading:
         return found[1]
 
 
-def _contents(tensor: Tensor | None) -> Hashable:
+def contents(tensor: Tensor | None) -> Hashable:
     """Equal for tensors of the same memory, and other after it was written to."""
     if tensor is None:
         return None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +24,8 @@ from dream_kernels.value_checks import (
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int32, torch.int64)
+_ALWAYS = ("query", "key", "value", "scores", "spans")
+_dispatch_keys = torch._C._dispatch_keys
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -102,18 +107,21 @@ def _check_keys(
         )
 
 
-def _check_prefix(
-    query: Tensor, key: Tensor, value: Tensor, prefix: object
-) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    if prefix is None:
-        return None, None
+def _pair(prefix: object) -> tuple[Tensor, Tensor]:
     if not isinstance(prefix, (tuple, list)) or len(prefix) != 2:
         raise TypeError(
             f"prefix must be a (key, value) pair or None, got {type(prefix).__name__}"
             + (f" of {len(prefix)}" if isinstance(prefix, (tuple, list)) else "")
         )
-    prefix_key = _require_tensor("prefix[0]", prefix[0])
-    prefix_value = _require_tensor("prefix[1]", prefix[1])
+    for i, tensor in enumerate(prefix):
+        if tensor is None:
+            raise TypeError(f"prefix[{i}] must be a torch.Tensor, got NoneType")
+    return prefix[0], prefix[1]
+
+
+def _check_prefix(
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor
+) -> None:
     batch = query.shape[0]
     _check_keys(
         query, "prefix[0]", prefix_key, "prefix[1]", prefix_value, batches=tuple({1, batch})
@@ -124,10 +132,9 @@ def _check_prefix(
         raise ValueError(
             f"prefix[1] must have value's head size {value.shape[3]}, got {_shape(prefix_value)}"
         )
-    return (None, None) if prefix_key.shape[2] == 0 else (prefix_key, prefix_value)
 
 
-def _check_spans(spans: Tensor, query: Tensor, length: int) -> Tensor:
+def _check_spans(spans: Tensor, query: Tensor) -> None:
     if spans.dtype not in INTEGER_DTYPES:
         raise TypeError(f"spans must be int32 or int64, got {spans.dtype}")
     if spans.dim() != 3 or spans.shape[2] != 2 or spans.shape[0] != query.shape[0]:
@@ -140,10 +147,9 @@ def _check_spans(spans: Tensor, query: Tensor, length: int) -> Tensor:
         raise ValueError(
             f"spans must be on the CPU or on query's device {query.device}, got {spans.device}"
         )
-    return spans
 
 
-def _check_scores(scores: Tensor, query: Tensor, documents: int) -> Tensor:
+def _check_scores(scores: Tensor, query: Tensor, documents: int) -> None:
     batch, heads = query.shape[:2]
     if not scores.is_floating_point():
         raise TypeError(f"scores must be floating point, got {scores.dtype}")
@@ -154,8 +160,6 @@ def _check_scores(scores: Tensor, query: Tensor, documents: int) -> Tensor:
             f"scores must have shape [B, C] = [{batch}, {documents}] or [B, Hq, C] = "
             f"[{batch}, {heads}, {documents}], got {_shape(scores)}"
         )
-    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return (scores if scores.dim() == 3 else scores.unsqueeze(1)).to(accumulate)
 
 
 def head_mask(heads: Sequence[int] | Tensor | None, query_heads: int) -> tuple[bool, ...]:
@@ -186,9 +190,11 @@ def head_mask(heads: Sequence[int] | Tensor | None, query_heads: int) -> tuple[b
     return tuple(mask)
 
 
-def check_attention_mask(mask: object, batch: int, length: int, device: torch.device) -> Tensor:
-    """Return the padding mask after checking its shape, dtype and device."""
-    mask = _require_tensor("attention_mask", mask)
+def _check_attention_mask(
+    mask: Tensor | None, batch: int, length: int, device: torch.device
+) -> None:
+    if mask is None:
+        return
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(
             f"attention_mask must be bool or integer (1 = token, 0 = padding), got {mask.dtype}"
@@ -199,22 +205,24 @@ def check_attention_mask(mask: object, batch: int, length: int, device: torch.de
         )
     if mask.device != device:
         raise ValueError(f"attention_mask must be on query's device {device}, got {mask.device}")
-    return mask
 
 
-def _check_sinks(sinks: object, query: Tensor, accumulate: torch.dtype) -> Tensor:
-    sinks = _require_tensor("sinks", sinks)
+def _check_sinks(sinks: Tensor | None, query: Tensor) -> None:
+    if sinks is None:
+        return
     if not sinks.is_floating_point():
         raise TypeError(f"sinks must be floating point, got {sinks.dtype}")
     if sinks.device != query.device:
         raise ValueError(f"sinks must be on query's device {query.device}, got {sinks.device}")
     if tuple(sinks.shape) != (query.shape[1],):
         raise ValueError(f"sinks must have shape [Hq] = [{query.shape[1]}], got {_shape(sinks)}")
-    return sinks.to(accumulate)
 
 
-def _check_positions(positions: object, batch: int, length: int, device: torch.device) -> Tensor:
-    positions = _require_tensor("positions", positions)
+def _check_positions(
+    positions: Tensor | None, batch: int, length: int, device: torch.device
+) -> None:
+    if positions is None:
+        return
     if positions.dtype not in INTEGER_DTYPES:
         raise TypeError(f"positions must be int32 or int64, got {positions.dtype}")
     if tuple(positions.shape) != (batch, length):
@@ -223,7 +231,6 @@ def _check_positions(positions: object, batch: int, length: int, device: torch.d
         )
     if positions.device != device:
         raise ValueError(f"positions must be on query's device {device}, got {positions.device}")
-    return positions
 
 
 def _check_window(window: object, causal: bool) -> None:
@@ -277,6 +284,96 @@ def _checked_geometry(
     return _geometry(spans, mask, positions, device)
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What follows from the arguments that are no tensors, and from shapes, once checked.
+
+    Attributes:
+        length: ``T``.
+        has_prefix: whether the prefix has keys.
+        accumulate: the dtype of scores and sinks.
+        fields: of the problem, in the order of :attr:`Problem.options`.
+    """
+
+    length: int
+    has_prefix: bool
+    accumulate: torch.dtype
+    fields: dict[str, Any]
+
+
+# What was checked is not checked again: it depends on nothing else than these keys.
+_checked: dict[Hashable, _Options] = {}
+_MOST_CHECKED = 4096
+_Tensors = dict[str, "Tensor | None"]
+
+
+def _key_of_checks(tensors: _Tensors, heads: Any, options: tuple[Any, ...]) -> Hashable | None:
+    """What the checks of a call without values depend on; None where the call is a rare one."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    try:
+        described = [
+            # The dispatch keys tell subclasses, layouts and lazy negations apart.
+            None if t is None else (t.shape, t.dtype, t.device, _dispatch_keys(t).raw_repr())
+            for t in tensors.values()
+        ]
+        if heads is not None:
+            heads = tuple(heads), tuple(map(type, heads))
+        key = (*described, heads, *options, *map(type, options))
+        hash(key)
+    except (TypeError, AttributeError):
+        return None
+    return key
+
+
+def _check_options(
+    tensors: _Tensors,
+    heads: Sequence[int] | Tensor | None,
+    mode: str,
+    document_mass: float | None,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> _Options:
+    """Check everything but values, and make the tensors readable in place of what was given."""
+    for name, tensor in tensors.items():
+        if tensor is not None or name in _ALWAYS:
+            tensors[name] = _require_tensor(name, tensor)
+    query, key, value, scores, spans = (cast(Tensor, tensors[name]) for name in _ALWAYS)
+    _check_query(query)
+    _check_keys(query, "key", key, "value", value, batches=(query.shape[0],))
+    prefix_key, prefix_value = tensors["prefix[0]"], tensors["prefix[1]"]
+    prefix_length = 0
+    if prefix_key is not None and prefix_value is not None:
+        _check_prefix(query, key, value, prefix_key, prefix_value)
+        prefix_length = prefix_key.shape[2]
+    length = key.shape[2] + prefix_length
+    check_mode(mode, document_mass)
+    if scale is None:
+        scale = query.shape[3] ** -0.5
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    _check_spans(spans, query)
+    _check_scores(scores, query, spans.shape[1])
+    _check_sinks(tensors["sinks"], query)
+    if window is not None:
+        _check_window(window, causal)
+    _check_positions(tensors["positions"], query.shape[0], length, query.device)
+    _check_attention_mask(tensors["attention_mask"], query.shape[0], length, query.device)
+    fields = {
+        "heads": head_mask(heads, query.shape[1]),
+        "mode": mode,
+        "document_mass": None if document_mass is None else float(document_mass),
+        "scale": float(scale),
+        "causal": bool(causal),
+        "window": window,
+        "softcap": None if softcap is None else _check_softcap(softcap),
+    }
+    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return _Options(length, prefix_length > 0, accumulate, fields)
+
+
 def build_problem(
     query: Tensor,
     key: Tensor,
@@ -307,31 +404,28 @@ def build_problem(
     """
     if not torch.compiler.is_compiling():
         _refuse_transforms()
-    query = _require_tensor("query", query)
-    key, value = _require_tensor("key", key), _require_tensor("value", value)
-    _check_query(query)
-    _check_keys(query, "key", key, "value", value, batches=(query.shape[0],))
-    prefix_key, prefix_value = _check_prefix(query, key, value, prefix)
-    length = key.shape[2] + (0 if prefix_key is None else prefix_key.shape[2])
-    check_mode(mode, document_mass)
-    if scale is None:
-        scale = query.shape[3] ** -0.5
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    spans = _check_spans(_require_tensor("spans", spans), query, length)
-    scores = _require_tensor("scores", scores)
-    checked_scores = _check_scores(scores, query, spans.shape[1])
-    if sinks is not None:
-        sinks = _check_sinks(sinks, query, checked_scores.dtype)
-    if window is not None:
-        _check_window(window, causal)
-    batch, device = query.shape[0], query.device
-    if positions is not None:
-        positions = _check_positions(positions, batch, length, device)
-    if attention_mask is not None:
-        attention_mask = check_attention_mask(attention_mask, batch, length, device)
+    prefix_key, prefix_value = (None, None) if prefix is None else _pair(prefix)
+    tensors: _Tensors = {
+        "query": query, "key": key, "value": value, "scores": scores, "spans": spans,
+        "prefix[0]": prefix_key, "prefix[1]": prefix_value, "sinks": sinks,
+        "positions": positions, "attention_mask": attention_mask,
+    }  # fmt: skip
+    options = (mode, document_mass, scale, causal, window, softcap)
+    which = _key_of_checks(tensors, heads, options)
+    known = None if which is None else _checked.get(which)
+    tracing = False
+    if known is None:
+        given = list(tensors.values())
+        known = _check_options(tensors, heads, *options)
+        tracing = is_traced(query)
+        if which is not None and not tracing and all(map(is_, given, tensors.values())):
+            if len(_checked) >= _MOST_CHECKED:
+                _checked.clear()
+            _checked[which] = known
+        query, key, value, scores, spans = (cast(Tensor, tensors[name]) for name in _ALWAYS)
+        prefix_key, prefix_value, sinks, positions, attention_mask = list(tensors.values())[5:]
+    device, length = query.device, known.length
     # While a graph is traced there are no values yet; the graph checks them when it runs.
-    tracing = is_traced(query)
     if tracing:
         places = _geometry(spans, attention_mask, positions, device)
     else:
@@ -342,27 +436,20 @@ def build_problem(
             (spans, attention_mask, positions),
             lambda: _checked_geometry(spans, attention_mask, positions, device, length),
         )
-    spans, mask, positions = places
     problem = Problem(
-        query=query,
-        key=key,
-        value=value,
-        prefix_key=prefix_key,
-        prefix_value=prefix_value,
-        scores=checked_scores,
-        sinks=sinks,
-        spans=spans,
-        mask=mask,
-        positions=None if window is None else positions,
-        heads=head_mask(heads, query.shape[1]),
-        mode=mode,
-        document_mass=None if document_mass is None else float(document_mass),
-        scale=float(scale),
-        causal=bool(causal),
-        window=window,
-        softcap=None if softcap is None else _check_softcap(softcap),
+        query,
+        key,
+        value,
+        (scores if scores.dim() == 3 else scores.unsqueeze(1)).to(known.accumulate),
+        prefix_key if known.has_prefix else None,
+        prefix_value if known.has_prefix else None,
+        None if sinks is None else sinks.to(known.accumulate),
+        places[0],
+        places[1],
+        None if window is None else places[2],
+        **known.fields,
         reading=Reading() if reading is None else reading,
     )
-    if not tracing:
+    if window is not None and not tracing:
         check_window(problem)
     return problem

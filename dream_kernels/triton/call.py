@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from dream_kernels.problem import Problem
+from dream_kernels.problem import Kept, Problem
 from dream_kernels.triton import device
-from dream_kernels.triton.plan import Plan, run
+from dream_kernels.triton.plan import Plan
 from dream_kernels.triton.tiles import Config, family_of, padded_head
 from dream_kernels.triton.tuning import bucket, candidates, choose
-from dream_kernels.triton.work_list import weights_kernel
 
 LOG2_E = 1.0 / math.log(2.0)
 # A split shorter than this many keys costs more in partial results than it gains.
@@ -52,23 +51,26 @@ class Heads:
         order: ``[Hq]`` int32: the query heads of each key head, scored ones first.
         count: ``[Hkv]`` int32: how many of them are scored.
         scored: ``[Hq]`` int32: 1 for a scored head.
-        any: whether any head is.
     """
 
     order: Tensor
     count: Tensor
     scored: Tensor
-    any: bool
 
 
-@lru_cache(maxsize=1024)
-def _heads(scored: tuple[bool, ...], key_heads: int, device: torch.device) -> Heads:
+def _heads(scored: tuple[bool, ...], key_heads: int, on: torch.device, capturing: bool) -> Heads:
     group = len(scored) // key_heads
     order = sorted(range(len(scored)), key=lambda h: (h // group, not scored[h]))
     count = [sum(scored[h * group : (h + 1) * group]) for h in range(key_heads)]
-    flat = torch.tensor([*order, *count, *map(int, scored)], dtype=torch.int32, device=device)
+    values = [*order, *count, *map(int, scored)]
+    if capturing:
+        # The host's memory cannot be copied then: the values are arguments of kernels.
+        flat = torch.zeros(len(values), dtype=torch.int32, device=on)
+        torch._foreach_add_(list(flat.unbind()), values)
+    else:
+        flat = torch.tensor(values, dtype=torch.int32, device=on)
     in_order, counts, flags = flat.split([len(scored), key_heads, len(scored)])
-    return Heads(in_order, counts, flags, any(scored))
+    return Heads(in_order, counts, flags)
 
 
 @dataclass(frozen=True)
@@ -90,26 +92,24 @@ class RowGrid:
         return {"S": self.splits, "FOLD": self.fold, "SPLIT": self.splits > 1}
 
 
-class Call:
-    """One problem, reduced to what the kernels take.
+class _Form:
+    """What the calls of the same shapes, strides, dtypes and options have in common.
 
     Attributes:
-        arguments: what depends on the problem alone, by the names of the kernels' parameters.
+        numbers: arguments of the kernels that are no tensors, by the names of their parameters.
+        any_head: whether any head receives the scores.
     """
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.device = problem.query.device
+        self.device, self.dtype = problem.query.device, problem.query.dtype
         self.batch, self.query_heads = problem.batch, problem.query_heads
         self.key_heads, self.rows = problem.key_heads, problem.rows
         self.group = self.query_heads // self.key_heads
         self.length, self.prefix_length = problem.total_length, problem.prefix_length
-        self.documents = problem.documents
-        self.head_dim = problem.head_dim
-        self.heads = _heads(problem.heads, self.key_heads, self.device)
-        self.bias = problem.mode == "bias"
-        self.fixed = problem.document_mass is not None
-        self.plan = Plan.of(problem)
+        self.documents, self.head_dim = problem.documents, problem.head_dim
+        self.bias, self.fixed = problem.mode == "bias", problem.document_mass is not None
+        self.shared = problem.prefix_key is not None and problem.prefix_key.shape[0] < self.batch
+        self.any_head = any(problem.heads)
         self._flags = {
             "D": self.head_dim,
             "BD": padded_head(self.head_dim),
@@ -117,100 +117,47 @@ class Call:
             "HAS_PREFIX": problem.prefix_key is not None,
             "HAS_MASK": problem.mask is not None,
             "NEGATE": problem.scale < 0,
-            "IP": device.product_precision(problem.query.dtype, self.device),
+            "IP": device.product_precision(self.dtype, self.device),
             "PER_HEAD": problem.scores.shape[1] > 1,
             "BIAS": self.bias,
         }
-        # Without padding any pointer serves: the kernels do not read from it.
-        mask = self.heads.scored if problem.mask is None else problem.mask.contiguous()
-        self.arguments = {
-            "q": problem.query, **strides("q", "bhmd", problem.query), **self._memory(),
-            "mask": mask.view(torch.uint8), "spans": problem.spans.contiguous(),
-            "table": self.heads.order, "n_scored": self.heads.count, "scored": self.heads.scored,
+        self.numbers = {
+            **strides("q", "bhmd", problem.query), **_strides_of_memory(problem),
             "B": self.batch, "Hq": self.query_heads, "G": self.group, "M": self.rows,
             "T": self.length, "P": self.prefix_length, "C": self.documents,
             "document_mass": 1.0 if problem.document_mass is None else problem.document_mass,
-            **self._options(), **self._flags, "FIXED": self.fixed,
+            **_options(problem), **self._flags, "FIXED": self.fixed,
         }  # fmt: skip
+        given = self.numbers["window"], problem.positions, self.numbers["cap"], problem.sinks
+        self._without = tuple(option is None for option in given)  # in the order of OPTIONS
+        self._kept: dict[Hashable, Any] = {}
 
-    def _options(self) -> dict[str, Any]:
-        """What a call may add to attention, None where it does not: nothing is compiled for it."""
-        problem, window = self.problem, self.problem.window
-        if window is not None and problem.positions is None and window >= self.length:
-            window = None  # it reaches all keys
-        scale, cap = abs(problem.scale), None
-        if problem.softcap is not None:
-            scale, cap = problem.softcap, scale / problem.softcap
-        return {
-            # Never 0, so that a masked logit of -inf stays -inf.
-            "scale": max(scale * LOG2_E, 1e-30), "cap": cap,
-            "window": None if window is None else min(window, _LONGEST_WINDOW),
-            "positions": None if problem.positions is None else problem.positions.contiguous(),
-            "sinks": None if problem.sinks is None else problem.sinks.contiguous(),
-        }  # fmt: skip
-
-    def _memory(self) -> dict[str, Any]:
-        """Keys and values; without a prefix the local ones are passed in its place."""
-        problem = self.problem
-        arguments: dict[str, Any] = {}
-        for name, local, prefix in (
-            ("k", problem.key, problem.prefix_key), ("v", problem.value, problem.prefix_value),
-        ):  # fmt: skip
-            local, prefix = _same_last_stride(local, prefix)
-            prefix = local if prefix is None else prefix
-            of_prefix = strides(f"p{name}", "bhn", prefix)
-            if prefix.shape[0] == 1:
-                of_prefix[f"s_p{name}b"] = 0
-            arguments |= {name: local, f"p{name}": prefix}
-            arguments |= {**strides(name, "bhnd", local), **of_prefix}
-        return arguments
-
-    def work_list(self, config: Config) -> dict[str, Any]:
-        """The arguments of the kernels that visit documents, for tiles of a shape."""
-        made = self.plan.documents_in_tiles(config.keys, config.slot)
-        return {
-            "tiles": made.tiles, "shorts": made.shorts, "rest": self.plan.rest,
-            "counts": made.counts, "NT": made.limit, "weights": self.weights(),
-        }  # fmt: skip
-
-    def weighed_rows(self) -> dict[str, Any]:
-        """The arguments of kernels that visit no documents: which rows are scored, and weights."""
-        config = self.configs("query", self.reach)[0]
-        made = self.plan.documents_in_any_tiles(config.keys, config.slot)
-        return {"counts": made.counts, "weights": self.weights()}
-
-    def weights(self) -> Tensor:
-        """``[B, 1 or Hq, C]`` float32: what ``weights_kernel`` makes of the scores."""
-        scores = self.problem.scores.detach()
-        return self.problem.reading.keep(
-            ("weights", self.bias), (scores, self.problem.spans), lambda: self._weigh(scores)
-        )
-
-    def _weigh(self, scores: Tensor) -> Tensor:
-        weights = torch.empty(scores.shape, dtype=torch.float32, device=self.device)
-        arguments = {
-            **self.arguments, "scores": scores, **strides("s", "bhc", scores), "weights": weights,
-            "HS": scores.shape[1], "BW": min(1024, max(16, bucket(self.documents))),
-        }  # fmt: skip
-        run(weights_kernel, (scores.shape[1] * self.batch,), arguments, num_warps=4)
-        return weights
+    def _keep(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        """Return what ``make`` returned for the first call of this form."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     def row_tensor(self, *leading: int, slots: int) -> Tensor:
         shape = (*leading, self.batch, self.query_heads, slots, self.rows)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
     def configs(self, kernel: str, rows: int) -> tuple[Config, ...]:
-        family = family_of(device.capability(self.device))
-        return candidates(kernel, self.head_dim, self.problem.query.dtype, rows, family)
+        def make() -> tuple[Config, ...]:
+            family = family_of(device.capability(self.device))
+            return candidates(kernel, self.head_dim, self.dtype, rows, family)
+
+        return self._keep(("configs", kernel, rows), make)
 
     def tuned(
         self, kernel: str, rows: int, launch: Callable[[Config], object], *flags: Hashable
     ) -> Config:
-        """The configuration for a kernel at this call's sizes."""
+        """The configuration for a kernel at these sizes."""
         configs = self.configs(kernel, rows)
+        if len(configs) == 1:
+            return configs[0]
         key = (
-            kernel, self.problem.query.dtype, *flags, *self._flags.values(),
-            *(self.arguments[name] is None for name in OPTIONS), bucket(rows),
+            kernel, self.dtype, *flags, *self._flags.values(), *self._without, bucket(rows),
             bucket(self.batch * self.key_heads), bucket(self.length),
             bucket(self.length // self.documents),
         )  # fmt: skip
@@ -230,13 +177,14 @@ class Call:
         Folded tiles visit the local keys once per batch element, for all their rows: the prefix
         has to be the larger part.
         """
-        prefix = self.problem.prefix_key
-        shared = prefix is not None and prefix.shape[0] < self.batch
         long = self.prefix_length >= 2 * (self.length - self.prefix_length)
-        return self.group * self.rows * (self.batch if shared and long else 1)
+        return self.group * self.rows * (self.batch if self.shared and long else 1)
 
     def grid(self, config: Config) -> RowGrid:
         """How the rows are cut into blocks, and their keys split."""
+        return self._keep(("grid", config), lambda: self._cut(config))
+
+    def _cut(self, config: Config) -> RowGrid:
         rows = self.group * self.rows
         blocks, elements, fold = triton.cdiv(rows, config.rows), self.batch, False
         folded = triton.cdiv(self.reach, config.rows)
@@ -250,6 +198,119 @@ class Call:
     def _splits(self, blocks: int) -> int:
         wanted = 2 * device.processors(self.device) // (blocks * self.key_heads)
         return max(1, min(wanted, self.length // MIN_SPLIT_KEYS))
+
+
+class Call(_Form):
+    """One problem, reduced to what the kernels take: its form, and its tensors.
+
+    What follows from shapes and options is worked out once for all calls that have them in common.
+
+    Attributes:
+        arguments: what depends on the problem alone, by the names of the kernels' parameters.
+        plan: its work lists.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        key = _form_key(problem)
+        form = _forms.get(key)
+        if form is None:
+            if len(_forms) >= _MOST_FORMS:
+                _forms.clear()
+            form = _forms[key] = _Form(problem)
+        self.__dict__.update(form.__dict__)
+        self.problem, self.plan = problem, Plan.of(problem)
+        heads = self._heads()
+        key, prefix_key = _same_last_stride(problem.key, problem.prefix_key)
+        value, prefix_value = _same_last_stride(problem.value, problem.prefix_value)
+        self.arguments: dict[str, Any] = {
+            **self.numbers, **self.plan.tensors, "q": problem.query, "k": key, "v": value,
+            # Without a prefix the local ones are passed in its place.
+            "pk": key if prefix_key is None else prefix_key,
+            "pv": value if prefix_value is None else prefix_value,
+            "sinks": None if problem.sinks is None else problem.sinks.contiguous(),
+            "table": heads.order, "n_scored": heads.count, "scored": heads.scored,
+        }  # fmt: skip
+
+    def _heads(self) -> Heads:
+        """Kept with the form, but in a CUDA graph.
+
+        A graph that read memory from outside would need it to live as long, and what it writes is
+        not there before it runs.
+        """
+        capturing = self.device.type == "cuda" and device.capturing()
+        scored, key_heads = self.problem.heads, self.key_heads
+
+        def make() -> Heads:
+            return _heads(scored, key_heads, self.device, capturing)
+
+        if capturing:
+            return self.problem.reading.keep(("heads", scored, key_heads), (), make)
+        return self._keep("heads", make)
+
+    def work_list(self, config: Config) -> dict[str, Any]:
+        """The arguments of the kernels that visit documents, for tiles of a shape."""
+        made = self.plan.documents_in_tiles(config.keys, config.slot)
+        return {
+            "tiles": made.tiles, "shorts": made.shorts, "rest": self.plan.rest,
+            "counts": made.counts, "NT": made.limit,
+            "weights": self.plan.weights(self.problem.scores, self.bias),
+        }  # fmt: skip
+
+    def weighed_rows(self) -> dict[str, Any]:
+        """The arguments of kernels that visit no documents: which rows are scored, and weights."""
+        config = self.configs("query", self.reach)[0]
+        made = self.plan.documents_in_any_tiles(config.keys, config.slot)
+        weights = self.plan.weights(self.problem.scores, self.bias)
+        return {"counts": made.counts, "weights": weights}
+
+
+_forms: dict[Hashable, _Form] = {}
+_MOST_FORMS = 1024
+
+
+def _form_key(problem: Problem) -> Hashable:
+    """What a form depends on."""
+    tensors = (
+        problem.query, problem.key, problem.value, problem.scores, problem.prefix_key,
+        problem.prefix_value,
+    )  # fmt: skip
+    query = problem.query
+    return (
+        query.dtype, query.device, device.product_precision(query.dtype, query.device),
+        *[None if t is None else (t.shape, t.stride()) for t in tensors],
+        problem.mask is None, problem.positions is None, problem.sinks is None, problem.heads,
+        problem.mode, problem.document_mass, problem.scale, problem.causal, problem.window,
+        problem.softcap,
+    )  # fmt: skip
+
+
+def _options(problem: Problem) -> dict[str, Any]:
+    """Numbers that a call may add to attention, None where it does not: then none is compiled."""
+    window = problem.window
+    if window is not None and problem.positions is None and window >= problem.total_length:
+        window = None  # it reaches all keys
+    scale, cap = abs(problem.scale), None
+    if problem.softcap is not None:
+        scale, cap = problem.softcap, scale / problem.softcap
+    return {
+        # Never 0, so that a masked logit of -inf stays -inf.
+        "scale": max(scale * LOG2_E, 1e-30), "cap": cap,
+        "window": None if window is None else min(window, _LONGEST_WINDOW),
+    }  # fmt: skip
+
+
+def _strides_of_memory(problem: Problem) -> dict[str, int]:
+    """Of keys and values, as the kernels take them."""
+    found: dict[str, int] = {}
+    for name, local, prefix in (
+        ("k", problem.key, problem.prefix_key), ("v", problem.value, problem.prefix_value),
+    ):  # fmt: skip
+        local, prefix = _same_last_stride(local, prefix)
+        found |= strides(name, "bhnd", local)
+        found |= strides(f"p{name}", "bhn", local if prefix is None else prefix)
+        if prefix is not None and prefix.shape[0] == 1:
+            found[f"s_p{name}b"] = 0
+    return found
 
 
 def _same_last_stride(local: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -19,8 +19,8 @@ from dream_kernels.triton.coefficients import coefficients_kernel
 from dream_kernels.triton.combine import combine_kernel, join_kernel
 from dream_kernels.triton.forward import forward_kernel
 from dream_kernels.triton.keys import keys_kernel
+from dream_kernels.triton.launcher import run
 from dream_kernels.triton.mass import mass_kernel
-from dream_kernels.triton.plan import run
 from dream_kernels.triton.rows import rows_kernel
 from dream_kernels.triton.tiles import Config
 from dream_kernels.triton.tuning import bucket
@@ -70,7 +70,7 @@ def backward(
     logits = needs.query or needs.key or needs.prefix_key
     # The rest's part of the sinks' gradient depends on dO . o_rest only if its mass is fixed.
     rows = logits or (needs.sinks and call.fixed)
-    weighs = call.heads.any and (needs.scores or (rows and not call.bias))
+    weighs = call.any_head and (needs.scores or (rows and not call.bias))
     # dO . o_d of reweight, on which all but dV depends, or the scores' gradient by row of bias.
     documents: Tensor | None = None
     grad_scores: Tensor | None = None
@@ -93,7 +93,7 @@ def backward(
             by_document=call.bias and weighs and needs.scores,
         )  # fmt: skip
     if needs.scores:
-        if not call.heads.any:
+        if not call.any_head:
             grad_scores = torch.zeros_like(problem.scores)
         else:
             if call.bias:

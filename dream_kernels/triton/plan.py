@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
-from operator import itemgetter
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from dream_kernels.problem import Problem
+from dream_kernels.problem import Problem, contents
 from dream_kernels.triton.blocks import COUNTS
+from dream_kernels.triton.launcher import run
 from dream_kernels.triton.tuning import bucket
-from dream_kernels.triton.work_list import PLACES, list_documents_kernel, list_keys_kernel
+from dream_kernels.triton.work_list import (
+    PLACES,
+    list_documents_kernel,
+    list_keys_kernel,
+    weights_kernel,
+)
 
 # Positions and tiles of a program that lists them, and documents that a program scans together.
 LISTED_KEYS, LISTED_TILES, LISTED_DOCUMENTS = 1024, 64, 1024
-
-
-def run(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **options: int) -> None:
-    """Launch ``kernel`` with those of the ``arguments`` that it has parameters for.
-
-    A parameter's name means the same in every kernel, so that kernels share groups of arguments.
-    """
-    # Fused multiply-adds are no longer triton's own default in 3.10.
-    arguments_in_order = itemgetter(*kernel.arg_names)(arguments)
-    kernel[grid](*arguments_in_order, enable_fp_fusion=True, **options)
 
 
 @dataclass(frozen=True)
@@ -55,16 +50,22 @@ class Plan:
         self.length, self.prefix_length = problem.total_length, problem.prefix_length
         self.device = problem.spans.device
         self._lists: dict[tuple[int, int], Documents] = {}
+        self._weights: dict[Hashable, tuple[Tensor, Tensor]] = {}
         spans, mask, positions = problem.spans.contiguous(), problem.mask, problem.positions
         self._arguments: dict[str, Any] = {
             "spans": spans, "positions": None if positions is None else positions.contiguous(),
             # Without padding any pointer serves: the kernels do not read from it.
-            "mask": spans if mask is None else mask.contiguous().view(torch.uint8),
+            "mask": (spans if mask is None else mask.contiguous()).view(torch.uint8),
             "HAS_MASK": mask is not None, "CAUSAL": problem.causal,
             # Whether there is one matters, not how long it is.
             "window": None if problem.window is None else 1,
             "M": problem.rows, "T": self.length, "P": self.prefix_length, "C": self.documents,
         }  # fmt: skip
+
+    @property
+    def tensors(self) -> dict[str, Tensor | None]:
+        """What the lists are made of, by the names of the kernels' parameters."""
+        return {name: self._arguments[name] for name in ("spans", "mask", "positions")}
 
     @staticmethod
     def of(problem: Problem) -> Plan:
@@ -101,6 +102,25 @@ class Plan:
         segment = self._empty(self.batch * self.length)
         self._list_keys(next(iter(self._lists.values())), segment=segment)
         return segment
+
+    def weights(self, scores: Tensor, bias: bool) -> Tensor:
+        """``[B, 1 or Hq, C]`` float32: what ``weights_kernel`` makes of the scores.
+
+        Layers that share their scores share the weights.
+        """
+        key = contents(scores), bias
+        if key not in self._weights:
+            scores = scores.detach()
+            weights = torch.empty(scores.shape, dtype=torch.float32, device=self.device)
+            batch, heads, documents = scores.shape
+            s_sb, s_sh, s_sc = scores.stride()
+            own = {
+                "scores": scores, "weights": weights, "s_sb": s_sb, "s_sh": s_sh, "s_sc": s_sc,
+                "HS": heads, "BW": min(1024, max(16, bucket(documents))), "BIAS": bias,
+            }  # fmt: skip
+            run(weights_kernel, (heads * batch,), {**self._arguments, **own}, num_warps=4)
+            self._weights[key] = scores, weights
+        return self._weights[key][1]
 
     def _empty(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, device=self.device)

@@ -211,7 +211,7 @@ def test_a_prefix_without_scores_reads_plainly() -> None:
 def test_gradient_checkpointing_keeps_the_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' own cache is dropped under checkpointing; the prefix keyword is not.
 
-    What says where the documents are is checked once a pass, for all layers and their second forward.
+    Where the documents are is checked once a pass, for all layers and their second forward.
     """
     checked = []
     original = validation._checked_geometry

@@ -25,7 +25,7 @@ import triton.language as tl
 from ttsem import _fakedriver, harness
 
 from dream_kernels import autograd, set_value_checks
-from dream_kernels.triton import call, device, launch, tiles
+from dream_kernels.triton import call, device, launch, launcher, tiles
 from dream_kernels.triton.implementation import TritonImplementation
 from helpers.agreement import Oracle, problem_of
 from helpers.cases import CASES, Case, make_inputs
@@ -146,7 +146,7 @@ def test_a_row_too_many_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels, told that there is a row more than the tensors have."""
 
     def with_a_row_more(kernel, grid, arguments, **options) -> None:
-        call.run(kernel, grid, {**arguments, "M": arguments["M"] + 1}, **options)
+        launcher.run(kernel, grid, {**arguments, "M": arguments["M"] + 1}, **options)
 
     monkeypatch.setattr(launch, "run", with_a_row_more)
     with pytest.raises(sanitize.KernelFault, match=r"`forward_kernel`.* past the end of"):
