@@ -18,6 +18,7 @@ from dream_kernels.validation import is_traced
 # Saved before what the implementation saves: the tensors with gradients, spans, mask, positions
 # and the output.
 _INPUTS = len(Needs._fields) + 4
+_NOTHING = Needs(*[False] * len(Needs._fields))
 
 
 class _FirstDerivativeOnly(torch.autograd.Function):
@@ -88,8 +89,9 @@ def run(problem: Problem, implementation: Implementation) -> Tensor:
     """Apply the operator to a validated problem, recording it for autograd where needed."""
     if problem.value_dim != problem.head_dim and not implementation.any_value_dim:
         return run(problem.with_equal_dims(), implementation)[..., : problem.value_dim]
-    recorded = torch.is_grad_enabled()
-    needs = Needs(*(recorded and t is not None and t.requires_grad for t in problem.tensors))
+    needs = _NOTHING
+    if torch.is_grad_enabled():
+        needs = Needs(*[t is not None and t.requires_grad for t in problem.tensors])
     if is_traced(problem.query):
         return library.attend(problem, implementation.name, needs)
     if not any(needs) and forward_ad._current_level < 0:

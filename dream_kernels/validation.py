@@ -25,7 +25,6 @@ from dream_kernels.value_checks import (
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int32, torch.int64)
 _ALWAYS = ("query", "key", "value", "scores", "spans")
-_dispatch_keys = torch._C._dispatch_keys
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -268,7 +267,7 @@ def _geometry(
     spans: Tensor, mask: Tensor | None, positions: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The fields of a problem that say where documents, tokens and rows are."""
-    spans, mask = spans.long().to(device), None if mask is None else mask.bool()
+    spans, mask = spans.to(device, torch.long), None if mask is None else mask.bool()
     present = present_documents(spans, mask)
     return spans * present[..., None], mask, None if positions is None else positions.long()
 
@@ -313,8 +312,9 @@ def _key_of_checks(tensors: _Tensors, heads: Any, options: tuple[Any, ...]) -> H
         return None
     try:
         described = [
-            # The dispatch keys tell subclasses, layouts and lazy negations apart.
-            None if t is None else (t.shape, t.dtype, t.device, _dispatch_keys(t).raw_repr())
+            None
+            if t is None
+            else (type(t), t.shape, t.dtype, t.device, t.layout, t.is_neg(), t._is_zerotensor())
             for t in tensors.values()
         ]
         if heads is not None:
@@ -430,12 +430,14 @@ def build_problem(
         places = _geometry(spans, attention_mask, positions, device)
     else:
         check_logits(scores, sinks)
-        reading = Reading() if reading is None else reading
-        places = reading.keep(
-            ("geometry", length, device),
-            (spans, attention_mask, positions),
-            lambda: _checked_geometry(spans, attention_mask, positions, device, length),
-        )
+        given_places = spans, attention_mask, positions
+        if reading is None:
+            places = _checked_geometry(*given_places, device, length)
+        else:
+            places = reading.keep(
+                ("geometry", length, device), given_places,
+                lambda: _checked_geometry(*given_places, device, length),
+            )  # fmt: skip
     problem = Problem(
         query,
         key,

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from dream_kernels.problem import Kept, Problem
 from dream_kernels.triton import device
-from dream_kernels.triton.plan import Plan
+from dream_kernels.triton.plan import Plan, cdiv
 from dream_kernels.triton.tiles import Config, family_of, padded_head
-from dream_kernels.triton.tuning import bucket, candidates, choose
+from dream_kernels.triton.tuning import bucket, candidates, choose, tuning_file
 
 LOG2_E = 1.0 / math.log(2.0)
 # A split shorter than this many keys costs more in partial results than it gains.
@@ -39,6 +38,7 @@ def _stride_names(of: str, dimensions: str) -> tuple[str, ...]:
     return tuple(f"s_{of}{dimension}" for dimension in dimensions)
 
 
+@cache
 def tile_arguments(config: Config) -> dict[str, int]:
     return {"BM": config.rows, "BN": config.keys, "SLOT": config.slot}
 
@@ -87,7 +87,7 @@ class RowGrid:
     splits: int
     fold: bool
 
-    @property
+    @cached_property
     def arguments(self) -> dict[str, Any]:
         return {"S": self.splits, "FOLD": self.fold, "SPLIT": self.splits > 1}
 
@@ -98,6 +98,7 @@ class _Form:
     Attributes:
         numbers: arguments of the kernels that are no tensors, by the names of their parameters.
         any_head: whether any head receives the scores.
+        reach: rows of a key head that may share a tile.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -108,7 +109,12 @@ class _Form:
         self.length, self.prefix_length = problem.total_length, problem.prefix_length
         self.documents, self.head_dim = problem.documents, problem.head_dim
         self.bias, self.fixed = problem.mode == "bias", problem.document_mass is not None
-        self.shared = problem.prefix_key is not None and problem.prefix_key.shape[0] < self.batch
+        # Rows of a key head that may share a tile: those of the batch where the prefix is shared.
+        # Folded tiles visit the local keys once per batch element, for all their rows: the prefix
+        # has to be the larger part.
+        shared = problem.prefix_key is not None and problem.prefix_key.shape[0] < self.batch
+        long = self.prefix_length >= 2 * (self.length - self.prefix_length)
+        self.reach = self.group * self.rows * (self.batch if shared and long else 1)
         self.any_head = any(problem.heads)
         self._flags = {
             "D": self.head_dim,
@@ -154,7 +160,7 @@ class _Form:
     ) -> Config:
         """The configuration for a kernel at these sizes."""
         configs = self.configs(kernel, rows)
-        if len(configs) == 1:
+        if len(configs) == 1 or tuning_file() is None:
             return configs[0]
         key = (
             kernel, self.dtype, *flags, *self._flags.values(), *self._without, bucket(rows),
@@ -165,29 +171,23 @@ class _Form:
 
     def kind(self, kernel: str) -> str:
         """The name of a kernel over rows in the table of tile shapes: with folding or splitting."""
-        grid = self.grid(self.configs(kernel, self.reach)[0])
-        if grid.splits > 1:
-            return f"{kernel}-split"
-        return f"{kernel}-fold" if grid.fold else kernel
 
-    @property
-    def reach(self) -> int:
-        """Rows of a key head that may share a tile: those of the batch where the prefix is shared.
+        def make() -> str:
+            grid = self.grid(self.configs(kernel, self.reach)[0])
+            if grid.splits > 1:
+                return f"{kernel}-split"
+            return f"{kernel}-fold" if grid.fold else kernel
 
-        Folded tiles visit the local keys once per batch element, for all their rows: the prefix
-        has to be the larger part.
-        """
-        long = self.prefix_length >= 2 * (self.length - self.prefix_length)
-        return self.group * self.rows * (self.batch if self.shared and long else 1)
+        return self._keep(("kind", kernel), make)
 
     def grid(self, config: Config) -> RowGrid:
         """How the rows are cut into blocks, and their keys split."""
-        return self._keep(("grid", config), lambda: self._cut(config))
+        return self._keep(("grid", config.rows), lambda: self._cut(config.rows))
 
-    def _cut(self, config: Config) -> RowGrid:
+    def _cut(self, height: int) -> RowGrid:
         rows = self.group * self.rows
-        blocks, elements, fold = triton.cdiv(rows, config.rows), self.batch, False
-        folded = triton.cdiv(self.reach, config.rows)
+        blocks, elements, fold = cdiv(rows, height), self.batch, False
+        folded = cdiv(self.reach, height)
         # A folded tile is not split: with so few rows, the elements' own tiles are
         # split instead, and read the shared prefix at about the same time, from the cache.
         if self.reach > rows and folded < blocks * elements and self._splits(folded) == 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from dream_kernels.problem import Gradients, Needs, Problem
@@ -21,6 +20,7 @@ from dream_kernels.triton.forward import forward_kernel
 from dream_kernels.triton.keys import keys_kernel
 from dream_kernels.triton.launcher import run
 from dream_kernels.triton.mass import mass_kernel
+from dream_kernels.triton.plan import cdiv
 from dream_kernels.triton.rows import rows_kernel
 from dream_kernels.triton.tiles import Config
 from dream_kernels.triton.tuning import bucket
@@ -60,7 +60,7 @@ def _forward(call: Call, config: Config, output: Tensor, state: Tensor) -> None:
 
 
 def _combine_grid(call: Call) -> tuple[int, int, int]:
-    return triton.cdiv(call.group * call.rows, _COMBINE_ROWS), call.key_heads, call.batch
+    return cdiv(call.group * call.rows, _COMBINE_ROWS), call.key_heads, call.batch
 
 
 def backward(
@@ -190,7 +190,7 @@ def _coefficients(
 ) -> Tensor | None:
     """Launch ``coefficients_kernel``; return the scores' gradient by row block, if it is made."""
     rows = min(32, max(16, bucket(call.rows)))
-    blocks = triton.cdiv(call.rows, rows)
+    blocks = cdiv(call.rows, rows)
     by_document = documents is not None and not call.bias
     partial = None
     if by_document and scores:
@@ -246,7 +246,7 @@ def _keys(
 
     def launch(config: Config) -> None:
         run(
-            keys_kernel, (triton.cdiv(key.shape[2], config.keys), call.key_heads, key.shape[0]),
+            keys_kernel, (cdiv(key.shape[2], config.keys), call.key_heads, key.shape[0]),
             {**call.arguments, **call.weighed_rows(), **tile_arguments(config), **own},
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -266,7 +266,7 @@ def mass(problem: Problem) -> Tensor:
             **call.arguments, **call.work_list(config), **tile_arguments(config),
             "state": state,
         }  # fmt: skip
-        blocks = triton.cdiv(call.group * call.rows, config.rows)
+        blocks = cdiv(call.group * call.rows, config.rows)
         run(
             mass_kernel, (blocks, call.key_heads, call.batch), arguments,
             num_warps=config.warps, num_stages=config.stages,

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from dream_kernels.problem import Problem, contents
@@ -24,6 +23,11 @@ from dream_kernels.triton.work_list import (
 
 # Positions and tiles of a program that lists them, and documents that a program scans together.
 LISTED_KEYS, LISTED_TILES, LISTED_DOCUMENTS = 1024, 64, 1024
+
+
+def cdiv(n: int, size: int) -> int:
+    """How many parts of a size ``n`` takes; Triton's own function is made for kernels."""
+    return -(-n // size)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Plan:
             "M": problem.rows, "T": self.length, "P": self.prefix_length, "C": self.documents,
         }  # fmt: skip
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, Tensor | None]:
         """What the lists are made of, by the names of the kernels' parameters."""
         return {name: self._arguments[name] for name in ("spans", "mask", "positions")}
@@ -135,7 +139,7 @@ class Plan:
             batch * documents * PLACES.value,
         )  # fmt: skip
         # Each part begins at 16 bytes, whatever the sizes: a kernel is compiled for alignments.
-        sizes = tuple(triton.cdiv(size, 4) * 4 for size in sizes)
+        sizes = tuple(cdiv(size, 4) * 4 for size in sizes)  # type: ignore[assignment]
         tiles, shorts, counts, places = self._empty(sum(sizes)).split(sizes)
         made = Documents(tiles, shorts, counts, places, limit)
         own = {
@@ -151,9 +155,9 @@ class Plan:
         self, made: Documents, tiles: int = 0, rest: bool = False, segment: Tensor | None = None
     ) -> None:
         """Write the tiles of so many keys, the rest, and the segment, as asked for."""
-        blocks = triton.cdiv(self.length, LISTED_KEYS)
+        blocks = cdiv(self.length, LISTED_KEYS)
         if tiles:
-            blocks = max(blocks, triton.cdiv(made.limit, LISTED_TILES))
+            blocks = max(blocks, cdiv(made.limit, LISTED_TILES))
         own = {
             "order": self.order, "places": made.places, "tiles": made.tiles, "rest": self.rest,
             "segment": self.rest if segment is None else segment, "counts": made.counts,
