@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import repeat
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,10 @@ from dream_kernels.triton.device import current, device_refusal, interpreted, tr
 
 MAX_HEAD_DIM = 256
 # Of the second and third axis of a launch on NVIDIA GPUs.
-_MAX_GRID = 65_535
+MAX_GRID = 65_535
+_BY_ELEMENT = (
+    "query", "key", "value", "scores", "prefix_key", "prefix_value", "spans", "mask", "positions",
+)  # fmt: skip
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -37,9 +43,8 @@ class TritonImplementation:
             return f"it supports {known}, got {problem.query.dtype}"
         if problem.widest_dim > MAX_HEAD_DIM:
             return f"it supports head sizes up to {MAX_HEAD_DIM}, got {problem.widest_dim}"
-        largest = max(problem.batch, problem.query_heads)
-        if largest > _MAX_GRID:
-            return f"it supports up to {_MAX_GRID} batch elements and heads, got {largest}"
+        if problem.query_heads > MAX_GRID:
+            return f"it supports up to {MAX_GRID} heads, got {problem.query_heads}"
         if device.type == "cpu" and problem.query.dtype == torch.bfloat16:
             return "triton's interpreter computes wrong bfloat16 products"
         return device_refusal(device) if device.type == "cuda" else None
@@ -53,6 +58,9 @@ class TritonImplementation:
     def forward(self, problem: Problem, needs: Needs) -> tuple[Tensor, tuple[Tensor, ...]]:
         from dream_kernels.triton import launch
 
+        if problem.batch > MAX_GRID:
+            outputs, saved = zip(*[self.forward(part, needs) for part, _ in _parts(problem)])
+            return torch.cat(outputs), tuple(map(torch.cat, zip(*saved)))
         with current(problem.query.device):
             (state,) = saved = self.empty_saved(problem, needs)
             return launch.forward(problem, state), saved
@@ -67,6 +75,15 @@ class TritonImplementation:
     ) -> Gradients:
         from dream_kernels.triton import launch
 
+        if problem.batch > MAX_GRID:
+            found = [
+                self.backward(
+                    part, output[own], tuple(t[own] for t in saved), grad_output[own], needs
+                )
+                for part, own in _parts(problem)
+            ]
+            joined = map(_join, zip(*found), problem.tensors, repeat(problem.batch))
+            return Gradients(*joined)
         (state,) = saved
         with current(problem.query.device):
             return launch.backward(problem, output, state, grad_output, needs)
@@ -74,5 +91,26 @@ class TritonImplementation:
     def mass(self, problem: Problem) -> Tensor:
         from dream_kernels.triton import launch
 
+        if problem.batch > MAX_GRID:
+            return torch.cat([self.mass(part) for part, _ in _parts(problem)])
         with current(problem.query.device):
             return launch.mass(problem)
+
+
+def _join(gradients: tuple[Tensor | None, ...], whole: Tensor | None, batch: int) -> Tensor | None:
+    """The gradient of a tensor from those of the parts, all of which share what has no batch."""
+    found = [gradient for gradient in gradients if gradient is not None]
+    if whole is None or not found:
+        return None
+    return torch.cat(found) if len(whole) == batch else torch.stack(found).sum(0)
+
+
+def _parts(problem: Problem) -> list[tuple[Problem, slice]]:
+    """Problems of no more batch elements than a grid has places for, and which elements."""
+    found = []
+    for begin in range(0, problem.batch, MAX_GRID):
+        own = slice(begin, begin + MAX_GRID)
+        named = {name: getattr(problem, name) for name in _BY_ELEMENT}
+        named = {n: t if t is None or len(t) == 1 else t[own] for n, t in named.items()}
+        found.append((replace(problem, **named), own))
+    return found
