@@ -229,6 +229,9 @@ def mass_of_documents(
         **options,
     )
     implementation = select(problem, impl)
+    if problem.empty:
+        shape = (*problem.query.shape[:3], problem.documents)
+        return query.new_zeros(shape, dtype=problem.accumulate_dtype)
     if is_traced(problem.query):
         return library.document_mass(problem, implementation.name)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):

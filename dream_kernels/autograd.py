@@ -87,6 +87,8 @@ class DocumentAttention(torch.autograd.Function):
 
 def run(problem: Problem, implementation: Implementation) -> Tensor:
     """Apply the operator to a validated problem, recording it for autograd where needed."""
+    if problem.empty:
+        return _of_no_rows(problem)
     if problem.value_dim != problem.head_dim and not implementation.any_value_dim:
         return run(problem.with_equal_dims(), implementation)[..., : problem.value_dim]
     needs = _NOTHING
@@ -98,6 +100,15 @@ def run(problem: Problem, implementation: Implementation) -> Tensor:
         # Nothing is recorded, and torch.autograd.Function takes longer than a short call.
         return _forward(problem, implementation, needs)[0]
     return DocumentAttention.apply(*problem.tensors, problem, implementation, needs)
+
+
+def _of_no_rows(problem: Problem) -> Tensor:
+    """An empty output, on which all tensors have gradients of 0."""
+    output = problem.query.new_zeros(problem.output_shape)
+    for tensor in problem.tensors:
+        if tensor is not None and tensor.requires_grad:
+            output = output + 0.0 * tensor.sum().to(output.dtype)
+    return output
 
 
 def _forward(

@@ -149,6 +149,11 @@ class Problem:
         return replace(self, **filled)
 
     @property
+    def empty(self) -> bool:
+        """Whether there is no row: nothing is computed, and all gradients are 0."""
+        return 0 in self.query.shape
+
+    @property
     def batch(self) -> int:
         return self.query.shape[0]
 

@@ -76,8 +76,8 @@ def _check_query(query: Tensor) -> None:
         raise ValueError(f"query must have shape [B, Hq, M, D], got {_shape(query)}")
     if query.dtype not in FLOAT_DTYPES:
         raise TypeError(f"query must be floating point, got {query.dtype}")
-    if 0 in query.shape:
-        raise ValueError(f"query must have no empty dimension, got {_shape(query)}")
+    if 0 in query.shape[1::2]:
+        raise ValueError(f"query must have heads and a head size, got {_shape(query)}")
 
 
 def _check_keys(
@@ -452,6 +452,6 @@ def build_problem(
         **known.fields,
         reading=Reading() if reading is None else reading,
     )
-    if window is not None and not tracing:
+    if window is not None and not (tracing or problem.empty):
         check_window(problem)
     return problem

@@ -50,7 +50,8 @@ def check_problem_values(problem: Problem) -> None:
     if checks_values_of(problem.spans):
         check_span_values(problem.spans, problem.total_length)
     check_logits(problem.scores, problem.sinks)
-    check_window(problem)
+    if not problem.empty:
+        check_window(problem)
 
 
 def check_span_values(spans: Tensor, length: int) -> None:
@@ -127,7 +128,7 @@ def check_window(problem: Problem) -> None:
 
 
 def _check_logits(name: str, logits: Tensor) -> None:
-    if logits.max().item() < math.inf:
+    if not logits.numel() or logits.max().item() < math.inf:
         return
     bad = (~(logits < torch.inf)).nonzero()[0].tolist()
     raise ValueError(f"{name} must not be NaN or +inf, got {logits[tuple(bad)].item()} at {bad}")

@@ -309,3 +309,23 @@ def test_a_named_implementation_never_falls_back() -> None:
     inputs = make_inputs(Case("named"), torch.float64)
     with pytest.raises(NotImplementedError, match="float64"):
         inputs.call(document_attention, impl="cpu")
+
+
+@pytest.mark.parametrize("batch,rows,local", ((0, 5, 9), (2, 0, 9), (0, 0, 0)))
+@pytest.mark.parametrize("window", (None, 4), ids=str)
+def test_no_row_at_all(batch: int, rows: int, local: int, window: int | None) -> None:
+    """An empty output, and gradients of 0, whatever the keys hold."""
+    tensors = [
+        torch.full(shape, torch.nan if i else 0.0, requires_grad=True)
+        for i, shape in enumerate(
+            ((batch, 4, rows, 8), (batch, 2, local, 8), (batch, 2, local, 6), (batch, 3))
+        )
+    ]  # fmt: skip
+    spans = torch.zeros(batch, 3, 2, dtype=torch.long)
+    tensors[3].data.zero_()
+    output = document_attention(*tensors, spans, window=window)
+    assert output.shape == (batch, 4, rows, 6)
+    output.sum().backward()
+    assert not any(tensor.grad.any() for tensor in tensors)
+    mass = document_mass(*tensors[:2], spans, window=window)
+    assert mass.shape == (batch, 4, rows, 3)

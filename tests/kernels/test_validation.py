@@ -47,7 +47,7 @@ def _spans(first: list[int], second: list[int]) -> torch.Tensor:
         ({"query": torch.zeros(2, 6, 5, 16).int()}, TypeError, "query must be floating point"),
         ({"query": torch.zeros(2, 5, 5, 16)}, ValueError, "divides query's 5, got 2"),
         ({"query": torch.zeros(2, 6, 5, 8)}, ValueError, "query's head size 8"),
-        ({"query": torch.zeros(2, 6, 0, 16)}, ValueError, "no empty dimension"),
+        ({"query": torch.zeros(2, 0, 5, 16)}, ValueError, "heads and a head size"),
         ({"key": torch.zeros(2, 2, 20, 16).double()}, TypeError, "key must have query's dtype"),
         ({"key": torch.zeros(2, 2, 19, 16)}, ValueError, r"value must have key's shape"),
         ({"value": torch.zeros(3, 2, 20, 16)}, ValueError, "value must have key's shape"),
