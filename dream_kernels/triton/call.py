@@ -237,7 +237,7 @@ class Call(_Form):
         A graph that read memory from outside would need it to live as long, and what it writes is
         not there before it runs.
         """
-        capturing = self.device.type == "cuda" and device.capturing()
+        capturing = device.captures(self.device)
         scored, key_heads = self.problem.heads, self.key_heads
 
         def make() -> Heads:

@@ -116,6 +116,11 @@ def capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
+def captures(device: torch.device) -> bool:
+    """Whether launches on a device become part of a CUDA graph now."""
+    return device.type == "cuda" and capturing()
+
+
 def milliseconds(run: Callable[[], object]) -> float:
     """Median time of five runs, after one that compiles and one that warms up."""
     run()

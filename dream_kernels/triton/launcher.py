@@ -34,7 +34,7 @@ class _Kernel:
         self.kernel = kernel
         pointers = [name for name in kernel.arg_names if name in OWN_POINTERS | GIVEN_POINTERS]
         self.pointers = len(pointers)
-        if kernel.arg_names[: self.pointers] != pointers:
+        if list(kernel.arg_names[: self.pointers]) != pointers:
             raise AssertionError(f"pointers must come first in {kernel.arg_names}")
         self.in_order = itemgetter(*kernel.arg_names)
         self.given = [i for i, name in enumerate(pointers) if name in GIVEN_POINTERS]
