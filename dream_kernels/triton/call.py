@@ -15,7 +15,7 @@ from dream_kernels.problem import Kept, Problem
 from dream_kernels.triton import device
 from dream_kernels.triton.plan import Plan, cdiv
 from dream_kernels.triton.tiles import Config, family_of, padded_head
-from dream_kernels.triton.tuning import bucket, candidates, choose, tuning_file
+from dream_kernels.triton.tuning import bucket, candidates, choose
 
 LOG2_E = 1.0 / math.log(2.0)
 # A split shorter than this many keys costs more in partial results than it gains.
@@ -158,16 +158,20 @@ class _Form:
     def tuned(
         self, kernel: str, rows: int, launch: Callable[[Config], object], *flags: Hashable
     ) -> Config:
-        """The configuration for a kernel at these sizes."""
-        configs = self.configs(kernel, rows)
-        if len(configs) == 1 or tuning_file() is None:
-            return configs[0]
-        key = (
-            kernel, self.dtype, *flags, *self._flags.values(), *self._without, bucket(rows),
-            bucket(self.batch * self.key_heads), bucket(self.length),
-            bucket(self.length // self.documents),
-        )  # fmt: skip
-        return choose(key, configs, launch, self.device)
+        """The configuration for a kernel at these sizes, asked for once for all calls."""
+        kept = ("tuned", kernel, rows, *flags)
+        chosen = self._kept.get(kept)
+        if chosen is None:
+            configs = self.configs(kernel, rows)
+            key = (
+                kernel, self.dtype, *flags, *self._flags.values(), *self._without, bucket(rows),
+                bucket(self.batch * self.key_heads), bucket(self.length),
+                bucket(self.length // self.documents),
+            )  # fmt: skip
+            chosen = choose(key, configs, launch, self.device)
+            if not device.captures(self.device):  # where nothing can be timed
+                self._kept[kept] = chosen
+        return chosen
 
     def kind(self, kernel: str) -> str:
         """The name of a kernel over rows in the table of tile shapes: with folding or splitting."""
