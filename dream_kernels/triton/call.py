@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -58,7 +58,14 @@ class Heads:
     scored: Tensor
 
 
-def _heads(scored: tuple[bool, ...], key_heads: int, on: torch.device, capturing: bool) -> Heads:
+@lru_cache(maxsize=1024)
+def _heads(scored: tuple[bool, ...], key_heads: int, on: torch.device) -> Heads:
+    return _make_heads(scored, key_heads, on, capturing=False)
+
+
+def _make_heads(
+    scored: tuple[bool, ...], key_heads: int, on: torch.device, capturing: bool
+) -> Heads:
     group = len(scored) // key_heads
     order = sorted(range(len(scored)), key=lambda h: (h // group, not scored[h]))
     count = [sum(scored[h * group : (h + 1) * group]) for h in range(key_heads)]
@@ -236,20 +243,17 @@ class Call(_Form):
         }  # fmt: skip
 
     def _heads(self) -> Heads:
-        """Kept with the form, but in a CUDA graph.
+        """Kept for all calls, but in a CUDA graph.
 
         A graph that read memory from outside would need it to live as long, and what it writes is
         not there before it runs.
         """
-        capturing = device.captures(self.device)
-        scored, key_heads = self.problem.heads, self.key_heads
-
-        def make() -> Heads:
-            return _heads(scored, key_heads, self.device, capturing)
-
-        if capturing:
-            return self.problem.reading.keep(("heads", scored, key_heads), (), make)
-        return self._keep("heads", make)
+        which = self.problem.heads, self.key_heads, self.device
+        if device.captures(self.device):
+            return self.problem.reading.keep(
+                ("heads", *which), (), lambda: _make_heads(*which, capturing=True)
+            )
+        return self._keep("heads", lambda: _heads(*which))
 
     def work_list(self, config: Config) -> dict[str, Any]:
         """The arguments of the kernels that visit documents, for tiles of a shape."""

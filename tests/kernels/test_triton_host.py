@@ -204,6 +204,10 @@ def test_a_captured_graph_gets_its_own_heads(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(captured[name], outside[name])
         assert captured[name] is again[name]
         assert len({x[name].data_ptr() for x in (outside, captured, other)}) == 3
+    # Another shape needs no other heads, which would be copied from the host.
+    monkeypatch.setattr(device, "captures", lambda on: False)
+    longer = call.Call(problem_of_case(heads=(1, 2), prefix=20)).arguments
+    assert longer["table"] is outside["table"]
     assert outside["scored"].tolist() == [0, 1, 1, 0]
     assert outside["table"].tolist() == [1, 0, 2, 3] and outside["n_scored"].tolist() == [1, 1]
 
