@@ -36,7 +36,9 @@ CASES = {
     for gradients in (("scores",), ("query", "scores"), _SHAPE.gradients)
 }
 ALONE = "query, scores, a call alone"
-CASES[ALONE] = replace(_SHAPE, gradients=("query", "scores"))
+CASES[ALONE] = replace(
+    _SHAPE, name="eager call alone, launches stubbed", gradients=("query", "scores")
+)
 _CALLS = 50
 
 

@@ -175,7 +175,7 @@ def test_overhead_of_the_triton_kernels_needs_no_gpu() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     records = [r for r in run_overhead(replace(QUICK, peers=["ours (triton)"])) if r["note"]]
     assert [tuple(r["case"]["gradients"]) for r in records] == [
-        ("scores",), ("query", "scores"), GRADIENTS,
+        ("scores",), ("query", "scores"), GRADIENTS, ("query", "scores"),
     ]  # fmt: skip
     for record in records:
         validate(record)
