@@ -56,7 +56,8 @@ def process_state() -> dict[str, Any]:
         "working directory": os.getcwd(),
         "sys.path": [path for path in sys.path if not path.endswith("_vendor")],
         "environment": _environment(),
-        "recursion limit": sys.getrecursionlimit(),
+        # Inductor raises it to 2,000 when it first compiles something that its cache does not have.
+        "recursion limit": max(sys.getrecursionlimit(), 2000),
         "trace and profile functions": (sys.gettrace(), sys.getprofile()),
         "torch.get_num_threads": torch.get_num_threads(),
         "default dtype": torch.get_default_dtype(),
