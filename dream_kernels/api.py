@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from dream_kernels import autograd, library
+from dream_kernels.argument_checks import is_traced
 from dream_kernels.dispatch import Explanation, explain_problem, select
 from dream_kernels.problem import Reading
-from dream_kernels.validation import build_problem, is_traced
+from dream_kernels.validation import build_problem
 
 
 def document_attention(

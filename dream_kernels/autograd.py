@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from dream_kernels import library
+from dream_kernels.argument_checks import is_traced
 from dream_kernels.problem import Gradients, Implementation, Needs, Problem, Reading, readable
-from dream_kernels.validation import is_traced
 
 # Saved before what the implementation saves: the tensors with gradients, spans, mask, positions
 # and the output.

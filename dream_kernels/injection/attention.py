@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dream_kernels import api
+from dream_kernels.argument_checks import is_traced
 from dream_kernels.injection.call import KEYWORDS
 from dream_kernels.injection.context import DocumentContext
 from dream_kernels.injection.windows import check_window, effective_window
-from dream_kernels.validation import is_traced
 from dream_kernels.value_checks import checks_values_of
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dream_kernels.argument_checks import is_traced
 from dream_kernels.injection.context import DocumentContext, Prefix
 from dream_kernels.injection.layers import Layers
 from dream_kernels.problem import Reading
-from dream_kernels.validation import is_traced
 
 KEYWORDS = ("document_scores", "document_spans", "document_prefix", "document_first_row")
 # Inputs of models that read more than text.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dream_kernels.argument_checks import check_mode
 from dream_kernels.dispatch import check_impl
 from dream_kernels.head_file import HeadFile, read_chosen_heads
 from dream_kernels.injection import attention, call, generation, support
@@ -18,7 +19,6 @@ from dream_kernels.injection.context import DocumentContext, MassRecorder, Prefi
 from dream_kernels.injection.layers import Layers, layers_of
 from dream_kernels.injection.own_config import OwnConfig
 from dream_kernels.injection.states import continued
-from dream_kernels.validation import check_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

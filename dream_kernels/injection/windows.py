@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dream_kernels.argument_checks import is_traced
 from dream_kernels.injection.context import DocumentContext
-from dream_kernels.validation import is_traced
 
 
 class WindowError(ValueError):
