@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 
 from dream_training.data import beir_folder
 from dream_training.data.beir_folder import read_beir_folder, write_beir_folder
+from dream_training.data.forms import beir as form
 from dream_training.demo.docstrings import RetrievalSplit, TrainExample
+from dream_training.evaluation.tasks import is_mteb_task
 from dream_training.training.inputs import load_training_data, make_evaluator
 
 CORPUS = {"a.b": "naïve text\nwith two lines", "c": 'tab\tand "quotes"', "d": "other"}
@@ -32,6 +35,18 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = write_beir_folder(tmp_path / "set", CORPUS, {"test": SPLIT})
     assert read_beir_folder(path) == (CORPUS, SPLIT.queries, SPLIT.qrels)
     assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
+
+
+def test_compressed_files_are_read(tmp_path: Path) -> None:
+    path = write_beir_folder(tmp_path / "set", CORPUS, {"test": SPLIT})
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        (path / f"{name}.gz").write_bytes(gzip.compress((path / name).read_bytes()))
+        (path / name).unlink()
+    assert read_beir_folder(path) == (CORPUS, SPLIT.queries, SPLIT.qrels)
+    assert not is_mteb_task(str(path)) and form.fits(path)
+    (path / "queries.jsonl.gz").write_bytes((path / "queries.jsonl.gz").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"queries\.jsonl\.gz:\d: cannot be decompressed"):
+        read_beir_folder(path)
 
 
 def test_splits_share_queries_and_are_read_apart(tmp_path: Path) -> None:

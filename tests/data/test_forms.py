@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import logging
@@ -44,6 +45,11 @@ def write_lines(path: Path, *rows: dict) -> Path:
         ({**FLAG, "neg": []}, "positive", ("By Austen.", ["By Austen."])),
         ({**FLAG, "neg": None}, "positive", ("By Austen.", ["By Austen."])),
         (TRIPLET, "positive", ("By Austen.", ["By Austen.", "A name."])),
+        (
+            {"question": "who wrote Emma", "document": "By Austen.", "target": "Austen"},
+            None,
+            ("Austen", ["By Austen."]),
+        ),
         (
             {**TRIPLET, "negative_1": "B name.", "negative_2": None},
             "positive_sentence",
@@ -125,12 +131,38 @@ def test_every_kind_of_file_is_read(tmp_path: Path) -> None:
         read_training_data(tmp_path / "h")
 
 
+@pytest.mark.parametrize("name", ("t.csv", "t.tsv", "t.csv.gz"))
+def test_tables_are_read(tmp_path: Path, name: str) -> None:
+    """With quoted cells of several lines, of any length, and empty ones."""
+    rows = [
+        {"query": "who, and why?", "document": "one\ntwo, three", "target": "x" * 200_000},
+        {"query": 'a "name"', "document": "D", "target": "t", "negative": "N"},
+    ]
+    opened = gzip.open if name.endswith(".gz") else open
+    with opened(tmp_path / name, "wt", encoding="utf-8-sig", newline="") as file:
+        columns = ["query", "document", "target", "negative"]
+        writer = csv.DictWriter(file, columns, delimiter="\t" if "tsv" in name else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    limit = csv.field_size_limit()
+    first, second = read_training_data(tmp_path / name)
+    assert (first["query"], first["target"]) == ("who, and why?", "x" * 200_000)
+    assert first["documents"] == ["one\ntwo, three"] and second["documents"] == ["D", "N"]
+    assert csv.field_size_limit() == limit
+
+
 @pytest.mark.parametrize(
     "name, content, error, message",
     [
         ("none.jsonl", None, FileNotFoundError, "there is no such file"),
         ("a/b/none", None, FileNotFoundError, "there is no such file"),
-        ("x.csv", b"a,b", ValueError, r"expected a file that ends in \.jsonl, \.json"),
+        ("x.xlsx", b"a,b", ValueError, r"expected a file that ends in \.jsonl, \.json, \.csv"),
+        ("x.csv", b"query,document\nq\n", ValueError, r"x\.csv:2: expected 2 cells, as the first"),
+        ("x.csv", b"query,document\nq,d,e\n", ValueError, r"x\.csv:2: expected 2 cells"),
+        ("x.csv", b'query,document\nq,"d\n', ValueError, r"x\.csv:\d: cannot be read as a table"),
+        ("x.csv", b"query,document\n\xff,d\n", ValueError, r"x\.csv:\d: cannot be read as a table"),
+        ("x.csv.gz", b"plain", ValueError, "cannot be read as a table"),
+        ("x.csv", b"query,document\n,d\n", ValueError, "x.csv:2: query must be a text"),
         ("x.json", b"[{]", ValueError, "not valid JSON"),
         ("x.json", b'[{"query": "q", "documents": ["d"], "target": "t"}, 3]', ValueError, r"\[1\]"),
         ("x.jsonl", b"\xff\xfe", ValueError, "cannot be read as text|not valid JSON"),

@@ -73,6 +73,7 @@ def evaluate(
     """Print nDCG@10 and recall@10 of retrievers on BEIR folders and mteb tasks."""
     with loading_libraries():
         from dream_kernels.files import is_stream
+        from dream_training.data.beir_folder import is_beir_folder
         from dream_training.environment import describe_environment
         from dream_training.evaluation import tasks as known
         from dream_training.evaluation import write_evaluations
@@ -86,7 +87,7 @@ def evaluate(
         cache_dir=cache_dir, keep_identical_ids=keep_identical_ids,
     )  # fmt: skip
     console = show_on(make_console(beside=output))
-    folders = [name for name in arguments if known.is_beir_folder(name)]
+    folders = [name for name in arguments if is_beir_folder(name)]
     models = [name for name in arguments if name not in folders]
     names = known.expand_tasks([*folders, *(name for name in tasks.split(",") if name.strip())])
     if not models:

@@ -269,7 +269,10 @@ def _data_of(config: TrainConfig, comparison: Comparison) -> dict[str, str]:
     taught = [] if config.data.taught is None else Path(config.data.taught).glob("*/*.json")
     found = {"train_data": files_digest(config.data.train_data, *map(str, sorted(taught)))}
     for folder in comparison.folders:
-        parts = ("corpus.jsonl", "queries.jsonl", f"qrels/{config.evaluation.eval_split}.tsv")
+        parts = (
+            "corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz",
+            f"qrels/{config.evaluation.eval_split}.tsv",
+        )  # fmt: skip
         found[folder] = files_digest(*(f"{folder}/{part}" for part in parts))
     return found
 

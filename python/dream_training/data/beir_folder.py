@@ -1,11 +1,16 @@
-"""BEIR folders: ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/<split>.tsv``, written and read."""
+"""BEIR folders: ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/<split>.tsv``, written and read.
+
+The first two are also read from ``.jsonl.gz``.
+"""
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -131,7 +136,7 @@ def read_beir_folder(
     qrels_file = _qrels_file(folder, split)
     corpus = read_corpus(folder)
     every_query: Queries = {}
-    for where, row in tracked(_read_jsonl(folder / _QUERIES), "reading queries"):
+    for where, row in tracked(_read_jsonl(beir_file(folder, _QUERIES)), "reading queries"):
         _add(every_query, _id(row, where), _text(row, "text", where), where)
     qrels = _read_qrels(qrels_file)
     _check_qrels(qrels, corpus, every_query)
@@ -141,15 +146,28 @@ def read_beir_folder(
     return corpus, queries, qrels
 
 
+def is_beir_folder(path: str | os.PathLike[str], queries: bool = False) -> bool:
+    """Whether a folder has a corpus, and queries where they are asked for."""
+    names = (_CORPUS, _QUERIES) if queries else (_CORPUS,)
+    return all(beir_file(path, name).is_file() for name in names)
+
+
+def beir_file(folder: str | os.PathLike[str], name: str) -> Path:
+    """The file of a BEIR folder, compressed where only that one exists."""
+    path = Path(folder) / name
+    packed = path.with_name(f"{name}.gz")
+    return packed if packed.is_file() and not path.is_file() else path
+
+
 def read_corpus(path: str | os.PathLike[str]) -> Corpus:
     """Read the corpus of a BEIR folder alone, as :func:`read_beir_folder` does.
 
     Raises:
-        FileNotFoundError: the folder has no ``corpus.jsonl``.
+        FileNotFoundError: the folder has no ``corpus.jsonl``, compressed or not.
         ValueError: for a line that cannot be read, or an id that appears twice.
     """
     corpus: Corpus = {}
-    for where, row in tracked(_read_jsonl(Path(path) / _CORPUS), "reading documents"):
+    for where, row in tracked(_read_jsonl(beir_file(path, _CORPUS)), "reading documents"):
         title = _text(row, "title", where, optional=True)
         text = _text(row, "text", where, optional=True)
         _add(corpus, _id(row, where), f"{title} {text}".strip(), where)
@@ -206,11 +224,18 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yield each line with its place, ``corpus.jsonl:17``."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; a BEIR folder has one")
-    with path.open("rb") as file:
+    packed = path.suffix == ".gz"
+    with gzip.open(path) if packed else path.open("rb") as file:
         number = 0
-        while content := file.readline(MAX_LINE + 1):
+        while True:
             number += 1
             where = f"{path}:{number}"
+            try:
+                content = file.readline(MAX_LINE + 1)
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise ValueError(f"{where}: cannot be decompressed: {error}") from None
+            if not content:
+                return
             if len(content) > MAX_LINE:
                 raise ValueError(f"{where}: a line must have at most {MAX_LINE:,} bytes")
             try:

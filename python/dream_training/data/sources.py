@@ -1,7 +1,8 @@
-"""Rows of files and data sets, each with its place: JSON lines, JSON, Parquet, the hub."""
+"""Rows of files and data sets, each with its place: JSON lines, JSON, CSV, Parquet, the hub."""
 
 from __future__ import annotations
 
+import csv
 import gzip
 import os
 import zlib
@@ -19,7 +20,8 @@ MAX_LINE = 64 << 20
 # Characters searched for the first that is not white space: it tells a list from lines.
 _BEGINNING = 1 << 16
 _UNREADABLE = (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error)
-_FILE_SUFFIXES = (*_LINES, ".gz", ".parquet", ".txt", ".md")
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_FILE_SUFFIXES = (*_LINES, *_TABLES, ".gz", ".parquet", ".txt", ".md")
 
 
 def read_rows(
@@ -28,9 +30,10 @@ def read_rows(
     """Yield the rows of a file or a data set, each with its place for messages.
 
     Args:
-        source: a ``.jsonl``, ``.json`` (lines, or one list of objects) or ``.parquet`` file, the
-            first two also with ``.gz``; a folder that ``datasets`` can load or has saved; or the
-            name of a data set on the hub, followed by ``:subset`` if it has subsets.
+        source: a ``.jsonl``, ``.json`` (lines, or one list of objects), ``.csv``, ``.tsv`` (the
+            first line names the columns) or ``.parquet`` file, all but the last also with ``.gz``;
+            a folder that ``datasets`` can load or has saved; or the name of a data set on the hub,
+            followed by ``:subset`` if it has subsets.
         split: of a folder or a data set.
         streaming: do not download a data set before reading it.
 
@@ -43,11 +46,13 @@ def read_rows(
         name = path.name.removesuffix(".gz")
         if name.endswith(_LINES):
             return _read_json(path)
+        if Path(name).suffix in _TABLES:
+            return _read_table(path, _TABLES[Path(name).suffix])
         if path.suffix == ".parquet":
             return _load("parquet", "train", str(path), data_files=str(path), streaming=streaming)
         raise ValueError(
-            f"{path}: expected a file that ends in .jsonl, .json (also with .gz), .parquet, .txt "
-            "or .md"
+            f"{path}: expected a file that ends in .jsonl, .json, .csv, .tsv (also with .gz), "
+            ".parquet, .txt or .md"
         )
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
@@ -60,14 +65,15 @@ def read_rows(
     return _load(name, split, str(source), name=subset or None, streaming=streaming)
 
 
-def open_text(path: str | os.PathLike[str]) -> Any:
+def open_text(path: str | os.PathLike[str], newline: str | None = None) -> Any:
     """Open a text file for reading, decompressed if its name ends in ``.gz``.
 
     In UTF-8, with or without a byte order mark.
     """
+    # newline="": lines end where the format says, within a quoted cell they do not.
     if str(path).endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return open(path, encoding="utf-8-sig")
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    return open(path, encoding="utf-8-sig", newline=newline)
 
 
 def _read_json(path: Path) -> Iterator[PlacedRow]:
@@ -116,6 +122,30 @@ def _read_list(path: Path) -> Iterator[PlacedRow]:
     for index, row in enumerate(rows):
         where = f"{path}[{index}]"
         yield where, _object(row, where)
+
+
+def _read_table(path: Path, delimiter: str) -> Iterator[PlacedRow]:
+    """Rows of text; an empty cell is a missing value. The place is that of a row's last line."""
+    # csv's own limit is 128 KiB a cell, for the whole process.
+    limit = csv.field_size_limit(MAX_LINE)
+    try:
+        with open_text(path, newline="") as file:
+            rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+            while True:
+                try:
+                    row = next(rows, None)
+                except (csv.Error, *_UNREADABLE) as error:
+                    where = f"{path}:{rows.line_num + 1}"
+                    raise ValueError(f"{where}: cannot be read as a table: {error}") from error
+                if row is None:
+                    return
+                where = f"{path}:{rows.line_num}"
+                if None in row or None in row.values():
+                    named = len(rows.fieldnames or ())
+                    raise ValueError(f"{where}: expected {named} cells, as the first line has")
+                yield where, {name: cell or None for name, cell in row.items()}
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:

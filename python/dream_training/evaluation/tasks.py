@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dream_training.data.beir_folder import read_beir_folder
+from dream_training.data.beir_folder import is_beir_folder, read_beir_folder
 from dream_training.data.training_row import normalised
 from dream_training.evaluation.options import EvaluationOptions
 from dream_training.evaluation.results import BM25, Evaluation, retrieval_settings
@@ -43,11 +43,6 @@ PRESETS: dict[str, tuple[str, ...]] = {
         "ChatDoctorRetrieval", "CUREv1",
     ),
 }  # fmt: skip
-
-
-def is_beir_folder(name: str) -> bool:
-    """Whether ``name`` is a folder with a corpus."""
-    return (Path(name) / "corpus.jsonl").is_file()
 
 
 def expand_tasks(names: Iterable[str]) -> list[str]:

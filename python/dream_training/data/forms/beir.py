@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from dream_training.data.beir_folder import read_beir_folder
+from dream_training.data.beir_folder import is_beir_folder, read_beir_folder
 from dream_training.data.training_row import TrainingRow, make_row
 
 # A BEIR folder's own file of targets, used unless another one is named.
@@ -14,7 +14,7 @@ TARGETS_FILE = "targets.jsonl"
 
 def fits(folder: Path) -> bool:
     """Whether this is a BEIR folder."""
-    return (folder / "corpus.jsonl").is_file() and (folder / "queries.jsonl").is_file()
+    return is_beir_folder(folder, queries=True)
 
 
 def rows_of(folder: Path, split: str) -> Iterator[TrainingRow]:
