@@ -28,7 +28,7 @@ from dream_kernels import autograd, set_value_checks
 from dream_kernels.triton import call, device, launch, launcher, tiles
 from dream_kernels.triton.implementation import TritonImplementation
 from helpers.agreement import Oracle, problem_of
-from helpers.cases import CASES, Case, make_inputs
+from helpers.cases import CASES, OPTION_CASES, Case, make_inputs
 from helpers.soak_record import SOAK
 
 HOPPER = 90
@@ -44,15 +44,19 @@ FEW = (
     "scores_per_head-bias", "padding_inside_documents", "prefix_shared", "prefix_with_padding",
     "document_across_prefix_and_local-bias", "prefix_and_no_local_key", "many_documents",
     "large_head_size",
+    # Options, of which the kernels hold what a call has: caps, sinks, windows, wide values.
+    "sinks-mass_0.6", "window_over_a_prefix", "prefix_with_padding-options",
+    "few_heads_scored-options-bias",
 )  # fmt: skip
 
 
 def grid() -> list:
     """The few cases in bfloat16 and one in each of the others; or all in all."""
-    by_name = {case.name: case for case in CASES}
+    cases = [*CASES, *OPTION_CASES]
+    by_name = {case.name: case for case in cases}
     few = [(by_name[name], torch.bfloat16) for name in FEW]
     few += [(by_name["prefix_shared"], torch.float16), (by_name["not_causal"], torch.float32)]
-    chosen = [(case, dtype) for case in CASES for dtype in DTYPES] if SOAK else few
+    chosen = [(case, dtype) for case in cases for dtype in DTYPES] if SOAK else few
     return [pytest.param(case, dtype, id=f"{case}-{dtype}") for case, dtype in chosen]
 
 
