@@ -156,6 +156,9 @@ class Resources:
         self.path = path
         self.rows = json.loads(path.read_text(encoding="utf-8"))["kernels"]
 
+    def has(self, head_dim: int, name: str) -> bool:
+        return f"sm_90/{head_dim}/{name}" in self.rows
+
     def kernel(self, head_dim: int, name: str) -> Kernel:
         row = self.rows.get(f"sm_90/{head_dim}/{name}", {})
         if "loops" not in row:
@@ -282,16 +285,31 @@ class _Ours:
 
     def backward(self) -> float:
         gradients = self.case.gradients
-        documents = self.over_rows("documents", "long_document_gradients", None)
-        seconds, launches = documents + self.coefficients() + self.weights(), 2
-        if "query" in gradients:
-            seconds += self.over_rows("query", "long_document_gradients", "rest_gradients")
-            launches += 1
+        if "query" in gradients and self.in_one_pass:
+            seconds = self.over_rows("both", "long_documents_at_once", "rest_gradients")
+            seconds += self.coefficients("coefficients-before") + self.coefficients(
+                "coefficients-after"
+            )
+            launches = 3
+        else:
+            seconds = self.over_rows("documents", "long_document_gradients", None)
+            seconds, launches = seconds + self.coefficients(), 2
+            if "query" in gradients:
+                seconds += self.over_rows("query", "long_document_gradients", "rest_gradients")
+                launches += 1
+        seconds += self.weights()
         if {"key", "value"} & set(gradients):
             seconds += self.over_keys()
             launches += 1
         seconds = max(seconds, backward_work(self.case).bytes / MEMORY)
         return seconds + launches * LAUNCH
+
+    @property
+    def in_one_pass(self) -> bool:
+        """As call.py decides, but for folded rows, which no case here has."""
+        if self.case.mode == "bias" or not self.resources.has(self.case.head_dim, "both-reweight"):
+            return False
+        return self.splits(self.kernel("both")) == 1
 
     def kernel(self, name: str, split: bool = False) -> Kernel:
         mode = "" if name in (*_PLAN, "mass") else f"-{self.case.mode}"
@@ -302,11 +320,10 @@ class _Ours:
         """A kernel whose programs hold rows and visit the documents, and the rest."""
         case, kernel = self.case, self.kernel(name)
         length = case.prefix + case.local
-        programs = self.row_blocks(kernel)
-        splits = max(1, min(2 * PROCESSORS // programs, length // MIN_SPLIT_KEYS))
+        splits = self.splits(kernel)
         if splits > 1:
             kernel = self.kernel(name, split=True)
-            programs = self.row_blocks(kernel)
+        programs = self.row_blocks(kernel)
         per_document = math.ceil(case.covered / case.documents / kernel.keys)
         tiles = [
             (
@@ -319,6 +336,11 @@ class _Ours:
             tiles.append((outside / splits, kernel.tile(rest, case.head_dim)))
         return kernel.seconds(programs * splits, tiles)
 
+    def splits(self, kernel: Kernel) -> int:
+        """Parts that the keys of a row are cut into."""
+        parts = (self.case.prefix + self.case.local) // MIN_SPLIT_KEYS
+        return max(1, min(2 * PROCESSORS // self.row_blocks(kernel), parts))
+
     def row_blocks(self, kernel: Kernel) -> int:
         rows = self.group * self.case.rows
         return math.ceil(rows / kernel.rows) * self.case.key_heads * self.case.batch
@@ -329,8 +351,8 @@ class _Ours:
         tile = kernel.tile("_add_rows", case.head_dim)
         return kernel.seconds(programs, [(math.ceil(case.rows / kernel.rows) * self.group, tile)])
 
-    def coefficients(self) -> float:
-        kernel = self.kernel("coefficients")
+    def coefficients(self, name: str = "coefficients") -> float:
+        kernel = self.kernel(name)
         passes = math.ceil(self.case.documents / _DOCUMENTS_TOGETHER)
         programs = math.ceil(self.case.rows / kernel.rows) * self.case.query_heads * self.case.batch
         tiles = [(passes, _small(loop, 1)) for loop in kernel.loops]
@@ -338,8 +360,10 @@ class _Ours:
 
     def plan(self) -> float:
         """The lists for each size of tiles, and the documents of the keys for their gradients."""
-        rows = {"forward", "documents", *(("query",) if "query" in self.case.gradients else ())}
-        widths = {self.kernel(name).keys for name in rows}
+        backward = ["documents"]
+        if "query" in self.case.gradients:
+            backward = ["both"] if self.in_one_pass else ["documents", "query"]
+        widths = {self.kernel(name).keys for name in ("forward", *backward)}
         lists = len(widths) + bool({"key", "value"} & set(self.case.gradients))
         return SORT + len(widths) * self.list_documents() + lists * self.list_keys()
 

@@ -36,7 +36,7 @@ from dream_kernels.triton.mass import mass_kernel
 from dream_kernels.triton.plan import LISTED_DOCUMENTS, LISTED_KEYS, LISTED_TILES
 from dream_kernels.triton.rows import rows_kernel
 from dream_kernels.triton.sass import Loop, count_instructions, loops, serialisation
-from dream_kernels.triton.tiles import Config, family_of, padded_head
+from dream_kernels.triton.tiles import Config, family_of, in_one_pass, padded_head
 from dream_kernels.triton.tuning import candidates
 from dream_kernels.triton.work_list import (
     list_documents_kernel,
@@ -52,7 +52,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _POINTERS = {
-    **dict.fromkeys(("q", "k", "v", "pk", "pv", "o", "do", "dq", "dk", "dv"), "data"),
+    **dict.fromkeys(("q", "k", "v", "pk", "pv", "o", "o_part", "do"), "data"),
+    **dict.fromkeys(("dq", "dk", "dv"), "data"),
     **dict.fromkeys(("table", "n_scored", "tiles", "shorts", "rest", "segment", "counts"), "*i32"),
     "places": "*i32", "order": "*i64",
     **dict.fromkeys(("weights", "state", "part_o", "part_lse", "columns", "scores"), "*fp32"),
@@ -134,15 +135,17 @@ def variants(
             folds = form == "-fold"  # which needs a prefix
             memory = {"HAS_PREFIX": folds or not rare, "FOLD": folds, "SPLIT": form == "-split"}
             yield from in_tiles(
-                f"forward-{mode}{form}", forward_kernel, {**shape, **memory, **flags},
+                f"forward-{mode}{form}", forward_kernel,
+                {**shape, **memory, **flags, "KEEP": mode == "reweight"},
                 f"forward{form}",
             )  # fmt: skip
-            for name, documents, query in (
-                ("documents", True, False), ("query", mode == "bias", True),
-            ):  # fmt: skip
+            query = ("query", mode == "bias", True)
+            if mode == "reweight" and not form and in_one_pass(family, head_dim, dtype.itemsize):
+                query = ("both", True, True)
+            for name, documents, with_query in (("documents", True, False), query):
                 yield from in_tiles(
                     f"{name}-{mode}{form}", rows_kernel,
-                    {**shape, **memory, **flags, "DOCUMENTS": documents, "DQ": query},
+                    {**shape, **memory, **flags, "DOCUMENTS": documents, "DQ": with_query},
                     f"{name}{form}",
                 )  # fmt: skip
         yield from in_tiles(
@@ -152,17 +155,21 @@ def variants(
             "keys",
         )  # fmt: skip
         yield Variant(
-            f"combine-{mode}", combine_kernel, Config(16, 64, 8, 1), {**base, **flags}
+            f"combine-{mode}", combine_kernel, Config(16, 64, 8, 1),
+            {**base, **flags, "KEEP": mode == "reweight"},
         )  # fmt: skip
         by_document = mode == "reweight"
-        yield Variant(
-            f"coefficients-{mode}", coefficients_kernel, Config(32, 64, 8, 1),
-            {**base, **flags, "BC": 32, "DOCUMENTS": by_document, "SCORES": by_document,
-             "LOGITS": True},
-        )  # fmt: skip
+        # All, or for one pass what is needed before it and what follows from it.
+        parts = (("", by_document, True), ("-before", False, True), ("-after", True, False))
+        for part, documents, fill in parts if by_document else parts[:1]:
+            yield Variant(
+                f"coefficients{part}-{mode}", coefficients_kernel, Config(32, 64, 8, 1),
+                {**base, **flags, "BC": 32, "DOCUMENTS": documents, "SCORES": documents,
+                 "LOGITS": fill, "FILL": fill},
+            )  # fmt: skip
     yield from in_tiles("mass", mass_kernel, {**shape, "HAS_PREFIX": not rare})
     if head_dim == HEAD_DIMS[0]:  # these do not depend on it
-        yield Variant("join", join_kernel, Config(16, 64, 1, 1), {"REST": rare})
+        yield Variant("join", join_kernel, Config(16, 64, 1, 1), {})
         yield Variant(
             "list-documents", list_documents_kernel, Config(LISTED_DOCUMENTS, 64, 4, 1),
             {"BC": LISTED_DOCUMENTS, "CAUSAL": not rare},

@@ -26,7 +26,8 @@ NORM = tl.constexpr(0)
 FACTOR = tl.constexpr(1)
 OFFSET = tl.constexpr(2)
 MU = tl.constexpr(3)
-COLUMNS = tl.constexpr(4)
+CENTER = tl.constexpr(4)
+COLUMNS = tl.constexpr(5)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 from dream_kernels.problem import Kept, Problem
 from dream_kernels.triton import device
 from dream_kernels.triton.plan import Plan, cdiv
-from dream_kernels.triton.tiles import Config, family_of, padded_head
+from dream_kernels.triton.tiles import Config, family_of, in_one_pass, padded_head
 from dream_kernels.triton.tuning import bucket, candidates, choose
 
 LOG2_E = 1.0 / math.log(2.0)
@@ -179,6 +179,17 @@ class _Form:
             if not device.captures(self.device):  # where nothing can be timed
                 self._kept[kept] = chosen
         return chosen
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether one kernel makes both the documents' part and the query's gradient."""
+
+        def make() -> bool:
+            family = family_of(device.capability(self.device))
+            listed = in_one_pass(family, self.head_dim, self.dtype.itemsize)
+            return listed and self.kind("both") == "both"
+
+        return self._keep("in one pass", make)
 
     def kind(self, kernel: str) -> str:
         """The name of a kernel over rows in the table of tile shapes: with folding or splitting."""

@@ -52,10 +52,10 @@ def _merge(part_o, part_lse, p_part, m_rows, b_m, b_l, b_acc, D: tl.constexpr, B
 
 @triton.jit(do_not_specialize=["M", "C", "NT", "S", "B", "Hq"])
 def combine_kernel(
-    part_o, part_lse, sinks, table, n_scored, tiles, counts, weights, o, state,
+    part_o, part_lse, sinks, table, n_scored, tiles, counts, weights, o, o_part, state,
     document_mass, B, Hq, G, M, C, NT, S,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
-    PER_HEAD: tl.constexpr, BIAS: tl.constexpr, FIXED: tl.constexpr,
+    PER_HEAD: tl.constexpr, BIAS: tl.constexpr, FIXED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """``o`` and ``state`` from the partial results of ``forward_kernel``; grid (rows, Hkv, B)."""
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -92,10 +92,14 @@ def combine_kernel(
             part_o, part_lse, sinks, p_counts, p_tiles, p_weights, p_state, b_row, o_h, o_m,
             m_scored, n_rows, M, S, D, BD, BM, BN, SLOT,
         )  # fmt: skip
+        b_rest = b_rest * inverse(b_rest_l)[:, None]
+        if KEEP:
+            p_kept = o_part + (b_row * M + o_m) * D
+            store_rows(p_kept, b_rest if FIXED else b_all, m_scored, D, BD)
         b_lse = b_rest_m + tl.log2(b_rest_l)
         tl.store(p_last, b_lse, mask=m_scored)
         b_mu, b_other = document_share(b_all_m + tl.log2(b_all_l), b_lse, document_mass, FIXED)
-        b_mixed = b_all * b_mu[:, None] + b_rest * (b_other * inverse(b_rest_l))[:, None]
+        b_mixed = b_all * b_mu[:, None] + b_rest * b_other[:, None]
         b_o = tl.where(m_scored[:, None], b_mixed, b_o)
     store_rows(o + (b_row * M + o_m) * D, b_o, m_r, D, BD)
 
@@ -156,12 +160,11 @@ def _join_documents(
 @triton.jit(do_not_specialize=["M", "C", "NT", "S", "B", "Hq"])
 def join_kernel(
     parts, table, n_scored, tiles, counts, documents, B, Hq, G, M, C, NT, S,
-    BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr, REST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
 ):  # fmt: skip
     """Sum per document from the parts that ``rows_kernel`` has written; grid (rows, Hkv, B).
 
-    Only documents that span splits are not complete yet, and for ``REST`` the rest, of which any
-    split may have a part.
+    Only documents that span splits are not complete yet.
     """
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _, _, o_h, o_m, m_scored = locate_scored_rows(
@@ -173,19 +176,13 @@ def join_kernel(
     n_rows = B.to(tl.int64) * Hq * M
     p_documents = documents + b_row * (C + 1) * M + o_m
     b_sum = tl.zeros([BM], tl.float32)
-    b_rest = tl.zeros([BM], tl.float32)
     for s in range(0, S):
         i_s = S * 0 + s
         p_part = parts + i_s.to(tl.int64) * 2 * n_rows + b_row * M + o_m
-        document, ends, opens, has_rest = split_documents(p_counts, p_tiles, i_s, S, BN, SLOT)
+        document, ends, opens, _has_rest = split_documents(p_counts, p_tiles, i_s, S, BN, SLOT)
         if ends:
             b_sum += tl.load(p_part, mask=m_scored, other=0.0)
             tl.store(p_documents + document.to(tl.int64) * M, b_sum, mask=m_scored)
             b_sum = tl.zeros([BM], tl.float32)
         if opens:
             b_sum += tl.load(p_part + n_rows, mask=m_scored, other=0.0)
-        if REST:
-            if has_rest:
-                b_rest += tl.load(p_part + n_rows, mask=m_scored, other=0.0)
-    if REST:
-        tl.store(p_documents + C.to(tl.int64) * M, b_rest, mask=m_scored)

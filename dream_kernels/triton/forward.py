@@ -32,20 +32,22 @@ from dream_kernels.triton.softmax import document_share, empty_softmax, inverse
 @triton.jit(do_not_specialize=["window", "M", "T", "P", "C", "NT", "S", "B", "Hq"])
 def forward_kernel(
     q, k, v, pk, pv, mask, positions, sinks, table, n_scored, tiles, shorts, rest, counts, weights,
-    o, state, part_o, part_lse,
+    o, o_part, state, part_o, part_lse,
     s_qb, s_qh, s_qm, s_qd, s_kb, s_kh, s_kn, s_kd, s_vb, s_vh, s_vn, s_vd,
     s_pkb, s_pkh, s_pkn, s_pvb, s_pvh, s_pvn,
     scale, document_mass, window, cap, B, Hq, G, M, T, P, C, NT, S,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
     PER_HEAD: tl.constexpr, BIAS: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr, KEEP: tl.constexpr,
     FOLD: tl.constexpr, SPLIT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """``o`` ``[B, Hq, M, D]`` and ``state`` for one block of rows, or one split of its keys.
 
     Grid ``(row blocks * S, Hkv, B)``, or with ``FOLD``, which needs a shared prefix,
     ``(row blocks of the whole batch * S, Hkv, 1)``. See README.md for the algorithm. ``state`` is
-    ``[B, Hq, C + 1 or 1, M]``: the documents, and last the rest or the whole softmax.
+    ``[B, Hq, C + 1 or 1, M]``: the documents, and last the rest or the whole softmax. ``KEEP``
+    writes the scored rows of ``o_part``, as ``o``, too: ``sum_d w_d o_d``, or with a fixed mass the
+    output of the rest alone.
     """
     i_x, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_m, i_s = block_and_split(i_x, S, SPLIT)
@@ -79,9 +81,9 @@ def forward_kernel(
         )  # fmt: skip
         b_row = o_b.to(tl.int64) * Hq + o_h
         _store_scored(
-            o, state, part_o, part_lse, b_row, o_m, m_scored, b_acc, b_all_m, b_all_l,
+            o, o_part, state, part_o, part_lse, b_row, o_m, m_scored, b_acc, b_all_m, b_all_l,
             b_m, b_l, b_part, b_has_rest, i_s, n_rows, n_slots, document_mass, M, D, BD,
-            BIAS, FIXED, SPLIT,
+            BIAS, FIXED, KEEP, SPLIT,
         )  # fmt: skip
 
     m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
@@ -229,9 +231,10 @@ def _store_plain(
 
 @triton.jit
 def _store_scored(
-    o, state, part_o, part_lse, b_row, o_m, m_rows, b_acc, b_all_m, b_all_l, b_m, b_l, b_part,
-    b_has_rest, i_s, n_rows, n_slots, document_mass, M,
-    D: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr, FIXED: tl.constexpr, SPLIT: tl.constexpr,
+    o, o_part, state, part_o, part_lse, b_row, o_m, m_rows, b_acc, b_all_m, b_all_l, b_m, b_l,
+    b_part, b_has_rest, i_s, n_rows, n_slots, document_mass, M,
+    D: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr, FIXED: tl.constexpr, KEEP: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Write output and log-sum-exp of scored rows, of all keys for bias and of the rest otherwise.
 
@@ -252,6 +255,10 @@ def _store_scored(
         if BIAS:
             b_o = b_part * inverse(b_l)[:, None]
         else:
+            b_part = b_part * inverse(b_l)[:, None]
+            if KEEP:
+                p_kept = o_part + (b_row * M + o_m) * D
+                store_rows(p_kept, b_part if FIXED else b_acc, m_rows, D, BD)
             b_mu, b_rest = document_share(b_all_m + tl.log2(b_all_l), b_lse, document_mass, FIXED)
-            b_o = b_acc * b_mu[:, None] + b_part * (b_rest * inverse(b_l))[:, None]
+            b_o = b_acc * b_mu[:, None] + b_part * b_rest[:, None]
         store_rows(o + (b_row * M + o_m) * D, b_o, m_rows, D, BD)

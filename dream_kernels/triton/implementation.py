@@ -53,7 +53,10 @@ class TritonImplementation:
         """Return uninitialised tensors in the form of what :meth:`forward` saves."""
         slots = 1 if problem.mode == "bias" else problem.documents + 1
         shape = (problem.batch, problem.query_heads, slots, problem.rows)
-        return (torch.empty(shape, dtype=torch.float32, device=problem.query.device),)
+        state = torch.empty(shape, dtype=torch.float32, device=problem.query.device)
+        if not _keeps_part(problem, needs):
+            return (state,)
+        return state, problem.query.new_empty(problem.query.shape)
 
     def forward(self, problem: Problem, needs: Needs) -> tuple[Tensor, tuple[Tensor, ...]]:
         from dream_kernels.triton import launch
@@ -62,8 +65,8 @@ class TritonImplementation:
             outputs, saved = zip(*[self.forward(part, needs) for part, _ in _parts(problem)])
             return torch.cat(outputs), tuple(map(torch.cat, zip(*saved)))
         with current(problem.query.device):
-            (state,) = saved = self.empty_saved(problem, needs)
-            return launch.forward(problem, state), saved
+            saved = self.empty_saved(problem, needs)
+            return launch.forward(problem, *saved), saved
 
     def backward(
         self,
@@ -84,9 +87,8 @@ class TritonImplementation:
             ]
             joined = map(_join, zip(*found), problem.tensors, repeat(problem.batch))
             return Gradients(*joined)
-        (state,) = saved
         with current(problem.query.device):
-            return launch.backward(problem, output, state, grad_output, needs)
+            return launch.backward(problem, output, saved, grad_output, needs)
 
     def mass(self, problem: Problem) -> Tensor:
         from dream_kernels.triton import launch
@@ -114,3 +116,9 @@ def _parts(problem: Problem) -> list[tuple[Problem, slice]]:
         named = {n: t if t is None or len(t) == 1 else t[own] for n, t in named.items()}
         found.append((replace(problem, **named), own))
     return found
+
+
+def _keeps_part(problem: Problem, needs: Needs) -> bool:
+    """Whether the backward reads the output of the documents alone, or of the rest; see README."""
+    logits = needs.query or needs.key or needs.prefix_key or needs.sinks
+    return logits and problem.mode == "reweight" and any(problem.heads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -28,19 +30,25 @@ from dream_kernels.triton.tuning import bucket
 _COMBINE_ROWS = 16
 
 
-def forward(problem: Problem, state: Tensor) -> Tensor:
-    """Return the output and fill ``state`` ``[B, Hq, C + 1, M]`` with log-sum-exps."""
+def forward(problem: Problem, state: Tensor, o_part: Tensor | None = None) -> Tensor:
+    """Return the output and fill ``state`` ``[B, Hq, C + 1, M]`` with log-sum-exps.
+
+    The scored rows of ``o_part`` ``[B, Hq, M, D]`` get what the documents alone give, or with a
+    fixed mass what the rest alone gives.
+    """
     call = Call(problem)
     output = torch.empty(problem.query.shape, dtype=problem.query.dtype, device=call.device)
 
     def launch(config: Config) -> None:
-        _forward(call, config, output, state)
+        _forward(call, config, output, state, o_part)
 
     launch(call.tuned(call.kind("forward"), call.reach, launch, call.fixed))
     return output
 
 
-def _forward(call: Call, config: Config, output: Tensor, state: Tensor) -> None:
+def _forward(
+    call: Call, config: Config, output: Tensor, state: Tensor, o_part: Tensor | None
+) -> None:
     work, grid = call.work_list(config), call.grid(config)
     part_o, part_lse = output, state
     if grid.splits > 1:
@@ -51,6 +59,8 @@ def _forward(call: Call, config: Config, output: Tensor, state: Tensor) -> None:
     arguments = {
         **call.arguments, **work, **grid.arguments, **tile_arguments(config),
         "o": output, "state": state, "part_o": part_o, "part_lse": part_lse,
+        "o_part": output if o_part is None else o_part,
+        "KEEP": o_part is not None,
     }  # fmt: skip
     run(
         forward_kernel, grid.shape, arguments, num_warps=config.warps, num_stages=config.stages
@@ -64,13 +74,19 @@ def _combine_grid(call: Call) -> tuple[int, int, int]:
 
 
 def backward(
-    problem: Problem, output: Tensor, state: Tensor, grad_output: Tensor, needs: Needs
+    problem: Problem,
+    output: Tensor,
+    saved: tuple[Tensor, ...],
+    grad_output: Tensor,
+    needs: Needs,
 ) -> Gradients:
     call = Call(problem)
-    logits = needs.query or needs.key or needs.prefix_key
-    # The rest's part of the sinks' gradient depends on dO . o_rest only if its mass is fixed.
-    rows = logits or (needs.sinks and call.fixed)
-    weighs = call.any_head and (needs.scores or (rows and not call.bias))
+    state = saved[0]
+    keys = needs.key or needs.prefix_key
+    logits = needs.query or keys
+    weighs = call.any_head and (needs.scores or (logits and not call.bias))
+    # Reweight takes a pass for dO . o_d where it is not made along with the query's gradient.
+    apart = weighs and not call.bias and not (needs.query and call.in_one_pass)
     # dO . o_d of reweight, on which all but dV depends, or the scores' gradient by row of bias.
     documents: Tensor | None = None
     grad_scores: Tensor | None = None
@@ -79,19 +95,22 @@ def backward(
         documents = call.row_tensor(slots=call.documents + 1)
         if call.bias:
             documents.zero_()
-        else:
-            _rows(call, state, grad_output, columns, documents, grad_query=None)
-    partial = _coefficients(
-        call, output, state, grad_output, columns, documents, needs.scores, logits
+    if apart:
+        _rows(call, state, grad_output, columns, documents, grad_query=None)
+    weigh_rows = partial(_coefficients, call, output, saved[-1], state, grad_output, columns)
+    by_rows = weigh_rows(
+        documents if apart else None, needs.scores, logits or (needs.sinks and call.fixed)
     )
     grad_query = None
     if needs.query:
         grad_query = torch.empty(problem.query.shape, dtype=problem.query.dtype, device=call.device)
-    if needs.query or (weighs and call.bias):
+    if needs.query or (weighs and not apart):
         _rows(
             call, state, grad_output, columns, documents, grad_query,
-            by_document=call.bias and weighs and needs.scores,
+            by_document=weighs and not apart,
         )  # fmt: skip
+    if weighs and not (apart or call.bias) and (needs.scores or keys):
+        by_rows = weigh_rows(documents, needs.scores, keys, fill=False)
     if needs.scores:
         if not call.any_head:
             grad_scores = torch.zeros_like(problem.scores)
@@ -100,8 +119,8 @@ def backward(
                 assert documents is not None
                 grad_scores = documents[:, :, :-1].sum(-1)  # [B, Hq, C]
             else:
-                assert partial is not None
-                grad_scores = partial.sum(2)
+                assert by_rows is not None
+                grad_scores = by_rows.sum(2)
             if problem.scores.shape[1] == 1:
                 grad_scores = grad_scores.sum(1, keepdim=True)
     grad_key, grad_value = _keys(
@@ -137,7 +156,9 @@ def _rows(
     by_document: bool = True,
 ) -> None:
     """Launch ``rows_kernel``: the sums by document, the query's gradient, or both."""
-    kernel = call.kind("documents" if grad_query is None else "query")
+    kernel = "both"
+    if call.bias or not by_document or grad_query is None:
+        kernel = call.kind("documents" if grad_query is None else "query")
 
     def launch(config: Config) -> None:
         _launch_rows(call, config, state, grad_output, columns, documents, grad_query, by_document)
@@ -169,7 +190,7 @@ def _launch_rows(
         "state": state, "columns": columns, "parts": parts,
         "documents": columns if documents is None else documents,
         "dq": into, "dq_scale": call.problem.scale,
-        "DOCUMENTS": by_document, "DQ": grad_query is not None, "REST": call.fixed,
+        "DOCUMENTS": by_document, "DQ": grad_query is not None,
     }  # fmt: skip
     run(rows_kernel, grid.shape, arguments, num_warps=config.warps, num_stages=config.stages)
     if split and by_document:
@@ -181,36 +202,39 @@ def _launch_rows(
 def _coefficients(
     call: Call,
     output: Tensor,
+    o_part: Tensor,
     state: Tensor,
     grad_output: Tensor,
     columns: Tensor,
     documents: Tensor | None,
     scores: bool,
     logits: bool,
+    fill: bool = True,
 ) -> Tensor | None:
     """Launch ``coefficients_kernel``; return the scores' gradient by row block, if it is made."""
     rows = min(32, max(16, bucket(call.rows)))
     blocks = cdiv(call.rows, rows)
     by_document = documents is not None and not call.bias
-    partial = None
+    by_rows = None
     if by_document and scores:
-        partial = torch.empty(
+        by_rows = torch.empty(
             (call.batch, call.query_heads, blocks, call.documents),
             dtype=torch.float32, device=call.device,
         )  # fmt: skip
     own = {
-        "o": output, "do": grad_output, **strides("o", "bhmd", grad_output),
+        "o": output, "o_part": o_part,
+        "do": grad_output, **strides("o", "bhmd", grad_output),
         "state": state, "columns": columns,
         "documents": columns if documents is None else documents,
-        "partial": columns if partial is None else partial,
+        "partial": columns if by_rows is None else by_rows,
         "BM": rows, "BC": DOCUMENT_BLOCK,
-        "DOCUMENTS": by_document, "SCORES": partial is not None, "LOGITS": logits,
+        "DOCUMENTS": by_document, "SCORES": by_rows is not None, "LOGITS": logits, "FILL": fill,
     }  # fmt: skip
     run(
         coefficients_kernel, (blocks, call.query_heads, call.batch),
         {**call.arguments, **call.weighed_rows(), **own}, num_warps=8,
     )  # fmt: skip
-    return partial
+    return by_rows
 
 
 def _keys(

@@ -18,8 +18,8 @@ OWN_POINTERS = frozenset((
     "order", "places", "columns", "documents", "parts", "partial", "part_o", "part_lse", "dq",
 ))  # fmt: skip
 GIVEN_POINTERS = frozenset((
-    "q", "k", "v", "pk", "pv", "o", "do", "dk", "dv", "state", "mask", "positions", "sinks",
-    "spans", "scores",
+    "q", "k", "v", "pk", "pv", "o", "o_part", "do", "dk", "dv", "state", "mask", "positions",
+    "sinks", "spans", "scores",
 ))  # fmt: skip
 # Calls of so many shapes are kept.
 _MOST_KEPT = 4096

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from dream_kernels.triton.blocks import (
+    CENTER,
     COLUMNS,
     COUNTS,
     FACTOR,
@@ -30,6 +31,7 @@ from dream_kernels.triton.blocks import (
 from dream_kernels.triton.options import far_positions
 from dream_kernels.triton.rows_walk import (
     long_document_gradients,
+    long_documents_at_once,
     plain_gradients,
     rest_gradients,
     short_document_gradients,
@@ -51,9 +53,9 @@ def rows_kernel(
     """One block of rows over all its keys, or over one split of them; grid as forward_kernel.
 
     ``DOCUMENTS`` writes ``documents`` ``[B, Hq, C + 1, M]``: for bias the sum of the logits'
-    gradients over each document, for reweight ``dO . o_d``, of the rest too if the mass is fixed.
-    ``DQ`` writes ``dq``, ``[B, Hq, M, D]`` or one of that per split. Reweight needs two launches:
-    the logits' gradients depend on all of ``dO . o_d``.
+    gradients over each document, for reweight ``dO . o_d``. ``DQ`` writes ``dq``, ``[B, Hq, M, D]``
+    or one of that per split. Splits of reweight need a launch for each, since the gradients of a
+    document's logits depend on ``dO . o_d``, and the document may be in several of them.
     """
     i_x, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_m, i_s = block_and_split(i_x, S, SPLIT)
@@ -75,17 +77,17 @@ def rows_kernel(
     b_first, n_own, n_common, unlike = fold_range(i_m, i_b, counts, m_r, o_b, B, M, G, BM, FOLD)
     # As in forward_kernel: rows are located again, so that pointers need no registers until then.
     i_later = i_m + tl.minimum(T, 0)
-    b_norm, b_offset, b_mu = _document_columns(p_columns, m_scored, M, BM, BIAS or DQ)
+    b_norm, b_offset, b_mu, b_center = _document_columns(p_columns, m_scored, M, BM, BIAS or DQ)
     if tl.max(m_scored.to(tl.int32), 0) > 0:
         b_dq = tl.zeros([BM, BD], tl.float32)
         b_dq = _scored_documents(
-            b_q, b_do, b_dq, b_norm, b_offset, b_mu, o_b, m_scored, i_b, b_first, n_common, unlike,
-            i_s, S, k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd,
-            s_vd, mask, tiles, shorts, counts, p_weights, p_state, p_documents, p_part, n_rows,
-            scale, cap, B, M, T, P, C, NT, D, BD, BM, BN, SLOT, BIAS, HAS_PREFIX, HAS_MASK,
-            DOCUMENTS, DQ, FOLD, SPLIT, IP,
+            b_q, b_do, b_dq, b_norm, b_offset, b_mu, b_center, o_b, m_scored, i_b, b_first,
+            n_common, unlike, i_s, S, k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn,
+            s_vn, s_pvn, s_kd, s_vd, mask, tiles, shorts, counts, p_weights, p_state, p_documents,
+            p_part, n_rows, scale, cap, B, M, T, P, C, NT, D, BD, BM, BN, SLOT, BIAS, FIXED,
+            HAS_PREFIX, HAS_MASK, DOCUMENTS, DQ, FOLD, SPLIT, IP,
         )  # fmt: skip
-        if DQ or (DOCUMENTS and FIXED):
+        if DQ:
             m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
                 i_later, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
             )  # fmt: skip
@@ -93,12 +95,9 @@ def rows_kernel(
             b_dq = _scored_rest(
                 b_q, b_do, b_dq, b_pos, o_b, o_h, o_m, m_scored, i_b, b_first, n_own, unlike, i_s,
                 S, k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd,
-                s_vd, mask, positions, rest, counts, state, columns, documents, parts, n_rows,
-                scale, window, cap, B, Hq, M, T, C, D, BD, BM, BN, SLOT, FIXED, CAUSAL, HAS_PREFIX,
-                HAS_MASK, DOCUMENTS, DQ, FOLD, SPLIT, IP,
+                s_vd, mask, positions, rest, counts, columns, scale, window, cap, B, Hq, M, T, D,
+                BD, BM, BN, SLOT, CAUSAL, HAS_PREFIX, HAS_MASK, FOLD, SPLIT, IP,
             )  # fmt: skip
-
-        if DQ:
             _, o_b, o_h, o_m, m_scored = locate_scored_rows(
                 i_later, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD
             )  # fmt: skip
@@ -129,7 +128,7 @@ def rows_kernel(
 
 @triton.jit
 def _document_columns(p_columns, m_rows, M, BM: tl.constexpr, NEEDED: tl.constexpr):
-    """``[BM]`` norm, offset and mass of all documents, for the loops over documents.
+    """``[BM]`` norm, offset, mass and center of all documents, for the loops over documents.
 
     Masked rows have an infinite norm, which makes all their terms 0.
     """
@@ -137,22 +136,24 @@ def _document_columns(p_columns, m_rows, M, BM: tl.constexpr, NEEDED: tl.constex
         b_norm = tl.load(p_columns + NORM * M, mask=m_rows, other=float("inf"))
         b_offset = tl.load(p_columns + OFFSET * M, mask=m_rows, other=0.0)
         b_mu = tl.load(p_columns + MU * M, mask=m_rows, other=0.0)
+        b_center = tl.load(p_columns + CENTER * M, mask=m_rows, other=0.0)
     else:
         b_offset = tl.zeros([BM], tl.float32)
         b_norm = b_offset + float("inf")
         b_mu = b_offset
-    return b_norm, b_offset, b_mu
+        b_center = b_offset
+    return b_norm, b_offset, b_mu, b_center
 
 
 @triton.jit
 def _scored_documents(
-    b_q, b_do, b_dq, b_norm, b_offset, b_mu, o_b, m_scored, i_b, b_first, n_common, unlike,
-    i_s, S, k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
-    mask, tiles, shorts, counts, p_weights, p_state, p_documents, p_part, n_rows,
+    b_q, b_do, b_dq, b_norm, b_offset, b_mu, b_center, o_b, m_scored, i_b, b_first, n_common,
+    unlike, i_s, S, k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd,
+    s_vd, mask, tiles, shorts, counts, p_weights, p_state, p_documents, p_part, n_rows,
     scale, cap, B, M, T, P, C, NT, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, SLOT: tl.constexpr, BIAS: tl.constexpr, HAS_PREFIX: tl.constexpr,
-    HAS_MASK: tl.constexpr, DOCUMENTS: tl.constexpr, DQ: tl.constexpr, FOLD: tl.constexpr,
-    SPLIT: tl.constexpr, IP: tl.constexpr,
+    BN: tl.constexpr, SLOT: tl.constexpr, BIAS: tl.constexpr, FIXED: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, DOCUMENTS: tl.constexpr, DQ: tl.constexpr,
+    FOLD: tl.constexpr, SPLIT: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """Visit the documents for the scored rows."""
     for z in range(0, n_common):
@@ -163,17 +164,26 @@ def _scored_documents(
         p_mask = mask + i_z * T
         n_tiles, rest_begin, t_begin, t_end = work_share(p_counts, i_s, S, BN, SLOT, SPLIT)
         b_dq = short_document_gradients(
-            b_q, b_do, b_dq, b_norm, b_offset, b_mu, m_z, i_z, n_tiles, rest_begin, t_begin, t_end,
-            k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, shorts,
-            p_counts, p_weights, p_state, p_documents, scale, cap, M, C,
-            D, BD, BM, BN, SLOT, BIAS, HAS_PREFIX, HAS_MASK, DOCUMENTS, DQ, IP,
+            b_q, b_do, b_dq, b_norm, b_offset, b_mu, b_center, m_z, i_z, n_tiles, rest_begin,
+            t_begin, t_end, k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask,
+            shorts, p_counts, p_weights, p_state, p_documents, scale, cap, M, C,
+            D, BD, BM, BN, SLOT, BIAS, FIXED, HAS_PREFIX, HAS_MASK, DOCUMENTS, DQ, IP,
         )  # fmt: skip
-        b_dq = long_document_gradients(
-            b_q, b_do, b_dq, b_norm, b_offset, b_mu, m_z, i_z, n_tiles, t_begin, t_end,
-            k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, tiles,
-            p_weights, p_state, p_documents, p_part, n_rows, scale, cap, M, P, NT,
-            D, BD, BM, BN, BIAS, HAS_PREFIX, HAS_MASK, DOCUMENTS, DQ, SPLIT, IP,
-        )  # fmt: skip
+        if DQ and DOCUMENTS and not BIAS:
+            tl.static_assert(not (FOLD or SPLIT))
+            b_dq = long_documents_at_once(
+                b_q, b_do, b_dq, b_norm, b_offset, b_mu, b_center, m_z, i_z, n_tiles,
+                k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, tiles,
+                p_weights, p_state, p_documents, scale, cap, M, P, NT,
+                D, BD, BM, BN, FIXED, HAS_PREFIX, HAS_MASK, IP,
+            )  # fmt: skip
+        else:
+            b_dq = long_document_gradients(
+                b_q, b_do, b_dq, b_norm, b_offset, b_mu, m_z, i_z, n_tiles, t_begin, t_end,
+                k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, tiles,
+                p_weights, p_state, p_documents, p_part, n_rows, scale, cap, M, P, NT,
+                D, BD, BM, BN, BIAS, HAS_PREFIX, HAS_MASK, DOCUMENTS, DQ, SPLIT, IP,
+            )  # fmt: skip
     return b_dq
 
 
@@ -181,26 +191,16 @@ def _scored_documents(
 def _scored_rest(
     b_q, b_do, b_dq, b_pos, o_b, o_h, o_m, m_scored, i_b, b_first, n_own, unlike, i_s, S,
     k_l, k_p, v_l, v_p, s_kb, s_pkb, s_vb, s_pvb, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
-    mask, positions, rest, counts, state, columns, documents, parts, n_rows, scale, window, cap,
-    B, Hq, M, T, C, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SLOT: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr,
-    HAS_MASK: tl.constexpr, DOCUMENTS: tl.constexpr, DQ: tl.constexpr, FOLD: tl.constexpr,
-    SPLIT: tl.constexpr, IP: tl.constexpr,
+    mask, positions, rest, counts, columns, scale, window, cap, B, Hq, M, T, D: tl.constexpr,
+    BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, FOLD: tl.constexpr, SPLIT: tl.constexpr,
+    IP: tl.constexpr,
 ):  # fmt: skip
-    """Visit the rest for the scored rows: the query's gradient, or ``dO . o_rest`` (fixed mass)."""
-    b_row = o_b.to(tl.int64) * Hq + o_h
-    b_factor = tl.zeros([BM], tl.float32) + 1.0
-    b_offset = tl.zeros([BM], tl.float32)
-    if DQ:
-        p_columns = columns + b_row * COLUMNS * M + o_m
-        b_norm = tl.load(p_columns + NORM * M, mask=m_scored, other=float("inf"))
-        b_offset = tl.load(p_columns + OFFSET * M, mask=m_scored, other=0.0)
-        b_factor = tl.load(p_columns + FACTOR * M, mask=m_scored, other=0.0)
-    else:
-        p_rest = state + (b_row * (C + 1) + C) * M + o_m
-        b_norm = tl.load(p_rest, mask=m_scored, other=float("inf"))
-        b_norm = tl.where(b_norm == float("-inf"), float("inf"), b_norm)
-    b_sum = tl.zeros([BM], tl.float32)
+    """Visit the rest for the scored rows."""
+    p_columns = columns + (o_b.to(tl.int64) * Hq + o_h) * COLUMNS * M + o_m
+    b_norm = tl.load(p_columns + NORM * M, mask=m_scored, other=float("inf"))
+    b_offset = tl.load(p_columns + OFFSET * M, mask=m_scored, other=0.0)
+    b_factor = tl.load(p_columns + FACTOR * M, mask=m_scored, other=0.0)
     b_far = None
     if window is not None:
         b_far = far_positions(window, positions, o_b, b_pos, m_scored, T)
@@ -214,27 +214,18 @@ def _scored_rest(
         n_rest = tl.load(p_counts + N_REST)
         if CAUSAL:
             n_rest = n_rest - (T - 1 - tl.max(tl.where(m_scored, b_pos, 0), 0))
-        begin, end, reach = rest_range(
+        begin, end, _ = rest_range(
             p_counts, z, unlike, n_rest, b_far, positions, m_scored, T, i_s, S,
             BN, SLOT, FOLD, SPLIT,
         )  # fmt: skip
         b_n = b_norm
         if FOLD:
             b_n = tl.where(m_z, b_norm, float("inf"))
-        b_sum, b_dq = rest_gradients(
-            b_q, b_do, b_sum, b_dq, b_n, b_factor, b_offset, b_pos, b_far, i_z, begin, end,
+        b_dq = rest_gradients(
+            b_q, b_do, b_dq, b_n, b_factor, b_offset, b_pos, b_far, i_z, begin, end,
             k_lz, k_pz, v_lz, v_pz, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, positions, rest,
-            p_counts, scale, cap, T, D, BD, BN, CAUSAL, HAS_PREFIX, HAS_MASK, DQ, IP,
+            p_counts, scale, cap, T, D, BD, BN, CAUSAL, HAS_PREFIX, HAS_MASK, IP,
         )  # fmt: skip
-        if DOCUMENTS and FIXED:
-            # Each pass adds to its rows' sums and stores them again: the last store is complete.
-            if SPLIT:
-                if reach > 0:
-                    p_rest = parts + (i_s.to(tl.int64) * 2 + 1) * n_rows + b_row * M + o_m
-                    tl.store(p_rest, b_sum, mask=m_z)
-            else:
-                p_rest = documents + (b_row * (C + 1) + C) * M + o_m
-                tl.store(p_rest, b_sum, mask=m_z)
     return b_dq
 
 

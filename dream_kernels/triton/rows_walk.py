@@ -96,13 +96,96 @@ def long_document_gradients(
 
 
 @triton.jit
+def long_documents_at_once(
+    b_q, b_do, b_dq, b_norm, b_offset, b_mu, b_center, m_z, i_z, n_tiles,
+    k_l, k_p, v_l, v_p, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, tiles,
+    p_weights, p_state, p_documents, scale, cap, M, P, NT,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FIXED: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, IP: tl.constexpr,
+):  # fmt: skip
+    """As :func:`long_document_gradients` for reweight, with ``dO . o_d`` made on the way."""
+    b_zero = tl.zeros([BM], tl.float32)
+    # The current document: sum of p k and of p g, factor, log-sum-exp, index or -1.
+    b_part = tl.zeros([BM, BD], tl.float32)
+    b_sum, b_open_f, b_open_n, current = b_zero, b_zero, b_zero, tl.minimum(n_tiles, 0) - 1
+    for t in range(0, n_tiles):
+        key0, n, doc, flags = load_tile(tiles, i_z, NT, t)
+        o_n = tl.arange(0, BN)
+        m_n = o_n < n
+        b_k, b_v = load_pair(
+            k_l, k_p, v_l, v_p, key0 + o_n, m_n, key0 < P, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd,
+            D, BD, HAS_PREFIX,
+        )  # fmt: skip
+        b_n = tl.load(p_state + doc.to(tl.int64) * M, mask=m_z, other=float("inf"))
+        b_f = b_mu * tl.load(p_weights + doc)
+        b_s = products(b_q, b_k, cap, IP)
+        b_g = tl.dot(b_do, tl.trans(b_v), input_precision=IP)
+        b_p = tl.exp2(b_s * scale - b_n[:, None])
+        if HAS_MASK:
+            if (n < BN) | ((flags & PADDED) != 0):
+                m_n = tl.load(p_mask + key0 + o_n, mask=m_n, other=0) != 0
+                b_p = tl.where(m_n[None, :], b_p, 0.0)
+        elif n < BN:
+            b_p = tl.where(m_n[None, :], b_p, 0.0)
+        b_ds = b_p * (b_g * b_f[:, None] - (b_f * b_center)[:, None])
+        # As in the forward, a document is closed when the next one opens.
+        if (flags & FIRST) != 0:
+            b_dq = _close_document(
+                b_dq, b_part, b_sum, b_open_f, b_open_n, b_norm, b_offset, b_center, m_z, current,
+                p_documents, M, FIXED,
+            )  # fmt: skip
+            b_part = tl.zeros([BM, BD], tl.float32)
+            b_sum = tl.zeros([BM], tl.float32)
+        b_sum += tl.sum(b_p * b_g, 1)
+        b_open_f, b_open_n, current = b_f, b_n, doc
+        b_da = through_cap(b_ds, b_s, cap)
+        b_dq = tl.dot(b_da.to(b_k.dtype), b_k, b_dq, input_precision=IP)
+        b_pa = through_cap(b_p, b_s, cap)
+        b_part = tl.dot(b_pa.to(b_k.dtype), b_k, b_part, input_precision=IP)
+    return _close_document(
+        b_dq, b_part, b_sum, b_open_f, b_open_n, b_norm, b_offset, b_center, m_z, current,
+        p_documents, M, FIXED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _close_document(
+    b_dq, b_part, b_sum, b_factor, b_lse, b_norm, b_offset, b_center, m_rows, doc, p_documents, M,
+    FIXED: tl.constexpr,
+):  # fmt: skip
+    """Complete the query's gradient of a document, none if ``doc`` is -1; store ``dO . o_d``."""
+    if doc >= 0:
+        tl.store(p_documents + doc.to(tl.int64) * M, b_sum, mask=m_rows)
+    b_u = document_offset(
+        b_sum - b_center, b_factor, b_lse, b_norm, b_center + b_offset, m_rows, FIXED
+    )
+    return b_dq + b_part * b_u[:, None]
+
+
+@triton.jit
+def document_offset(b_g, b_factor, b_lse, b_norm, b_shift, m_rows, FIXED: tl.constexpr):
+    """What the gradients of a document's logits have besides ``exp(a - lse) factor g``.
+
+    Args:
+        b_g: ``dO . o_d``, less what ``g`` is counted from.
+        b_norm: log-sum-exp of all keys.
+        b_shift: ``dO . (o_documents - o)``.
+    """
+    b_u = -b_factor * b_g
+    if not FIXED:
+        # A masked row may have infinite log-sum-exps.
+        b_u += tl.where(m_rows, tl.exp2(b_lse - b_norm), 0.0) * b_shift
+    return b_u
+
+
+@triton.jit
 def short_document_gradients(
-    b_q, b_do, b_dq, b_norm, b_offset, b_mu, m_z, i_z, n_tiles, rest_begin, begin, end,
+    b_q, b_do, b_dq, b_norm, b_offset, b_mu, b_center, m_z, i_z, n_tiles, rest_begin, begin, end,
     k_l, k_p, v_l, v_p, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, shorts, p_counts,
     p_weights, p_state, p_documents, scale, cap, M, C,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
-    BIAS: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, DOCUMENTS: tl.constexpr,
-    DQ: tl.constexpr, IP: tl.constexpr,
+    BIAS: tl.constexpr, FIXED: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr,
+    DOCUMENTS: tl.constexpr, DQ: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
     """Visit the work list's packs, ``n_tiles`` to ``rest_begin``, within ``begin .. end``."""
     NS: tl.constexpr = BN // SLOT
@@ -128,13 +211,20 @@ def short_document_gradients(
         b_g = tl.reshape(b_g, [BM, NS, SLOT])
         if BIAS:
             b_ds = b_ds * (b_g + b_offset[:, None, None])
-        elif DQ:
-            b_u = tl.load(p_documents[:, None] + b_slot, mask=m_rs, other=0.0)
-            b_ds = b_ds * (b_g * (b_w * b_mu[:, None])[:, :, None] + b_u[:, :, None])
+            if DOCUMENTS:
+                tl.store(p_documents[:, None] + b_slot, tl.sum(b_ds, 2), mask=m_rs)
         else:
-            b_ds = b_ds * b_g
-        if DOCUMENTS:
-            tl.store(p_documents[:, None] + b_slot, tl.sum(b_ds, 2), mask=m_rs)
+            b_f = b_w * b_mu[:, None]
+            if DOCUMENTS:
+                b_sum = tl.sum(b_ds * b_g, 2)
+                tl.store(p_documents[:, None] + b_slot, b_sum, mask=m_rs)
+            if DQ:
+                if DOCUMENTS:
+                    b_shift = (b_center + b_offset)[:, None]
+                    b_u = document_offset(b_sum, b_f, b_n, b_norm[:, None], b_shift, m_rs, FIXED)
+                else:
+                    b_u = tl.load(p_documents[:, None] + b_slot, mask=m_rs, other=0.0)
+                b_ds = b_ds * (b_g * b_f[:, :, None] + b_u[:, :, None])
         if DQ:
             b_da = through_cap(tl.reshape(b_ds, [BM, BN]), b_s, cap)
             b_dq = tl.dot(b_da.to(b_k.dtype), b_k, b_dq, input_precision=IP)
@@ -143,12 +233,12 @@ def short_document_gradients(
 
 @triton.jit
 def rest_gradients(
-    b_q, b_do, b_sum, b_dq, b_norm, b_factor, b_offset, b_pos, b_far, i_z, begin, end,
+    b_q, b_do, b_dq, b_norm, b_factor, b_offset, b_pos, b_far, i_z, begin, end,
     k_l, k_p, v_l, v_p, s_kn, s_pkn, s_vn, s_pvn, s_kd, s_vd, p_mask, positions, rest, p_counts,
     scale, cap, T, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, DQ: tl.constexpr, IP: tl.constexpr,
+    HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, IP: tl.constexpr,
 ):  # fmt: skip
-    """Add tiles ``begin .. end`` of the rest to ``b_dq``, or without ``DQ`` to ``b_sum``."""
+    """The query's gradient from tiles ``begin .. end`` of the rest."""
     for t in range(begin, end):
         b_at, m_n, inside, _ = load_rest(rest, p_counts, i_z, t, T, BN)
         b_k, b_v = load_pair(
@@ -163,13 +253,9 @@ def rest_gradients(
         if b_far is not None:
             m_s = m_s & near_keys(b_far, positions, i_z, T, b_at, m_n)
         b_ds, b_s = logit_gradient(b_q, b_do, b_k, b_v, b_norm, b_factor, b_offset, scale, cap, IP)
-        b_ds = tl.where(m_s, b_ds, 0.0)
-        if DQ:
-            b_da = through_cap(b_ds, b_s, cap)
-            b_dq = tl.dot(b_da.to(b_k.dtype), b_k, b_dq, input_precision=IP)
-        else:
-            b_sum += tl.sum(b_ds, 1)
-    return b_sum, b_dq
+        b_da = through_cap(tl.where(m_s, b_ds, 0.0), b_s, cap)
+        b_dq = tl.dot(b_da.to(b_k.dtype), b_k, b_dq, input_precision=IP)
+    return b_dq
 
 
 @triton.jit

@@ -34,11 +34,13 @@ INTERPRETER = Config(rows=64, keys=16, warps=4, stages=1, slot=4)
 #
 # - Two accumulators of a row's width in registers bound rows * head size; query, keys and values
 #   in shared memory bound keys * stages to what a device of the family gives a block: 99 KB on
-#   sm_86 and sm_89, the least. In 16 bits the defaults spill no register at head sizes 64
-#   and 128; exact float32 products, made without tensor cores, do.
+#   sm_86 and sm_89, the least. The defaults spill no register at head sizes 64 and 128 in 16 bits,
+#   and at 64 in exact float32, whose products are made without tensor cores; at 128 those do.
 # - Hopper: wgmma reads its operands from shared memory, which leaves registers for taller tiles.
 # - Blackwell: tcgen05 accumulates in tensor memory, from which tiles are read into registers whole.
 # - Folding and splitting take registers, hence smaller tiles.
+# - "both" is "documents" and "query" in one pass, for whole rows. It has no entry, so that the two
+#   remain, at head size 256, at 128 in float32, and on Blackwell, where triton's pipeliner crashes.
 TILES: dict[tuple[str, str, int, int], tuple[tuple[int, int, int, int], ...]] = {
     ("forward", "ampere", 64, 2): ((128, 32, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
     ("forward", "hopper", 64, 2): ((128, 64, 8, 3), (64, 64, 4, 3)),
@@ -47,7 +49,7 @@ TILES: dict[tuple[str, str, int, int], tuple[tuple[int, int, int, int], ...]] = 
     ("forward", "hopper", 128, 2): ((128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 8, 3)),
     ("forward", "blackwell", 128, 2): ((64, 32, 8, 3), (128, 32, 8, 3), (64, 64, 8, 3)),
     ("forward", "ampere", 256, 2): ((64, 32, 8, 2), (32, 32, 4, 2)),
-    ("forward", "ampere", 64, 4): ((64, 32, 4, 2), (32, 32, 4, 2)),
+    ("forward", "ampere", 64, 4): ((32, 16, 4, 2), (32, 32, 4, 2)),
     ("forward", "ampere", 128, 4): ((32, 32, 4, 2), (32, 16, 4, 2)),
     ("forward", "ampere", 256, 4): ((16, 16, 4, 2),),
     ("forward-fold", "hopper", 64, 2): ((128, 32, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
@@ -58,7 +60,7 @@ TILES: dict[tuple[str, str, int, int], tuple[tuple[int, int, int, int], ...]] = 
     ("forward-split", "ampere", 128, 2): ((32, 64, 8, 2), (64, 32, 8, 2)),
     ("forward-split", "hopper", 64, 2): ((128, 32, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)),
     ("forward-split", "blackwell", 64, 2): ((64, 64, 8, 2), (128, 32, 8, 2)),
-    ("forward-split", "hopper", 128, 2): ((64, 32, 8, 2), (128, 32, 8, 2)),
+    ("forward-split", "hopper", 128, 2): ((64, 64, 8, 1), (128, 32, 8, 2)),
     ("forward-split", "blackwell", 128, 2): ((32, 32, 8, 2), (64, 32, 8, 2)),
     ("documents", "ampere", 64, 2): ((128, 64, 8, 2), (64, 64, 4, 3)),
     ("documents", "ampere", 128, 2): ((64, 64, 4, 2), (128, 32, 8, 2)),
@@ -77,12 +79,20 @@ TILES: dict[tuple[str, str, int, int], tuple[tuple[int, int, int, int], ...]] = 
     ("query", "hopper", 128, 2): ((128, 32, 8, 2), (64, 64, 8, 2)),
     ("query", "blackwell", 128, 2): ((128, 32, 8, 2), (64, 64, 8, 2)),
     ("query", "ampere", 256, 2): ((64, 32, 8, 1), (32, 32, 4, 1)),
-    ("query", "ampere", 64, 4): ((32, 32, 4, 2), (32, 16, 4, 2)),
+    ("query", "ampere", 64, 4): ((32, 16, 4, 1), (16, 16, 4, 2)),
+    ("query-fold", "ampere", 64, 4): ((32, 16, 4, 2), (16, 16, 4, 2)),
+    ("query-split", "ampere", 64, 4): ((16, 16, 4, 2), (32, 16, 4, 1)),
     ("query", "ampere", 128, 4): ((32, 16, 4, 2), (16, 16, 4, 2)),
     ("query", "ampere", 256, 4): ((16, 16, 4, 1),),
     ("query-fold", "blackwell", 64, 2): ((128, 32, 8, 2), (64, 64, 8, 2)),
     ("query-fold", "ampere", 128, 2): ((64, 32, 8, 2), (64, 64, 8, 1)),
     ("query-fold", "blackwell", 128, 2): ((32, 32, 8, 2), (64, 32, 8, 2)),
+    ("both", "ampere", 64, 2): ((128, 32, 8, 2), (64, 32, 4, 2)),
+    ("both", "hopper", 64, 2): ((128, 64, 8, 2), (128, 32, 8, 2)),
+    ("both", "ampere", 64, 4): ((32, 16, 4, 2), (16, 16, 4, 2)),
+    ("both", "hopper", 64, 4): ((32, 16, 4, 2), (16, 16, 4, 2)),
+    ("both", "ampere", 128, 2): ((64, 32, 8, 2), (32, 32, 4, 2)),
+    ("both", "hopper", 128, 2): ((128, 32, 8, 2), (128, 16, 8, 2)),
     ("keys", "ampere", 64, 2): ((32, 64, 8, 1), (32, 64, 4, 2), (64, 64, 8, 2)),
     ("keys", "hopper", 64, 2): ((32, 64, 8, 2),),
     ("keys", "blackwell", 64, 2): ((32, 64, 8, 2), (64, 64, 8, 2)),
@@ -117,9 +127,18 @@ def padded_head(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+def in_one_pass(family: str, head_dim: int, itemsize: int) -> bool:
+    """Whether whole rows have a tile shape for "both"."""
+    return ("both", family, *_size(head_dim, itemsize)) in TILES
+
+
+def _size(head_dim: int, itemsize: int) -> tuple[int, int]:
+    return max(64, padded_head(head_dim)), itemsize
+
+
 def listed(kernel: str, family: str, head_dim: int, itemsize: int) -> tuple[Config, ...]:
     """The entry of :data:`TILES` that a kernel of a head size takes."""
-    size = max(64, padded_head(head_dim)), itemsize
+    size = _size(head_dim, itemsize)
     for of_family in (family, "ampere"):
         for form in (kernel, kernel.partition("-")[0]):
             shapes = TILES.get((form, of_family, *size))

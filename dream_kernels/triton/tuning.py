@@ -27,8 +27,9 @@ def candidates(
     """The configurations of a kernel, the default first.
 
     Args:
-        kernel: ``"forward"``, ``"documents"``, ``"query"``, ``"keys"`` or ``"mass"``; the first
-            three with the suffix ``"-fold"`` or ``"-split"`` if rows are folded or keys split.
+        kernel: ``"forward"``, ``"documents"``, ``"query"``, ``"both"``, ``"keys"`` or ``"mass"``;
+            the first three with the suffix ``"-fold"`` or ``"-split"`` if rows are folded or keys
+            split.
         head_dim: ``D``.
         dtype: of the query.
         rows: how many could share a tile: none is made taller than that.

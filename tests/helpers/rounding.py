@@ -11,9 +11,10 @@ element. Two kinds of roundings are distinguished.
   largest where all terms have one sign and follow each other. Logits, exponentials, normalisers
   and factors carry their errors to all that is made of them, where they may all point the same
   way: they are added up by magnitude.
-- *Roundings to the inputs' dtype*, of unit :math:`r`: of probabilities and of logits' gradients on
-  their way into a product, of the output that the backward reads, and of every result. They are
-  independent, and :math:`r / \sqrt 3` in the root mean square at most: squares are added up.
+- *Roundings to the inputs' dtype*, of unit :math:`r`: of probabilities and of logits' gradients, or
+  of two parts of these, on their way into a product, of the output that the backward reads, and of
+  every result. They are independent, and :math:`r / \sqrt 3` in the root mean square at most:
+  squares are added up.
 
 An implementation that rounds less is better than this. No library's order of summation matters.
 """
@@ -186,6 +187,9 @@ class Analysis:
         # The documents' mean may also be taken from delta and the rest's.
         rest = self.mass[..., -1:] / self.mass[..., :-1].sum(-1, keepdim=True).clamp(min=1e-300)
         other = torch.where(own, -mass * rest, factors)
+        # With a fixed mass the rest's mean may be made as delta is, a part of which it is.
+        if fixed:
+            other[..., -1:] = torch.where(own[..., -1:], 1.0, other[..., -1:])
         self.of_delta = (of_delta, other)
         numbers = (
             (torch.maximum(of_delta, other.abs()),
@@ -195,6 +199,7 @@ class Analysis:
         )  # fmt: skip
         offset = mass * self.documents - of_delta * self.delta - factors * own * self.mean
         self.logits = self.coefficients * self.g + self.within * segments.per_key(offset)
+        self.apart = self._apart(own, offset)
         offsets = sum(k * x.abs() for k, _, x, _ in numbers)
         size = self.coefficients * self.g.abs() + self.within * segments.per_key(offsets)
         linear = sum(k * error.linear + d * x.abs() for k, d, x, error in numbers)
@@ -218,6 +223,20 @@ class Analysis:
             linear = self.slope * linear + self.slope_error * self.logits.abs()
             self.logits = self.logits * self.slope
         self.logits_error = Spread(linear, self._rounded(self.logits))
+
+    def _apart(self, own: Tensor, offset: Tensor) -> Tensor:
+        """The variance of ``dS`` if it is made of ``p`` and ``f p (g - c)``, rounded apart.
+
+        So may the query's gradient of a document be, where ``c`` is the documents' mean, or with a
+        fixed mass delta.
+        """
+        center = self.delta if self.problem.document_mass is not None else self.documents
+        offset = torch.where(own, offset + self.factors * center, 0.0)[..., :-1]
+        offset = self.segments.per_key(torch.nn.functional.pad(offset, (0, 1)))
+        centered = self.coefficients * (self.g - center)
+        slope = 1.0 if self.segments.slope is None else self.segments.slope
+        square = self._rounded(slope * centered) + self._rounded(slope * self.within * offset)
+        return torch.where(offset == 0, 0.0, square)
 
     def terms(self, heads: Tensor | float = 1.0, segments: Tensor | None = None) -> dict:
         """What some heads ``[Hq, 1, 1]`` and segments ``[S]`` add to output and gradients."""
@@ -280,7 +299,7 @@ class Analysis:
         within = self.slope * self.within
         of_row = [(within * self.segments.per_key(k)) @ key for k in self.of_delta]
         of_row = torch.maximum(*(x.square() for x in of_row)) * self.delta_error.square
-        square = self.logits_error.square @ key.square() + of_row
+        square = torch.maximum(self.logits_error.square, self.apart) @ key.square() + of_row
         return Spread(scale * linear @ key.abs(), scale**2 * square)
 
     def _of_key(self) -> Spread:

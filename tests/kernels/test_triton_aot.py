@@ -190,7 +190,7 @@ def compile_for(
     "target,head_dim,kernels",
     [
         ("sm_80", 64, ("forward-reweight", "list-documents", "list-keys")),
-        ("sm_90", 128, ("forward-reweight", "query-reweight", "documents-reweight")),
+        ("sm_90", 128, ("forward-reweight", "both-reweight", "documents-reweight")),
         ("sm_90", 64, ("keys-reweight", "coefficients-reweight", "combine-reweight")),
         ("sm_100", 64, ("forward-bias",)),
     ],
