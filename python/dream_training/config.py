@@ -66,6 +66,14 @@ class TrainConfig:
             object.__setattr__(self, group, kind(**own))
         if self.data.streaming and self.objective.name == "infonce":
             raise ValueError("objective 'infonce' needs all lines at once: set streaming: false")
+        engine = "fsdp" if self.distribution.fsdp else "deepspeed"
+        if self.optimisation.trained_share < 1 and (
+            self.distribution.fsdp or self.distribution.deepspeed is not None
+        ):
+            raise ValueError(
+                f"trained_share must be 1 with {engine}, which shards the weights that would be "
+                f"averaged, got {self.optimisation.trained_share}"
+            )
         if self.data.taught is not None:
             self._check_taught()
         elif self.needs_reader and self.reader.model == NO_READER:

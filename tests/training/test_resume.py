@@ -78,6 +78,7 @@ def test_every_objective_resumes(run, tmp_path: Path, objective: str) -> None:
         {"document_store": "memory"},
         {"learnable_temperature": True, "mini_batch_size": 3},
         {"temperature_schedule": "linear", "temperature_end": 0.01, "lora_r": 0},
+        {"trained_share": 0.5, "lora_r": 0},
         {"dataloader_workers": 1},
     ],
     ids=lambda changes: next(iter(changes)),

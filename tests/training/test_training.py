@@ -57,13 +57,35 @@ def test_what_is_evaluated_is_what_is_saved(run, monkeypatch) -> None:
         return {"ndcg_at_10": len(seen) / 10, "recall_at_10": 0.0}
 
     monkeypatch.setattr(RetrievalEvaluator, "__call__", evaluate)
-    result = train(run(lora_r=2, dtype="bfloat16", learning_rate=0.1), console=quiet())
+    changes = {"lora_r": 2, "dtype": "bfloat16", "learning_rate": 0.1, "trained_share": 0.9}
+    result = train(run(**changes), console=quiet())
     # transformers 4.57 would load float32.
     options = {"dtype": torch.bfloat16}
     loaded = SentenceTransformer(str(result.path), device="cpu", model_kwargs=options)
     saved = loaded.encode(["a", "b and c"])
     assert np.array_equal(seen[-1], saved), "adapters were not merged, or not as they are saved"
     assert not np.array_equal(seen[0], seen[-1])
+
+
+@pytest.mark.parametrize("lora_r", (0, 2))
+def test_models_keep_the_wanted_share_of_what_was_learned(run, tmp_path: Path, lora_r) -> None:
+    def weights(name: str, **changes: object) -> dict[str, torch.Tensor]:
+        changes |= {"lora_r": lora_r, "output_dir": str(tmp_path / name), "report_queries": 0}
+        result = train(run(dtype="float32", eval_data=None, **changes), console=quiet())
+        return dict(SentenceTransformer(str(result.path), device="cpu").state_dict())
+
+    start, whole = weights("start", learning_rate=1e-30), weights("whole")
+    part = weights("part", trained_share=0.25)
+    for name, weight in part.items():
+        torch.testing.assert_close(weight, start[name].lerp(whole[name], 0.25), rtol=0, atol=1e-6)
+    assert any(not torch.allclose(part[name], whole[name], atol=1e-4) for name in part)
+
+
+def test_a_share_needs_whole_weights(run) -> None:
+    with pytest.raises(ValueError, match="trained_share must be above 0 and at most 1, got 0"):
+        run(trained_share=0)
+    with pytest.raises(ValueError, match=r"trained_share must be 1 with fsdp, .*got 0.5"):
+        run(trained_share=0.5, fsdp=True)
 
 
 def test_pictures_are_not_blank(run, tmp_path: Path) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dream_kernels import HeadFile
 from dream_training.config import TrainConfig
@@ -19,13 +17,12 @@ from dream_training.demo.pools import group_rows, stream_batches
 from dream_training.evaluation import RetrievalTask
 from dream_training.history import History
 from dream_training.json_file import write_json
-from dream_training.models.averaging import average_weights, averaged, copy_weights
 from dream_training.models.loading import make_retriever, resolve_model
-from dream_training.models.retriever import merged, save_retriever
+from dream_training.models.retriever import merged
 from dream_training.objectives.verdicts import Verdicts
 from dream_training.plots import plot_curve
 from dream_training.training.driver import train
-from dream_training.training.output_folder import BEST, LAST
+from dream_training.training.output_folder import LAST
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -151,32 +148,29 @@ def adapt_trained(
         learning_rate=1e-4,
         warmup_steps=5,
         max_steps=setup.steps,
+        trained_share=SHARE,
+        eval_steps=-(-setup.steps // 2),
         report_queries=0,
         output_dir=str(output_dir),
     )
-    return _train(setup, config, heads, SHARE)
+    return _train(setup, config, heads)
 
 
-def _train(
-    setup: Setup, config: TrainConfig, heads: HeadFile | None = None, share: float = 1.0
-) -> Part:
+def _train(setup: Setup, config: TrainConfig, heads: HeadFile | None = None) -> Part:
     """Train, and measure at the start, halfway and at the end.
 
     Args:
         setup: what both parts share.
         config: of this one.
         heads: of the reader; selected here by default.
-        share: of what was learned, see :func:`average_weights`.
     """
     steps, folder = config.optimisation.max_steps, Path(config.output.output_dir)
     model = make_retriever(config.retriever, config.lengths, config.run)
-    start = copy_weights(model) if share < 1 else {}
     evaluator = DemoEvaluator(setup.both, setup.test)
     history = History()
 
     def measure(step: int) -> None:
-        with averaged(model, start, share):
-            means = evaluator(merged(model))
+        means = evaluator(merged(model))
         history.evaluations.append({"step": float(step), **means})
         setup.console.print(
             f"step {step}  nDCG@10 {means['ndcg_at_10']:.4f}  recall@10 {means['recall_at_10']:.4f}"
@@ -184,9 +178,6 @@ def _train(
 
     measure(0)
     before = evaluator.measured
-    options: dict[str, Any] = {"evaluator": evaluator, "evaluate_first": False}
-    if share < 1:  # the run itself evaluates and saves the model, not the average
-        options = {"callbacks": [_Halfway(steps // 2, measure)]}
     result = train(
         config,
         data=stream_batches(setup.rows, setup.batches, steps, config.run.seed),
@@ -196,7 +187,8 @@ def _train(
         overwrite=True,
         history=history,
         verdicts=setup.verdicts,
-        **options,
+        evaluator=evaluator,
+        evaluate_first=False,
     )
     if result.interrupted:
         raise KeyboardInterrupt
@@ -205,25 +197,7 @@ def _train(
         write_json(folder / "history.json", history.state())
         plot_curve(history, folder / "curve.png")
     # The last model, not the best: that one was chosen on the test queries.
-    path = folder / LAST
-    if share < 1:
-        average_weights(model, start, share)
-        for name in (LAST, BEST):
-            save_retriever(model, path.with_name(name))
-    return Part(before, evaluator.measured, history, path, result.seconds)
-
-
-class _Halfway(TrainerCallback):
-    """Measures once, after the step halfway."""
-
-    def __init__(self, step: int, measure: Callable[[int], None]) -> None:
-        self.step, self.measure = step, measure
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step == self.step:
-            self.measure(self.step)
+    return Part(before, evaluator.measured, history, folder / LAST, result.seconds)
 
 
 def _task(data: DocumentationData, split: RetrievalSplit) -> RetrievalTask:

@@ -11,6 +11,7 @@ from dream_training.checkpointing.documents import StoredDocuments
 from dream_training.distributed import world
 from dream_training.history import History
 from dream_training.json_file import write_json
+from dream_training.models.averaging import Averaging
 from dream_training.models.loading import prepared_retriever
 from dream_training.models.precision import train_in_float32
 from dream_training.objectives.build import build_objective
@@ -106,6 +107,7 @@ def assemble(prepared: Prepared, given: Given) -> Run:
     train_in_float32(model)
     if checkpoint is not None:
         check_mini_batches(checkpoint, config.optimisation.mini_batch_size, model)
+    averaging = Averaging(model, config.optimisation.trained_share)
     heads, identity = _Heads(), dict(prepared.identity)
     if config.objective.name == "dream" and config.needs_reader:
         heads = _resumed_heads(prepared) if checkpoint else _choose_heads(prepared, given.heads)
@@ -125,7 +127,7 @@ def assemble(prepared: Prepared, given: Given) -> Run:
         config, model, objective, prepared.evaluator,
         evaluate_first=given.evaluate_first and checkpoint is None,
         parts=_stateful(prepared, objective, history, keeper=keeper, record=record, guard=guard),
-        identity=identity, guard=guard, console=console,
+        identity=identity, guard=guard, averaging=averaging, console=console,
     )  # fmt: skip
     run = Run(
         prepared, trainer, history, keeper=keeper, record=record,

@@ -164,6 +164,7 @@ def _run(run: Run) -> tuple[float, bool]:
 def _finish(run: Run, seconds: float, interrupted: bool) -> TrainResult:
     """Save the models and what was measured, and say how the run ended."""
     config, console, history = run.prepared.config, run.prepared.console, run.history
+    run.trainer.averaging.settle()
     path = run.keeper.finish()
     if world.is_main():
         write_json(run.prepared.output_dir / HISTORY, history.state())

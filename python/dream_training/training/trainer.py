@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from dream_training.config import TrainConfig
     from dream_training.evaluation import RetrievalEvaluator
+    from dream_training.models.averaging import Averaging
     from dream_training.objectives.build import Objective
     from dream_training.training.faults import StepGuard
 
@@ -61,6 +62,7 @@ class RunTrainer(Trainer):
         parts: of the run beside weights and optimiser, by name; a checkpoint keeps their states.
         identity: what a run must share with a checkpoint to resume from it.
         guard: decides which steps count.
+        averaging: of the weights, while the retriever is evaluated.
         console: where a checkpoint that could not be written is reported.
         keep_checkpoints: how many are kept.
     """
@@ -71,12 +73,14 @@ class RunTrainer(Trainer):
         parts: Mapping[str, Stateful],
         identity: Mapping[str, Any],
         guard: StepGuard,
+        averaging: Averaging,
         console: Console,
         keep_checkpoints: int,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.parts, self.identity, self.guard = parts, identity, guard
+        self.averaging = averaging
         self.console, self.keep_checkpoints = console, keep_checkpoints
         self.checkpoint: Checkpoint | None = None
         self._dropping = False
@@ -117,6 +121,11 @@ class RunTrainer(Trainer):
         # Without gradients the optimiser changes neither weights nor averages.
         model.zero_grad(set_to_none=True)
         return torch.zeros_like(loss)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # The model that is saved because of an evaluation is saved inside.
+        with self.averaging.applied():
+            return super().evaluate(*args, **kwargs)
 
     def evaluated(self) -> SentenceTransformer:
         """The retriever as it is saved: its adapters merged, which rounds, and is faster."""
