@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 
 from dream_training.data.beir_folder import read_beir_folder
 from dream_training.demo import run_demo
-from dream_training.demo.pools import group_rows, stream_batches
+from dream_training.demo.pools import stream_batches
 from dream_training.evaluation import RetrievalEvaluator, RetrievalTask
 from dream_training.models import minilm
 from dream_training.models.retriever import build_retriever, save_retriever
@@ -122,21 +121,6 @@ def test_without_the_retriever_the_demo_names_the_command(
 def stop(*arguments: object) -> None:
     """Replaces the training: the test needs nothing after this point."""
     raise KeyboardInterrupt
-
-
-def test_batches_are_groups_of_neighbours() -> None:
-    words = ("apple river stone", "cloud tiger lemon", "piano rocket garden", "violin mango owl")
-    texts = [f"{own} {i}x" for own in words for i in range(6)]
-    random.Random(0).shuffle(texts)
-    batches = group_rows(texts, group=3, groups=2, seed=0)
-    assert sorted(row for batch in batches for row in batch) == list(range(24))
-    for batch in batches:
-        for group in (batch[:3], batch[3:]):
-            assert len({texts[row][:5] for row in group}) == 1
-    assert batches == group_rows(texts, group=3, groups=2, seed=0)
-    assert batches != group_rows(texts, group=3, groups=2, seed=1)
-    # An incomplete batch is left out.
-    assert len(group_rows(texts, group=5, groups=2, seed=0)) == 2
 
 
 def test_a_stream_repeats_whole_batches() -> None:

@@ -134,6 +134,33 @@ def test_candidates_are_mined_and_drawn(config, tmp_path: Path) -> None:
         teach(config.with_changes(pool="both"), folder, wanted, console=quiet())
 
 
+def test_neighbours_share_a_batch(config, tmp_path: Path) -> None:
+    words = ("apple", "river", "stone", "candle", "engine")
+    rows = [
+        {
+            "query": f"what of the {word}",
+            "target": f"{i}",
+            "documents": [f"{word} {word} number {i}", "nothing at all"],
+        }
+        for i in (1, 2)
+        for word in words
+    ]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    config, folder = config.with_changes(train_data=data, pool="both"), tmp_path / "taught"
+    with pytest.raises(ValueError, match="batch_size must be a multiple of --neighbours 3, got 4"):
+        teach(config, folder, Candidates(neighbours=3), console=quiet())
+    mined = config.with_changes(pool="mined")
+    with pytest.raises(ValueError, match="--neighbours is for pools of a batch"):
+        teach(mined, folder, Candidates(neighbours=2), console=quiet())
+    teach(config, folder, Candidates(neighbours=2), console=quiet())
+    taught = rows_of(folder)
+    assert [row["batch"] for row in taught] == ["0-0"] * 4 + ["0-1"] * 4 + ["0-2"] * 2
+    queries = [row["query"] for row in taught]
+    assert queries[::2] == queries[1::2] and len(set(queries)) == 5
+    with pytest.raises(ValueError, match=r"neighbours is 0, and .* was taught with 2"):
+        teach(config, folder, console=quiet())
+
+
 def test_shards_together_are_the_whole(config, tmp_path: Path) -> None:
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     teach(config, alone, lines_per_file=4, console=quiet())

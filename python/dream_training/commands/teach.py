@@ -24,6 +24,13 @@ Retriever = Annotated[
 FromBatch = Annotated[
     int, typer.Option(min=0, help="documents of other lines to add, with pool: mined")
 ]
+Neighbours = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="lines of a batch come in groups of this many that are alike; not with pool: mined",
+    ),
+]
 Corpus = Annotated[
     str | None,
     typer.Option(help="BEIR folder or file of lines with text; by default the data's own"),
@@ -48,6 +55,7 @@ def teach(
     bm25: Bm25 = 0,
     retriever: Retriever = 0,
     from_batch: FromBatch = 0,
+    neighbours: Neighbours = 0,
     corpus: Corpus = None,
     first_rank: Annotated[int, typer.Option(min=1, help="best rank to take them from")] = 1,
     last_rank: Annotated[int, typer.Option(min=1, help="last rank to take them from")] = 100,
@@ -79,7 +87,7 @@ def teach(
         result = run(
             settings,
             output,
-            Candidates(bm25, retriever, from_batch, corpus, ranks),
+            Candidates(bm25, retriever, from_batch, neighbours, corpus, ranks),
             shard=None if shard is None else Shard.parse(shard),
             append=append,
             lines_per_file=lines_per_file,

@@ -138,7 +138,8 @@ def batches_of(count: int, settings: Mapping[str, Any], number: int) -> list[lis
         number: of the lines' folder.
     """
     order, size, shared = list(range(count)), settings["batch_size"], shares_pools(settings)
-    if shared:  # neighbours in a file are often alike
+    # Lines beside each other in a file are often alike; where they should be, they are in order.
+    if shared and not settings.get("neighbours"):
         random.Random(f"{settings.get('seed')}:{number}").shuffle(order)
     batches = [order[i : i + size] for i in range(0, count, size)]
     if shared and len(batches) > 1 and len(batches[-1]) == 1:

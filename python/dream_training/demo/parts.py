@@ -11,9 +11,10 @@ from rich.console import Console
 from dream_kernels import HeadFile
 from dream_training.config import TrainConfig
 from dream_training.data.jsonl import to_training_data
+from dream_training.data.neighbours import group_rows
 from dream_training.demo.docstrings import DocumentationData, RetrievalSplit
 from dream_training.demo.measured import DemoEvaluator, Measured
-from dream_training.demo.pools import group_rows, stream_batches
+from dream_training.demo.pools import stream_batches
 from dream_training.evaluation import RetrievalTask
 from dream_training.history import History
 from dream_training.json_file import write_json

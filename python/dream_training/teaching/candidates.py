@@ -9,9 +9,10 @@ from typing import Any
 
 from dream_kernels.parsing import shortened
 from dream_training.config import TrainConfig
-from dream_training.console import tracked
+from dream_training.console import progress, tracked
 from dream_training.data.jsonl import column_rows, iterate_training_rows
 from dream_training.data.mining import MiningOptions, Rank, mine, read_documents
+from dream_training.data.neighbours import order_by_neighbours
 from dream_training.data.taught_folder import BATCH, BM25, GIVEN, RETRIEVER, line_digest
 from dream_training.data.training_row import TrainingRow
 from dream_training.evaluation.ranking import rank_bm25, rank_by
@@ -107,6 +108,12 @@ def make_lines(
             )
     if config.pools.pool == "mined":
         _check_choice(rows, full)
+    if wanted.neighbours:
+        texts = [f"{line['query']}\n{line['documents'][0]}" for line in lines]
+        size = config.optimisation.batch_size
+        with progress("grouping neighbours"):
+            order = order_by_neighbours(texts, wanted.neighbours, size, seed)
+        lines = [lines[i] for i in order]
     return lines, counts
 
 

@@ -55,6 +55,9 @@ class Candidates:
         bm25: how many that BM25 ranks high.
         retriever: how many that the config's retriever ranks high.
         from_batch: how many documents of other lines, drawn at random; with ``pool: mined``.
+        neighbours: the lines of a batch come in groups of this many that are alike, see
+            :func:`~dream_training.data.neighbours.group_rows`; 0 for batches at random. With
+            another pool than ``mined``.
         corpus: what BM25 and the retriever search, as ``dream mine`` takes it.
         ranks: first and last rank to take from, how to choose, and what to leave out.
 
@@ -65,20 +68,22 @@ class Candidates:
     bm25: int = 0
     retriever: int = 0
     from_batch: int = 0
+    neighbours: int = 0
     corpus: str | None = None
     ranks: MiningOptions = field(default_factory=MiningOptions)
 
     def __post_init__(self) -> None:
-        for name in ("bm25", "retriever", "from_batch"):
+        for name in ("bm25", "retriever", "from_batch", "neighbours"):
             check_at_least(name, getattr(self, name), 0)
 
     def settings(self) -> dict[str, Any]:
         """What decides which candidates there are."""
-        counts = {"bm25": self.bm25, "retriever": self.retriever, "from_batch": self.from_batch}
+        names = ("bm25", "retriever", "from_batch", "neighbours")
+        counts: dict[str, Any] = {name: getattr(self, name) for name in names}
         if not self.bm25 and not self.retriever:
             return counts
-        names = ("first_rank", "last_rank", "choose", "exclude_answers")
-        return {**counts, **{name: getattr(self.ranks, name) for name in names}}
+        of_ranks = ("first_rank", "last_rank", "choose", "exclude_answers")
+        return {**counts, **{name: getattr(self.ranks, name) for name in of_ranks}}
 
 
 def check_config(config: TrainConfig, candidates: Candidates) -> None:
@@ -103,6 +108,15 @@ def check_config(config: TrainConfig, candidates: Candidates) -> None:
         raise ValueError(
             "--from-batch is for pool 'mined': with pool "
             f"{config.pools.pool!r} a line has the documents of its batch"
+        )
+    size = config.optimisation.batch_size
+    if candidates.neighbours and config.pools.pool == "mined":
+        raise ValueError(
+            "--neighbours is for pools of a batch: with pool 'mined' a line has its own"
+        )
+    if candidates.neighbours and size % candidates.neighbours:
+        raise ValueError(
+            f"batch_size must be a multiple of --neighbours {candidates.neighbours}, got {size}"
         )
 
 
