@@ -13,6 +13,7 @@ from dream_training.heads.selection import head_examples
 from dream_training.preflight import reader_checks, retriever_checks
 from dream_training.preflight.check import FAULT, Check
 from dream_training.preflight.patient import Patient
+from dream_training.preflight.trial import trial
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,7 +46,8 @@ def diagnose(
     """Examine a run: a minute on a CPU with a reader of 135M parameters.
 
     Heads, losses and spans are those of objective ``dream``; the other objectives are examined
-    without them. ``model`` is trained for two steps at the end.
+    without them. ``model`` is trained for two steps at the end. With ``taught`` and ``eval_data``
+    a short training shows whether the retriever becomes better or worse.
 
     Args:
         config: the run.
@@ -129,6 +131,10 @@ def diagnose(
             add(*retriever_checks.steps(patient))
     except ValueError as error:
         add(Check("steps", FAULT, str(error), _advice(error)))
+        return checks
+    if config.data.taught is not None and config.evaluation.eval_data is not None:
+        with progress("a trial"):
+            add(trial(patient))
     return checks
 
 
