@@ -27,6 +27,7 @@ GRADIENT_POINTS = ("own", "uniform")
 POSITIVES = ("first", "each")
 TARGET_CHOICES = ("answers", "positive", "positive_sentence")
 MINED_CHOICES = ("random", "best")
+BEGINNING, SENTENCE = ASKS = ("beginning", "sentence")  # what asks, in documents alone
 # The objective.
 OBJECTIVES = ("dream", "infonce", "replug", "emdr", "revela")
 TEACHINGS = ("direct", "distilled")

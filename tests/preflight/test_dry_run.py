@@ -20,8 +20,8 @@ pytestmark = pytest.mark.long
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
-def test_the_papers_three_sizes_have_recipes() -> None:
-    assert [p.stem for p in RECIPES] == ["llama-3.2-1b", "llama-3.2-3b", "qwen2.5-0.5b"]
+def test_the_papers_three_sizes_and_adaptation_have_recipes() -> None:
+    assert [p.stem for p in RECIPES] == ["adapt", "llama-3.2-1b", "llama-3.2-3b", "qwen2.5-0.5b"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
