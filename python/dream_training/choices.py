@@ -25,7 +25,7 @@ HEAD_CRITERIA = ("qr_mass", "qr_ndcg", "loss_gradient", "random")
 GRADIENT_POINTS = ("own", "uniform")
 # Training data.
 POSITIVES = ("first", "each")
-TARGET_CHOICES = ("answers", "positive", "positive_sentence")
+TARGET_CHOICES = ("answers", "positive", "positive_sentence", "query")
 MINED_CHOICES = ("random", "best")
 BEGINNING, SENTENCE = ASKS = ("beginning", "sentence")  # what asks, in documents alone
 # The objective.

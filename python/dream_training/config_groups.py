@@ -162,7 +162,8 @@ class DataConfig(Group):
         train_split: of ``train_data``, where it has splits.
         train_positives: of several relevant documents the ``first``, or one row of ``each``.
         target_from: what the target is where lines have none: ``positive``,
-            ``positive_sentence``, ``answers`` or a file of targets.
+            ``positive_sentence``, ``answers``, ``query`` (the reader predicts the question, without
+            having seen it) or a file of targets.
         taught: folder of ``dream teach``: train on the verdicts in it, without a reader.
             ``train_data`` and ``reader`` may then be left out; where they are given, they must be
             those of the folder.

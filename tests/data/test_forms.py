@@ -212,6 +212,11 @@ def test_a_beir_folder_gives_judged_documents(beir: Path) -> None:
             "positive": 0,
         },
     ]
+    rows = list(iterate_training_rows(beir, target_from="query"))
+    assert [(row.query, row.target) for row in rows] == [
+        ("what keeps doctors away", "what keeps doctors away"),
+        ("who buzzes", "who buzzes"),
+    ]
     with pytest.raises(ValueError, match=r"query 1\): has no target; say with target_from"):
         list(iterate_training_rows(beir))
     with pytest.raises(FileNotFoundError, match=r"test\.tsv"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dream_training.reading.likelihood import target_likelihood
 from dream_training.reading.reader import Reader, ReaderPrompt
 from helpers.tiny import HEADS, decoder_inputs, make_decoder, make_tokenizer
 
@@ -188,3 +189,16 @@ def test_bad_documents_and_options_are_refused() -> None:
         make_reader(target_max_len=0)
     with pytest.raises(ValueError, match=r"prompt.query must contain \{query\} once"):
         ReaderPrompt(query="no placeholder")
+
+
+def test_a_query_that_is_its_own_target_is_not_read() -> None:
+    reader, texts = make_reader(), ["the question", "another"]
+    prefix, scores = reader.read(DOCUMENTS), torch.zeros(2, 3, dtype=torch.float64)
+    unseen = reader(prefix, texts, texts, scores).query_losses
+    assert torch.equal(unseen, reader(prefix, None, texts, scores).query_losses)
+    assert not torch.allclose(unseen, reader(prefix, QUERIES, texts, scores).query_losses)
+    likelihood = target_likelihood(reader, DOCUMENTS, texts, texts).log_probabilities
+    other = target_likelihood(reader, DOCUMENTS, QUERIES, texts).log_probabilities
+    assert not torch.allclose(likelihood, other)
+    rows = zip(reader.suffix_rows(texts, texts), reader.suffix_rows(QUERIES, texts))
+    assert all(own.shape[1] < shown.shape[1] for own, shown in rows)

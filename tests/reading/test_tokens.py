@@ -88,6 +88,11 @@ def test_a_space_belongs_to_the_word_after_it() -> None:
     (target,) = tokens.targets(["Paris"])
     assert tokenizer.convert_ids_to_tokens(target) == ["ĠParis"]
     assert tokenizer.decode(tokens.no_query) == "Question: \nAnswer:"
+    # A query that is to be predicted is not shown.
+    assert tokens.queries_of(["a b", "c d"], ["a b", "c"]) == [
+        tokens.no_query,
+        tokens.queries(["c d"])[0],
+    ]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama3", "gemma", "llama2-first", "slow"])

@@ -20,7 +20,8 @@ Source = Annotated[
 Output = Annotated[Path, typer.Option(help="JSONL file to write, - for standard output")]
 Split = Annotated[str, typer.Option(help="of a BEIR folder's qrels or a data set")]
 TargetFrom = Annotated[
-    str | None, typer.Option(help="answers, positive, positive_sentence or a file of targets")
+    str | None,
+    typer.Option(help="answers, positive, positive_sentence, query or a file of targets"),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="stop after this many lines")]
 TrustRemoteCode = Annotated[

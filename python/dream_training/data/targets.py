@@ -46,6 +46,8 @@ def choose_targets(
               ``target_max_len`` tokens;
             - ``positive_sentence``: the sentence of the first relevant document that shares the
               most words with the query;
+            - ``query``: the query itself, which the reader predicts without having seen it: for
+              questions without answers;
             - the path of a JSONL file whose lines have ``query_id`` (or ``_id``) or ``query``, and
               ``target``, ``answers`` or both. A row that is not in the file keeps its own target;
               rows without any are dropped, and their number is logged.
@@ -88,6 +90,8 @@ def _chosen(row: TrainingRow, choice: str | None) -> str:
         if not row.answers:
             raise ValueError(f"{row.where}: has no answers, which target_from asks for")
         return row.answers[0]
+    if choice == "query":
+        return row.query
     if not row.positives:
         raise ValueError(
             f"{row.where}: has no known positive, whose text target_from={choice!r} takes"

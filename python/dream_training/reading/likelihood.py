@@ -61,7 +61,7 @@ def target_likelihood(
         prefix = reader.read(documents, [[i] for i in range(len(documents))])
     if pools is None:
         pools = [range(prefix.batch)] * len(queries)
-    query_ids = reader.tokens.queries(queries)
+    query_ids = reader.tokens.queries_of(queries, targets)
     target_ids = reader.tokens.targets(targets)
     reader.check_context(prefix, query_ids, target_ids)
     counts = torch.tensor([len(target) for target in target_ids], device=reader.device)

@@ -259,7 +259,8 @@ class Reader(nn.Module):
 
         Args:
             prefix: the documents, from :meth:`read`; one pool, or one for each query.
-            queries: ``B`` texts, none blank; None for the prompt's own text around a query alone.
+            queries: ``B`` texts, none blank; None for the prompt's own text around a query alone,
+                which also takes the place of a query that is its own target.
             targets: ``B`` texts, none blank.
             scores: ``[B, C]`` logits over the documents, any device; gradients flow into them. Or
                 ``[B, Hq, C]`` or ``[B, layers, Hq, C]``, where heads differ.
@@ -271,7 +272,7 @@ class Reader(nn.Module):
         if queries is None:
             query_ids = [self.tokens.no_query] * len(targets)
         else:
-            query_ids = self.tokens.queries(queries)
+            query_ids = self.tokens.queries_of(queries, targets)
         target_ids = self.tokens.targets(targets)
         self.check_context(prefix, query_ids, target_ids)
         if self._unchecked and scores.requires_grad:
@@ -403,7 +404,7 @@ class Reader(nn.Module):
             ``input_ids`` and ``attention_mask`` ``[B, M]``, padded, and ``row_weights`` ``[B, M]``
             that average over all tokens of a row.
         """
-        pairs = zip(self.tokens.queries(queries), self.tokens.targets(targets))
+        pairs = zip(self.tokens.queries_of(queries, targets), self.tokens.targets(targets))
         ids, mask = pad([query + target for query, target in pairs], self._padding, self.device)
         return ids, mask, mask / mask.sum(1, keepdim=True)
 

@@ -82,6 +82,15 @@ class PromptTokens:
         """Token ids of queries."""
         return [tokens for tokens, _ in self.queries_and_spans(texts)]
 
+    def queries_of(self, texts: Sequence[str], targets: Sequence[str]) -> list[list[int]]:
+        """Token ids of queries before their targets.
+
+        A query that is its own target would be copied whatever the documents say: in its place is
+        the prompt's own text.
+        """
+        pairs = zip(texts, targets, self.queries(texts), strict=True)
+        return [self.no_query if query == target else ids for query, target, ids in pairs]
+
     def queries_and_spans(self, texts: Sequence[str]) -> list[tuple[list[int], tuple[int, int]]]:
         """Token ids of queries, and the begin and end of each query's own tokens among them."""
         found = []
