@@ -167,6 +167,8 @@ class DataConfig(Group):
         taught: folder of ``dream teach``: train on the verdicts in it, without a reader.
             ``train_data`` and ``reader`` may then be left out; where they are given, they must be
             those of the folder.
+        taught_agreeing: leave out lines whose known relevant document is not the one that the
+            teacher prefers, with ``taught``.
         streaming: read ``train_data`` while training, shuffled within a buffer, and not at once.
         dataloader_workers: processes that tokenise the next batches; 0 for none.
     """
@@ -176,11 +178,14 @@ class DataConfig(Group):
     train_positives: str = "first"
     target_from: str | None = None
     taught: str | None = None
+    taught_agreeing: bool = False
     streaming: bool = False
     dataloader_workers: int = 0
 
     def check(self) -> None:
         check_choice("train_positives", self.train_positives, POSITIVES)
+        if self.taught is None and self.taught_agreeing:
+            raise ValueError("taught_agreeing must be false unless taught is given")
         if self.taught is not None and self.streaming:
             raise ValueError("streaming must be false with taught: its lines are read at once")
         self.at_least(0, "dataloader_workers")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from dream_training.config_groups import DataConfig
 from dream_training.objectives.collator import DreamCollator
 from dream_training.objectives.distillation import TeacherLoss, margin_error
 from dream_training.objectives.taught import TaughtCollator, TaughtDreamLoss
@@ -53,3 +56,23 @@ def test_a_batch_without_logits_is_refused(tiny_model) -> None:
     assert value.item() > 0 and loss.metrics["weight_on_positive"] > 0
     card = loss.get_config_dict()
     assert card["teaching"] == "taught" and card["teacher_temperature"] == 3.0
+
+
+def test_lines_in_which_the_teacher_disagrees_are_left_out(tiny_model: Path) -> None:
+    model = make_retriever(tiny_model)
+    rows = [{**row, "logits": [0.0] * len(row["documents"])} for row in with_candidates()]
+    for row in rows[:2]:
+        row["logits"][row["positive"]] = 1.0
+    rows[2]["positive"] = -1
+    for row in rows[3:]:
+        row["logits"][(row["positive"] + 1) % len(row["documents"])] = 1.0
+    assert len(rows) > 3
+    batch = TaughtCollator(model, agreeing=True)(rows)
+    assert batch["query_texts"] == [row["query"] for row in rows[:3]]
+    assert batch["query_logits"] == [row["logits"] for row in rows[:3]]
+    assert set(batch["document_texts"]) == {text for row in rows[:3] for text in row["documents"]}
+    # A batch is never empty, and by default it is whole.
+    assert len(TaughtCollator(model, agreeing=True)(rows[3:])["query_texts"]) == len(rows) - 3
+    assert len(TaughtCollator(model)(rows)["query_texts"]) == len(rows)
+    with pytest.raises(ValueError, match="taught_agreeing must be false unless taught is given"):
+        DataConfig("train.jsonl", taught_agreeing=True)

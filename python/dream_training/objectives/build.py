@@ -148,7 +148,7 @@ def build_objective(
 def build_collator(config: TrainConfig, model: SentenceTransformer) -> DreamCollator:
     """Build what makes the batches of a run, with its pools."""
     if config.data.taught is not None:
-        return TaughtCollator(model)
+        return TaughtCollator(model, config.data.taught_agreeing)
     return DreamCollator(
         model,
         pool=config.pools.pool,

@@ -85,13 +85,23 @@ class TaughtCollator(DreamCollator):
 
     Args:
         model: the retriever; its tokenizer, lengths and prompts are used.
+        agreeing: leave out the rows whose known relevant document is not the one that the teacher
+            prefers, as far as a batch has others. The others keep their pools.
     """
 
-    def __init__(self, model: SentenceTransformer) -> None:
+    def __init__(self, model: SentenceTransformer, agreeing: bool = False) -> None:
         super().__init__(model, pool="mined")
+        self.agreeing = agreeing
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.agreeing:
+            rows = [row for row in rows if _agrees(row)] or rows
         batch = super().__call__(rows)
         if rows:
             batch["query_logits"] = [list(row["logits"]) for row in rows]
         return batch
+
+
+def _agrees(row: dict[str, Any]) -> bool:
+    """Whether the teacher prefers the known relevant document, if one is known."""
+    return row["positive"] < 0 or row["logits"][row["positive"]] == max(row["logits"])
