@@ -1,7 +1,9 @@
 """Builds the native extension with ninja. Everything else about the package is in pyproject.toml.
 
 Environment: CXX, CXXFLAGS, CPPFLAGS, LDFLAGS, ARCHFLAGS as usual; MAX_JOBS limits the compilers
-that run at once.
+that run at once. DREAM_KERNELS_CUDA=0 leaves the kernels for NVIDIA GPUs out and 1 demands them,
+with nvcc from PyPI where there is none; otherwise they are built where nvcc is found.
+DREAM_KERNELS_CUDA_ARCHS names compute capabilities, such as "80;90".
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,7 +26,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 SOURCES = sorted(str(p.relative_to(ROOT)) for p in CSRC.rglob("*.cpp"))
-HEADERS = sorted(str(p.relative_to(ROOT)) for p in CSRC.rglob("*.h"))
+HEADERS = sorted(
+    str(p.relative_to(ROOT)) for p in CSRC.rglob("*") if p.suffix in (".h", ".cu", ".S")
+)
 
 # Contraction lets the portable C++ use fused multiply-adds where the instruction set has them.
 FLAGS = shlex.split(
@@ -39,6 +44,13 @@ X86_INSTRUCTION_SETS = {
     "avx512": "-mavx2 -mfma -mavx512f -mavx512dq -mavx512bw -mavx512vl",
     "avx512_bf16": "-mavx2 -mfma -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512bf16",
 }
+
+CUDA_BINARIES = "csrc/cuda/binaries.cpp"
+# What kernels.cu is compiled for in one piece, so that several compilers share the work.
+CUDA_PARTS = ("common", "bf16_64", "bf16_128", "f16_64", "f16_128")
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+# The oldest of CUDA 13: binaries run with its drivers and all later ones.
+NVCC_PACKAGE = "nvidia-cuda-nvcc==13.0.*"
 
 
 def stop(message: str) -> NoReturn:
@@ -106,9 +118,111 @@ def targets_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64") and "arm64" not in words("ARCHFLAGS")
 
 
+def cuda_wanted() -> bool | None:
+    """Whether the kernels for NVIDIA GPUs are to be built; None: where nvcc is found."""
+    value = os.environ.get("DREAM_KERNELS_CUDA", "")
+    if value not in ("", "0", "1"):
+        stop(f"DREAM_KERNELS_CUDA must be 0 or 1, got {value!r}")
+    return None if value == "" else value == "1"
+
+
+def find_nvcc() -> str | None:
+    """nvcc in CUDA_HOME, on PATH, or in the packages of PyPI."""
+    home = os.environ.get("CUDA_HOME")
+    packages = [str(Path(path, "nvidia/cu13/bin")) for path in sys.path]
+    for path in ([str(Path(home, "bin"))] if home else [None]) + packages:
+        found = shutil.which("nvcc", path=path)
+        if found:
+            return found
+    return None
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """The compute capabilities to compile for: those that were asked for, or that nvcc knows."""
+    given = os.environ.get("DREAM_KERNELS_CUDA_ARCHS")
+    if given is None:
+        listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+        return [arch for arch in CUDA_ARCHS if f"sm_{arch}" in listed.stdout.split()]
+    archs = re.split(r"[;, ]+", given.strip().replace(".", ""))
+    if not all(re.fullmatch(r"\d{2,3}a?", arch) and int(arch.rstrip("a")) >= 80 for arch in archs):
+        stop(
+            'DREAM_KERNELS_CUDA_ARCHS must be compute capabilities from 80 on, such as "80;90", '
+            f"got {given!r}"
+        )
+    return archs
+
+
+def nvcc_command(compiler: list[str], nvcc: str, archs: list[str]) -> list[str]:
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in archs[-1:] if a.isdigit()]
+    host = ["-ccbin", shutil.which(compiler[0]) or compiler[0], "-allow-unsupported-compiler"]
+    return [nvcc, "-std=c++17", "-O3", "-fatbin", "-Xfatbin=-compress-all", *codes, *host]
+
+
+def find_cuda(compiler: list[str]) -> tuple[list[str], list[str]] | None:
+    """Return nvcc's command line and the compute capabilities, or None and say why not."""
+    wanted = cuda_wanted()
+    nvcc = None if wanted is False else find_nvcc()
+    reason = "DREAM_KERNELS_CUDA=0" if wanted is False else "nvcc was not found"
+    if nvcc is not None:
+        archs = cuda_archs(nvcc)
+        command = nvcc_command(compiler, nvcc, archs)
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cu")
+            source.write_text("__global__ void probe() {}\n", encoding="utf-8")
+            tried = subprocess.run(
+                [*command, str(source), "-o", str(source.with_suffix(".fatbin"))],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+        if archs and tried.returncode == 0:
+            return command, archs
+        said = (tried.stderr.splitlines() or ["it gave no reason"])[0]
+        reason = f"{nvcc} does not compile for {' '.join(archs) or 'sm_80 or newer'}: {said}"
+    if wanted:
+        stop(f"DREAM_KERNELS_CUDA=1, and {reason}")
+    print(
+        f'dream-kernels: impl="cuda" is left out ({reason}); to get it, build with nvcc on PATH or '
+        "in CUDA_HOME, or with DREAM_KERNELS_CUDA=1, which takes nvcc from PyPI"
+    )
+    return None
+
+
+def cuda_rules(compiler: list[str], command: list[str]) -> tuple[list[str], list[str]]:
+    """Return ninja's lines for the kernels' binaries in objects, and these objects."""
+    lines = [
+        "rule nvcc",
+        f"  command = {quoted(command)} -DDREAM_PART=$part -MD -MF $out.d $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule embed",
+        f"  command = {quoted([*compiler, *words('CPPFLAGS')])} -DDREAM_NAME=dream_binary_$part "
+        "-DDREAM_FILE='\"$binary\"' -c $in -o $out",
+        "  description = embed $binary",
+    ]
+    objects = []
+    for part in CUDA_PARTS:
+        binary, name = f"{part}.fatbin", f"{part}.fatbin.o"
+        lines += [f"build {binary}: nvcc {escaped(CSRC / 'cuda/kernels.cu')}", f"  part = {part}"]
+        lines += [f"build {name}: embed {escaped(CSRC / 'cuda/embed.S')} | {binary}"]
+        lines += [f"  part = {part}", f"  binary = {binary}"]
+        objects.append(name)
+    return lines, objects
+
+
+def quoted(arguments: list[str]) -> str:
+    return shlex.join(arguments).replace("$", "$$")
+
+
+def escaped(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
 def ninja_rules(compiler: list[str], includes: list[str], target: Path) -> str:
     """Return the build.ninja that makes ``target``; objects lie beside it in the build folder."""
     sets = instruction_sets(compiler)
+    cuda = find_cuda(compiler)
+    archs = [f'-DDREAM_KERNELS_CUDA_ARCHS="{" ".join(cuda[1])}"'] if cuda else []
     compile_command = [
         *compiler,
         *FLAGS,
@@ -123,25 +237,24 @@ def ninja_rules(compiler: list[str], includes: list[str], target: Path) -> str:
         shared = ["-bundle", "-undefined", "dynamic_lookup"]
     link_command = [*compiler, *shared, "-pthread", *words("ARCHFLAGS"), *words("LDFLAGS")]
 
-    def command(arguments: list[str]) -> str:
-        return shlex.join(arguments).replace("$", "$$")
-
-    def path(path: Path) -> str:
-        return re.sub(r"([$ :])", r"$\1", str(path))
-
     lines = [
         "rule compile",
-        f"  command = {command(compile_command)} $extra -MMD -MF $out.d -c $in -o $out",
+        f"  command = {quoted(compile_command)} $extra -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $out",
         "rule link",
-        f"  command = {command(link_command)} $in -o $out",
+        f"  command = {quoted(link_command)} $in -o $out",
         "  description = link $out",
     ]
-    objects = []
+    objects: list[str] = []
+    if cuda is not None:
+        more, objects = cuda_rules(compiler, cuda[0])
+        lines += more
     for source in SOURCES:
         variants = {"": ""}
+        if source == CUDA_BINARIES:
+            variants = {"": shlex.join(archs)}
         if source == KERNEL:
             variants = {
                 f".{name}": shlex.join([f"-DDREAM_KERNELS_ISA={name}", *flags])
@@ -149,9 +262,9 @@ def ninja_rules(compiler: list[str], includes: list[str], target: Path) -> str:
             }
         for suffix, extra in variants.items():
             name = source.replace("/", ".").removesuffix(".cpp") + suffix + ".o"
-            lines += [f"build {name}: compile {path(ROOT / source)}", f"  extra = {extra}"]
+            lines += [f"build {name}: compile {escaped(ROOT / source)}", f"  extra = {extra}"]
             objects.append(name)
-    lines.append(f"build {path(target)}: link {' '.join(objects)}")
+    lines.append(f"build {escaped(target)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
@@ -185,7 +298,10 @@ class BuildWithNinja(build_ext):
             stop("the native extension of dream-kernels could not be compiled; see the lines above")
 
 
+# nvcc from PyPI comes with the other requirements of the build.
+packages = [NVCC_PACKAGE] if cuda_wanted() and find_nvcc() is None else []
 setup(
+    setup_requires=packages,
     ext_modules=[Extension("dream_kernels._native", SOURCES, depends=HEADERS, language="c++")],
     cmdclass={"build_ext": BuildWithNinja},
 )

@@ -66,3 +66,38 @@ def backward_of_scores(
 def document_mass(problem: Problem, *, mass: _Array, threads: int) -> None: ...
 def instruction_set() -> str: ...
 def take_peak_scratch_bytes() -> int: ...
+
+# Compute capabilities that the CUDA kernels were compiled for, such as "80 90"; empty: for none.
+cuda_architectures: str
+
+def cuda_binary(part: str) -> bytes: ...
+def cuda_sizes(problem: Problem, splits: int) -> tuple[int, int, int]: ...
+def cuda_forward(
+    problem: Problem,
+    *,
+    output: _Array,
+    state: _Array,
+    plan: _Array,
+    partial: _Array | None,
+    splits: int,
+    stream: int | None,
+) -> None: ...
+def cuda_backward(
+    problem: Problem,
+    *,
+    state: _Array,
+    plan: _Array,
+    memory: _Array,
+    output: _Array,
+    grad_output: _Array,
+    query: _Array | None,
+    key: _Array | None,
+    value: _Array | None,
+    scores: _Array | None,
+    prefix_key: _Array | None,
+    prefix_value: _Array | None,
+    stream: int | None,
+) -> None: ...
+def cuda_masses(problem: Problem, *, state: _Array, plan: _Array, stream: int | None) -> None: ...
+def emulator_settings(*, backwards: bool, file: str, line: int) -> None: ...
+def emulator_take_barriers() -> list[tuple[str, int]]: ...

@@ -86,8 +86,8 @@ def document_attention(
         sinks: ``[Hq]``, any float dtype: for each head a logit without a value in the normaliser of
             every row, part of what is outside the documents, whose mass is then never 0.
             Differentiable.
-        impl: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``. A named implementation runs
-            or raises; see :func:`explain`.
+        impl: ``"auto"``, ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"reference"``. A named
+            implementation runs or raises; see :func:`explain`.
 
     Returns:
         ``[B, Hq, M, Dv]`` in the dtype of ``query`` (the autocast dtype under autocast). A row that

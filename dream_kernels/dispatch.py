@@ -6,7 +6,9 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 
-from dream_kernels.cpu import CpuImplementation, native_import_error
+from dream_kernels.cpu import CpuImplementation
+from dream_kernels.cuda import CudaImplementation, emulated
+from dream_kernels.native import native_import_error
 from dream_kernels.problem import Implementation, Problem
 from dream_kernels.reference import ReferenceImplementation
 from dream_kernels.triton.device import interpreted
@@ -17,6 +19,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
     for implementation in (
         TritonImplementation(),
+        CudaImplementation(),
         CpuImplementation(),
         ReferenceImplementation(),
     )
@@ -59,8 +62,8 @@ def explain_problem(problem: Problem, impl: str = "auto") -> Explanation:
         refusal = implementation.why_not(problem)
         if refusal is not None:
             reasons[name] = f"cannot: {refusal}"
-        elif impl == "auto" and _only_by_name(implementation):
-            reasons[name] = "can, in triton's interpreter: only when asked for by name"
+        elif impl == "auto" and (where := _only_by_name(problem, implementation)):
+            reasons[name] = f"can, {where}: only when asked for by name"
         elif impl not in ("auto", name):
             reasons[name] = f"can, but impl={impl!r} was asked for"
         elif chosen is None:
@@ -91,14 +94,18 @@ def select(problem: Problem, impl: str) -> Implementation:
     if problem.query.device.type == "cpu" and (error := native_import_error()) is not None:
         _warn_of_missing_native(error)
     for implementation in IMPLEMENTATIONS.values():
-        if implementation.why_not(problem) is None and not _only_by_name(implementation):
+        if implementation.why_not(problem) is None and not _only_by_name(problem, implementation):
             return implementation
     raise AssertionError("the reference implementation runs everything")
 
 
-def _only_by_name(implementation: Implementation) -> bool:
-    """The interpreter is for tests: it is a thousand times slower than anything else."""
-    return implementation.name == "triton" and interpreted()
+def _only_by_name(problem: Problem, implementation: Implementation) -> str | None:
+    """Where an implementation for GPUs runs if that is a CPU: slowly, for tests."""
+    if implementation.name == "triton" and interpreted():
+        return "in triton's interpreter"
+    if implementation.name == "cuda" and emulated() and problem.query.device.type == "cpu":
+        return "emulated on the CPU"
+    return None
 
 
 @cache

@@ -299,8 +299,8 @@ def test_explain_lists_every_implementation() -> None:
     inputs = make_inputs(Case("explain"), torch.float32)
     explanation = inputs.call(dream_kernels.explain)
     assert explanation.chosen == "cpu"
-    assert set(explanation.reasons) == {"triton", "cpu", "reference"}
-    assert str(explanation).splitlines()[1].startswith("-> cpu")
+    assert set(explanation.reasons) == {"triton", "cuda", "cpu", "reference"}
+    assert str(explanation).splitlines()[2].startswith("-> cpu")
     double = inputs.cast(torch.float64).call(dream_kernels.explain)
     assert double.chosen == "reference" and "float64" in double.reasons["cpu"]
 

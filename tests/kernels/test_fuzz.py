@@ -1,4 +1,4 @@
-"""The CPU kernel on random shapes, spans, masks and strides.
+"""The CPU kernel, and the emulated CUDA kernels, on random shapes, spans, masks and strides.
 
 ``DREAM_KERNELS_FUZZ_EXAMPLES`` sets how many are tried; any number but the default draws
 new ones.
@@ -9,18 +9,20 @@ from __future__ import annotations
 import os
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dream_kernels import document_attention
+from dream_kernels import cuda, document_attention
 from helpers.agreement import Oracle, problem_of
 from helpers.cases import GRADIENTS, Inputs
 
 DEFAULT_EXAMPLES = 200
 EXAMPLES = int(os.environ.get("DREAM_KERNELS_FUZZ_EXAMPLES", DEFAULT_EXAMPLES))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIMS = (1, 3, 8, 16, 17, 24, 64, 80)
 
 settings.register_profile(
     "dream_kernels",
@@ -59,11 +61,14 @@ def spans_over(draw: st.DrawFn, length: int) -> list[list[int]]:
 
 
 @st.composite
-def calls(draw: st.DrawFn) -> Inputs:
-    """A valid call with any combination of options, contiguous."""
+def calls(
+    draw: st.DrawFn, head_dims: tuple[int, ...] = HEAD_DIMS, dtypes: tuple = DTYPES,
+    with_options: bool = True,
+) -> Inputs:  # fmt: skip
+    """A valid call, contiguous; without options neither a window, a soft cap nor sinks."""
     batch, key_heads = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     query_heads = key_heads * draw(st.sampled_from((1, 2, 3, 7)))
-    head_dim = draw(st.sampled_from((1, 3, 8, 16, 17, 24, 64, 80)))
+    head_dim = draw(st.sampled_from(head_dims))
     prefix = draw(st.one_of(st.just(0), st.integers(1, 40), st.integers(100, 300)))
     local = draw(st.integers(0 if prefix else 1, 80))
     rows = draw(st.integers(1, 70))
@@ -101,7 +106,7 @@ def calls(draw: st.DrawFn) -> Inputs:
     for name in ("value", "prefix_value"):
         if name in tensors:
             tensors[name] = normal(*tensors[name].shape[:3], value_dim)
-    if draw(st.booleans()):
+    if with_options and draw(st.booleans()):
         tensors["sinks"] = draw(st.sampled_from((1.0, 10.0))) * normal(query_heads)
     mode = draw(st.sampled_from(("reweight", "bias")))
     options = {
@@ -111,13 +116,13 @@ def calls(draw: st.DrawFn) -> Inputs:
         "causal": draw(st.booleans()),
         "attention_mask": mask,
         "scale": draw(st.sampled_from((None, 0.3))),
-        "softcap": draw(st.sampled_from((None, None, 0.5, 3.0, 50.0))),
+        "softcap": draw(st.sampled_from((None, None, 0.5, 3.0, 50.0) if with_options else (None,))),
     }
     grad = normal(batch, query_heads, rows, value_dim)
     inputs = Inputs(tensors, torch.tensor(spans), options, grad)
-    if draw(st.booleans()):
+    if with_options and draw(st.booleans()):
         narrow(draw, inputs, length)
-    return inputs.cast(draw(st.sampled_from(DTYPES)))
+    return inputs.cast(draw(st.sampled_from(dtypes)))
 
 
 def narrow(draw: st.DrawFn, inputs: Inputs, length: int) -> None:
@@ -142,10 +147,33 @@ def narrow(draw: st.DrawFn, inputs: Inputs, length: int) -> None:
 @settings(settings.get_profile("dream_kernels"))
 @given(calls(), st.data(), st.sets(st.sampled_from(GRADIENTS)))
 def test_any_valid_call_agrees_with_the_reference(call, data, names) -> None:
-    inputs, names = call, tuple(names)
+    check(call, data, tuple(names), "cpu")
+
+
+# The emulator takes a tenth of a second for a call.
+FEW = max(1, EXAMPLES // 10)
+
+
+@settings(settings.get_profile("dream_kernels"), max_examples=FEW)
+@given(
+    calls((64, 128), (torch.bfloat16, torch.float16), with_options=False),
+    st.data(),
+    st.sets(st.sampled_from(GRADIENTS)),
+    st.booleans(),
+)
+def test_any_call_of_the_cuda_kernels_agrees(call, data, names, split) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DREAM_KERNELS_CUDA_EMULATE", "1")
+        if split:
+            patch.setattr(cuda, "processors", lambda device: 64)
+            patch.setattr(cuda, "MIN_SPLIT_KEYS", 16)
+        check(call, data, tuple(names), "cuda")
+
+
+def check(inputs: Inputs, data: st.DataObject, names: tuple[str, ...], impl: str) -> None:
     oracle = Oracle.of(inputs, names)
     for name, tensor in inputs.tensors.items():
         if name not in ("scores", "sinks"):
             inputs.tensors[name] = data.draw(relaid(tensor.detach()))
     inputs.grad_output = data.draw(relaid(inputs.grad_output))
-    oracle.check(inputs.require_grad(names).run(document_attention, impl="cpu"))
+    oracle.check(inputs.require_grad(names).run(document_attention, impl=impl))

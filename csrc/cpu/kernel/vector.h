@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "../../float_types.h"
+
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -33,8 +35,6 @@ constexpr int kWidth = kVectorBytes / sizeof(float);
 
 typedef float Vec __attribute__((vector_size(kVectorBytes)));
 typedef int32_t VecInt __attribute__((vector_size(kVectorBytes)));
-
-#define DREAM_INLINE inline __attribute__((always_inline))
 
 DREAM_INLINE Vec load(const float* p) {
   Vec v;

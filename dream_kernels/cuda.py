@@ -1,0 +1,254 @@
+"""The CUDA C++ implementation, ``csrc/cuda``: memory, and calls of the native extension."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dream_kernels.native import Array, array, native_import_error, native_problem, optional
+from dream_kernels.problem import Gradients, Needs, Problem
+from dream_kernels.reference import safe_exp
+
+if native_import_error() is None:
+    import dream_kernels._native as _native
+
+HEAD_DIMS = (64, 128)
+MAX_HEADS = 256
+_DTYPES = (torch.float16, torch.bfloat16)
+# Of the third axis of a launch.
+_MAX_BATCH = 65_535
+_TILE_KEYS = {64: 64, 128: 32}
+# Slots of reweight's state that are no documents: the rest, all documents, all keys.
+_OTHER_SLOTS = 3
+# Arrays in a workspace begin at multiples of this.
+_ALIGNMENT = 256
+# Rows of a block of the forward, and the fewest keys that are worth a split: a split writes partial
+# results, which are read again.
+_BLOCK_ROWS = 64
+MIN_SPLIT_KEYS = 256
+
+
+def emulated() -> bool:
+    """Whether CPU tensors run the kernels' build for the host: for tests, and to compare."""
+    return os.environ.get("DREAM_KERNELS_CUDA_EMULATE", "0").lower() in ("1", "true", "on", "yes")
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU, 0 in the emulator, which gains nothing from splits."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _device_refusal(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        if emulated():
+            return None
+        return (
+            "it needs tensors on a CUDA device, got cpu "
+            "(DREAM_KERNELS_CUDA_EMULATE=1 runs its kernels on the CPU, slowly)"
+        )
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it needs tensors on an NVIDIA GPU, got {device}"
+    if not _native.cuda_architectures:
+        return (
+            "its kernels were left out when the package was built without nvcc; "
+            "build it again with DREAM_KERNELS_CUDA=1"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, got {major}.{minor}"
+    return None
+
+
+def _option_refusal(problem: Problem) -> str | None:
+    for name in ("window", "softcap", "sinks"):
+        if getattr(problem, name) is not None:
+            return f"it does not support {name}"
+    if problem.query.dtype not in _DTYPES:
+        return f"it supports float16 and bfloat16, got {problem.query.dtype}"
+    if problem.widest_dim not in HEAD_DIMS:
+        return f"it supports head sizes 64 and 128, got {problem.widest_dim}"
+    if problem.query_heads > MAX_HEADS:
+        return f"it supports up to {MAX_HEADS} heads, got {problem.query_heads}"
+    if problem.batch > _MAX_BATCH:
+        return f"it supports up to {_MAX_BATCH} batch elements, got {problem.batch}"
+    return None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, in rows that are copied 16 bytes at a time."""
+    *outer, last = tensor.stride()
+    sizes = tensor.shape
+    aligned = last == 1 and tensor.data_ptr() % 16 == 0
+    if aligned and all(s % 8 == 0 or n == 1 for s, n in zip(outer, sizes)):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _plan_bytes(problem: Problem) -> int:
+    length, documents = problem.total_length, problem.documents
+    tiles = length // _TILE_KEYS[problem.head_dim] + documents
+    score_heads = problem.scores.shape[1]
+    sizes = (length + 1) * 4, 3 * length * 4, tiles * 16, 16, score_heads * documents * 4
+    return sum((problem.batch * size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT for size in sizes)
+
+
+def _bytes(count: int, device: torch.device) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8, device=device)
+
+
+class _Call:
+    """One problem in the extension's terms; it keeps alive what was copied for it."""
+
+    def __init__(self, problem: Problem) -> None:
+        names = ("query", "key", "value", "prefix_key", "prefix_value")
+        tensors = {n: t for n in names if (t := getattr(problem, n)) is not None}
+        fields = {name: _rows(tensor) for name, tensor in tensors.items()}
+        fields |= {"spans": problem.spans.contiguous()}
+        if problem.mask is not None:
+            fields |= {"mask": problem.mask.contiguous()}
+        self.problem = problem
+        changed = {n: t for n, t in fields.items() if t is not getattr(problem, n)}
+        if changed:
+            self.problem = Problem(
+                *(changed.get(name, getattr(problem, name)) for name in Problem.__annotations__)
+            )
+        self.device = problem.query.device
+        self.native = native_problem(self.problem)
+        self.stream: int | None = None
+        if self.device.type == "cuda":
+            self.stream = torch.cuda.current_stream(self.device).cuda_stream
+
+    def splits(self) -> int:
+        p = self.problem
+        blocks = -(-p.query_heads // p.key_heads * p.rows // _BLOCK_ROWS) * p.key_heads * p.batch
+        wanted = 2 * processors(self.device) // blocks
+        return max(1, min(wanted, p.total_length // MIN_SPLIT_KEYS))
+
+    def __enter__(self) -> _Call:
+        self._current = torch.cuda.device(self.device) if self.stream is not None else None
+        if self._current is not None:
+            self._current.__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._current is not None:
+            self._current.__exit__(*raised)
+
+
+class CudaImplementation:
+    """CUDA C++ for float16 and bfloat16 with head sizes 64 and 128 on NVIDIA GPUs, sums in float32.
+
+    With ``DREAM_KERNELS_CUDA_EMULATE=1`` in the environment the same kernels, compiled for the
+    host, take CPU tensors: for tests, and to compare results without a GPU.
+    """
+
+    name = "cuda"
+    any_value_dim = False
+
+    def why_not(self, problem: Problem) -> str | None:
+        missing = native_import_error()
+        if missing is not None:
+            return f"the native extension is not available ({missing})"
+        return _device_refusal(problem.query.device) or _option_refusal(problem)
+
+    def empty_saved(self, problem: Problem, needs: Needs) -> tuple[Tensor, ...]:
+        """Log-sum-exps ``[B, Hq, slots, M]`` of every row, and the plan."""
+        device = problem.query.device
+        slots = 1 if problem.mode == "bias" else problem.documents + _OTHER_SLOTS
+        shape = (problem.batch, problem.query_heads, slots, problem.rows)
+        state = torch.empty(shape, dtype=torch.float32, device=device)
+        return state, _bytes(_plan_bytes(problem), device)
+
+    def forward(self, problem: Problem, needs: Needs) -> tuple[Tensor, tuple[Tensor, ...]]:
+        output = torch.empty(
+            problem.output_shape, dtype=problem.query.dtype, device=problem.query.device
+        )
+        state, plan = saved = self.empty_saved(problem, needs)
+        with _Call(problem) as call:
+            splits, partial = call.splits(), None
+            if splits > 1:
+                partial = _bytes(_native.cuda_sizes(call.native, splits)[1], call.device)
+            _native.cuda_forward(
+                call.native,
+                output=array(output),
+                state=array(state),
+                plan=array(plan),
+                partial=optional(partial),
+                splits=splits,
+                stream=call.stream,
+            )
+        return output, saved
+
+    def backward(
+        self,
+        problem: Problem,
+        output: Tensor,
+        saved: tuple[Tensor, ...],
+        grad_output: Tensor,
+        needs: Needs,
+    ) -> Gradients:
+        state, plan = saved
+        grad_output = _rows(grad_output)
+        with _Call(problem) as call:
+            memory = _bytes(_native.cuda_sizes(call.native, 1)[2], call.device)
+            gradients = _empty_gradients(problem, needs)
+            _native.cuda_backward(
+                call.native,
+                state=array(state),
+                plan=array(plan),
+                memory=array(memory),
+                output=array(_rows(output)),
+                grad_output=array(grad_output),
+                stream=call.stream,
+                **_arrays(gradients),
+            )
+        return Gradients(
+            *(
+                None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+                for gradient, tensor in zip(gradients, problem.tensors)
+            )
+        )
+
+    def mass(self, problem: Problem) -> Tensor:
+        shape = (
+            problem.batch, problem.query_heads, problem.documents + _OTHER_SLOTS, problem.rows,
+        )  # fmt: skip
+        # Nobody writes the slot of an absent document.
+        state = torch.full(shape, -torch.inf, dtype=torch.float32, device=problem.query.device)
+        plan = _bytes(_plan_bytes(problem), problem.query.device)
+        with _Call(problem) as call:
+            _native.cuda_masses(
+                call.native, state=array(state), plan=array(plan), stream=call.stream
+            )
+        # Of base 2.
+        logs = state.transpose(2, 3) * torch.log(torch.tensor(2.0)).item()
+        return safe_exp(logs[..., : problem.documents], logs[..., -1:]).contiguous()
+
+
+def _empty_gradients(problem: Problem, needs: Needs) -> Gradients:
+    """Tensors for the gradients; where several rows add to a shared prefix, in float32.
+
+    Those of keys begin as zeros: the kernel does not visit padding.
+    """
+    shared = problem.prefix_key is not None and problem.prefix_key.shape[0] == 1
+
+    def empty(name: str, tensor: Tensor | None, needed: bool) -> Tensor | None:
+        if not needed or tensor is None:
+            return None
+        dtype = torch.float32 if shared and name.startswith("prefix") else tensor.dtype
+        make = torch.empty if name in ("query", "scores") else torch.zeros
+        return make(tensor.shape, dtype=dtype, device=tensor.device)
+
+    return Gradients(*map(empty, Needs._fields, problem.tensors, needs))
+
+
+def _arrays(gradients: Gradients) -> dict[str, Array | None]:
+    arrays = {name: optional(gradient) for name, gradient in gradients._asdict().items()}
+    del arrays["sinks"]
+    return arrays
