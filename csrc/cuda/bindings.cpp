@@ -216,7 +216,7 @@ void define_functions(py::module_& m) {
   m.def(
       "emulator_settings",
       [](bool backwards, const std::string& file, int line) {
-        emulator::settings() = {backwards, {file, line}};
+        emulator::settings() = {backwards, file, line};
       },
       py::kw_only(), py::arg("backwards"), py::arg("file"), py::arg("line"),
       "For tests, of this thread: the last thread of a block first; a barrier that does nothing.");

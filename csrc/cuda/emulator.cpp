@@ -10,11 +10,36 @@
 
 #include "fibre.h"
 
+// For ThreadSanitizer each fibre is a thread, and barriers are all that orders their accesses. This
+// file and fibre.cpp are then compiled without its instrumentation, and with DREAM_RACES, and say
+// what the instructions access that are executed here.
+#if defined(DREAM_RACES)
+extern "C" {
+void __tsan_acquire(void* place);
+void __tsan_release(void* place);
+void __tsan_read_range(void* address, unsigned long size);
+void __tsan_write_range(void* address, unsigned long size);
+}
+#endif
+
 namespace dream::cuda::emulator {
 namespace {
 
+#if defined(DREAM_RACES)
+void note_before(void* place) { __tsan_release(place); }
+void note_after(void* place) { __tsan_acquire(place); }
+void note_read(const void* from) { __tsan_read_range(const_cast<void*>(from), 16); }
+void note_write(void* to) { __tsan_write_range(to, 16); }
+#else
+void note_before(void*) {}
+void note_after(void*) {}
+void note_read(const void*) {}
+void note_write(void*) {}
+#endif
+
 constexpr int kLanes = 32;
 constexpr size_t kAlignment = 1024;  // of shared memory
+constexpr size_t kMostPlaces = 64;     // that are kept of barriers
 constexpr int kWords = 10;  // that a lane hands to a warp instruction
 
 enum class Op { kNone, kShuffleXor, kShuffleUp, kLoadMatrices, kLoadTransposed, kMultiply };
@@ -50,7 +75,7 @@ struct Warp {
 struct Block {
   int index[3] = {};
   int thread_count = 0;
-  std::vector<char> shared;
+  std::vector<std::vector<char>> shared;  // one for each block where races are looked for
   char* shared_begin = nullptr;
   size_t shared_bytes = 0;
   std::vector<Thread> threads;
@@ -58,6 +83,7 @@ struct Block {
   const std::vector<Range>* memory = nullptr;
   int arrived = 0;
   uint64_t barriers = 0;
+  char orders[2] = {};  // what barriers in turn order, by their addresses
   Place barrier_place = {"", 0};
   std::string error;
   Fibre scheduler;
@@ -68,6 +94,20 @@ struct Block {
 
 thread_local Block* block = nullptr;
 thread_local std::vector<Place> reached;
+
+// Written out, since ThreadSanitizer watches the functions of the C library wherever they are called.
+const char* file_of(const char* path) {
+  const char* file = path;
+  for (; *path != 0; ++path) file = *path == '/' ? path + 1 : file;
+  return file;
+}
+
+bool same(const Place& a, const Place& b) {
+  if (a.line != b.line) return false;
+  const char *x = a.file, *y = b.file;
+  for (; *x != 0 && *x == *y; ++x) ++y;
+  return *x == *y;
+}
 
 // Back to the scheduler for good.
 [[noreturn]] void fail(const std::string& what) {
@@ -189,6 +229,7 @@ void check_shared(const void* address, size_t size) {
 
 void thread_main() {
   block->kernel(block->parameters);
+  note_before(block);
   block->current->done = true;
   switch_fibre(block->current->fibre, block->scheduler);
 }
@@ -207,8 +248,18 @@ void run_warp(Block& b, int warp) {
   }
 }
 
+// Poisoned. Where races are looked for, blocks are not ordered, and their memory is not reused.
+void give_shared(Block& b) {
+#if !defined(DREAM_RACES)
+  b.shared.clear();
+#endif
+  b.shared.emplace_back(b.shared_bytes + kAlignment - 1, static_cast<char>(0xff));
+  char* const begin = b.shared.back().data();
+  b.shared_begin = begin + (-reinterpret_cast<uintptr_t>(begin) & (kAlignment - 1));
+}
+
 void run_block(Block& b) {
-  std::fill(b.shared.begin(), b.shared.end(), static_cast<char>(0xff));
+  give_shared(b);
   b.arrived = 0;
   for (Warp& warp : b.warps) warp.arrived = 0;
   for (Thread& thread : b.threads) {
@@ -253,8 +304,6 @@ void launch(void (*kernel)(const void*), const void* parameters, const int (&gri
   if (threads % kLanes != 0) throw std::runtime_error("emulated kernel: a block has whole warps");
   Block b;
   b.thread_count = threads;
-  b.shared.resize(shared_bytes + kAlignment - 1);
-  b.shared_begin = b.shared.data() + (-reinterpret_cast<uintptr_t>(b.shared.data()) & (kAlignment - 1));
   b.shared_bytes = shared_bytes;
   b.threads = std::vector<Thread>(threads);
   for (int i = 0; i < threads; ++i) b.threads[i].index = i;
@@ -262,6 +311,7 @@ void launch(void (*kernel)(const void*), const void* parameters, const int (&gri
   b.memory = &memory;
   b.kernel = kernel;
   b.parameters = parameters;
+  reached.reserve(kMostPlaces);
   Block* const outer = std::exchange(block, &b);
   struct Restore {
     Block* outer;
@@ -272,6 +322,7 @@ void launch(void (*kernel)(const void*), const void* parameters, const int (&gri
       for (b.index[0] = 0; b.index[0] < grid[0]; ++b.index[0]) run_block(b);
     }
   }
+  note_after(&b);
 }
 
 int thread_index() { return block->current->index; }
@@ -280,39 +331,37 @@ int block_index(int axis) { return block->index[axis]; }
 char* shared_memory() { return block->shared_begin; }
 
 void barrier(const char* path, int line) {
-  const char* slash = std::strrchr(path, '/');
-  const char* file = slash == nullptr ? path : slash + 1;
-  const Place& skipped = settings().skipped_barrier;
-  const bool known = std::any_of(reached.begin(), reached.end(), [&](const Place& place) {
-    return place.line == line && place.file == file;
-  });
-  if (!known) reached.push_back({file, line});
-  if (line == skipped.line && skipped.file == file) return;
+  const Place here{file_of(path), line};
+  bool known = false;
+  for (const Place& place : reached) known |= same(place, here);
+  if (!known && reached.size() < kMostPlaces) reached.push_back(here);
+  if (same({settings().skipped_file.c_str(), settings().skipped_line}, here)) return;
   Block& b = *block;
-  if (b.arrived > 0 && (b.barrier_place.line != line || b.barrier_place.file != file)) {
+  if (b.arrived > 0 && !same(b.barrier_place, here)) {
     fail("is at another barrier than the threads before it");
   }
-  b.barrier_place = {file, line};
+  b.barrier_place = here;
+  // A thread that is through may reach the next barrier before another leaves this one.
+  char* const order = &b.orders[b.barriers % 2];
+  note_before(order);
   if (++b.arrived == b.thread_count) {
     b.arrived = 0;
     ++b.barriers;
   } else {
     wait_for(&b.barriers);
   }
+  note_after(order);
 }
 
 void check_read(const void* address, size_t size) { check_access(address, size, false); }
 void check_write(const void* address, size_t size) { check_access(address, size, true); }
 
-void atomic_add(int32_t* address, int32_t value) {
-  check_write(address, sizeof(*address));
-  *address += value;
-}
-
 void copy_async(void* shared, const void* global, bool zeros) {
   check_shared(shared, 16);
+  note_write(shared);  // at any time from here to its wait
   if (!zeros) {
     check_read(global, 16);
+    note_read(global);
     if (reinterpret_cast<uintptr_t>(global) % 16 != 0) fail("copies from an unaligned address");
   }
   block->current->open.push_back(
@@ -328,6 +377,7 @@ void wait_copies(int but_last) {
   Thread& thread = *block->current;
   while (static_cast<int>(thread.groups.size()) > but_last) {
     for (const Copy& copy : thread.groups.front()) {
+      note_write(copy.shared);
       if (copy.global == nullptr) {
         std::memset(copy.shared, 0, 16);
       } else {
@@ -354,6 +404,7 @@ uint32_t shuffle_up(uint32_t value, int delta) {
 
 void load_matrices(uint32_t (&r)[4], const void* shared, bool transposed) {
   check_shared(shared, 16);
+  note_read(shared);
   current_warp().shared[current_lane()] = static_cast<const char*>(shared);
   const Op op = transposed ? Op::kLoadTransposed : Op::kLoadMatrices;
   const uint32_t* out =

@@ -9,20 +9,24 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(DREAM_RACES)
 #include <sanitizer/tsan_interface.h>
 #endif
 
 // swapcontext makes two system calls to keep the signal mask, which takes longer than most of what
 // runs in between.
-#if defined(__x86_64__) && defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if defined(__x86_64__) && defined(__linux__) && !defined(__SANITIZE_ADDRESS__) && !defined(DREAM_RACES)
 #define DREAM_OWN_SWITCH 1
 #endif
 
 namespace dream::cuda::emulator {
 namespace {
 
+#if defined(DREAM_RACES)
+constexpr size_t kStackBytes = 32 << 10;
+#else
 constexpr size_t kStackBytes = 128 << 10;
+#endif
 
 }  // namespace
 
@@ -81,10 +85,11 @@ struct Fibre::State {
   const void* bottom = nullptr;  // of the program's own stack, learnt when it is left
   size_t size = 0;
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(DREAM_RACES)
   void* thread = nullptr;
   ~State() {
     if (stack && thread) __tsan_destroy_fiber(thread);
+    (void)stack.release();
   }
 #endif
 };
@@ -108,6 +113,10 @@ void finish_switch(void* fake_stack) {
 }  // namespace
 
 void Fibre::start(void (*function)()) {
+#if defined(DREAM_RACES)
+  // To the next block's threads, which nothing orders, the same stack would be shared memory.
+  (void)state_->stack.release();
+#endif
   if (!state_->stack) state_->stack.reset(new char[kStackBytes]);
   getcontext(&state_->context);
   state_->context.uc_stack.ss_sp = state_->stack.get();
@@ -122,14 +131,14 @@ void Fibre::start(void (*function)()) {
   state_->bottom = state_->stack.get();
   state_->size = kStackBytes;
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(DREAM_RACES)
   if (state_->thread) __tsan_destroy_fiber(state_->thread);
   state_->thread = __tsan_create_fiber(0);
 #endif
 }
 
 void switch_fibre(Fibre& from, Fibre& to) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(DREAM_RACES)
   if (!from.state_->thread) from.state_->thread = __tsan_get_current_fiber();
   __tsan_switch_to_fiber(to.state_->thread, __tsan_switch_to_fiber_no_sync);
 #endif

@@ -210,7 +210,8 @@ DREAM_DEVICE void store(T* address, T value) {
 }
 
 DREAM_DEVICE void atomic_add(int32_t* address, int32_t value) {
-  emulator::atomic_add(address, value);
+  emulator::check_write(address, sizeof(*address));
+  __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
 DREAM_DEVICE void copy_async(Shared shared, const void* global, bool zeros) {
