@@ -159,8 +159,14 @@ def nvcc_command(compiler: list[str], nvcc: str, archs: list[str]) -> list[str]:
     return [nvcc, "-std=c++17", "-O3", "-fatbin", "-Xfatbin=-compress-all", *codes, *host]
 
 
+def nvcc_version(nvcc: str) -> str:
+    listed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"V(\d+(\.\d+)+)", listed.stdout)
+    return found[1] if found else "unknown"
+
+
 def find_cuda(compiler: list[str]) -> tuple[list[str], list[str]] | None:
-    """Return nvcc's command line and the compute capabilities, or None and say why not."""
+    """Return nvcc's command line and macros that describe it, or None and say why not."""
     wanted = cuda_wanted()
     nvcc = None if wanted is False else find_nvcc()
     reason = "DREAM_KERNELS_CUDA=0" if wanted is False else "nvcc was not found"
@@ -175,7 +181,10 @@ def find_cuda(compiler: list[str]) -> tuple[list[str], list[str]] | None:
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
         if archs and tried.returncode == 0:
-            return command, archs
+            return command, [
+                f'-DDREAM_KERNELS_CUDA_ARCHS="{" ".join(archs)}"',
+                f'-DDREAM_KERNELS_NVCC="{nvcc_version(nvcc)}"',
+            ]
         said = (tried.stderr.splitlines() or ["it gave no reason"])[0]
         reason = f"{nvcc} does not compile for {' '.join(archs) or 'sm_80 or newer'}: {said}"
     if wanted:
@@ -222,7 +231,6 @@ def ninja_rules(compiler: list[str], includes: list[str], target: Path) -> str:
     """Return the build.ninja that makes ``target``; objects lie beside it in the build folder."""
     sets = instruction_sets(compiler)
     cuda = find_cuda(compiler)
-    archs = [f'-DDREAM_KERNELS_CUDA_ARCHS="{" ".join(cuda[1])}"'] if cuda else []
     compile_command = [
         *compiler,
         *FLAGS,
@@ -254,7 +262,7 @@ def ninja_rules(compiler: list[str], includes: list[str], target: Path) -> str:
     for source in SOURCES:
         variants = {"": ""}
         if source == CUDA_BINARIES:
-            variants = {"": shlex.join(archs)}
+            variants = {"": shlex.join(cuda[1] if cuda else [])}
         if source == KERNEL:
             variants = {
                 f".{name}": shlex.join([f"-DDREAM_KERNELS_ISA={name}", *flags])

@@ -14,10 +14,14 @@ namespace dream::cuda {
 #if defined(DREAM_KERNELS_CUDA_ARCHS)
 
 const char* architectures() { return DREAM_KERNELS_CUDA_ARCHS; }
+const char* compiler() { return DREAM_KERNELS_NVCC; }
 
 std::string_view binary_of(std::string_view part) {
-#define DREAM_RETURN(name) \
-  if (part == #name) return {dream_binary_##name, static_cast<size_t>(dream_binary_##name##_end - dream_binary_##name)};
+#define DREAM_RETURN(name)                                                                   \
+  if (part == #name) {                                                                       \
+    return {dream_binary_##name,                                                             \
+            static_cast<size_t>(dream_binary_##name##_end - dream_binary_##name)};           \
+  }
   DREAM_PARTS(DREAM_RETURN)
   return {};
 }
@@ -25,6 +29,7 @@ std::string_view binary_of(std::string_view part) {
 #else
 
 const char* architectures() { return ""; }
+const char* compiler() { return ""; }
 std::string_view binary_of(std::string_view) { return {}; }
 
 #endif

@@ -210,6 +210,17 @@ void define_functions(py::module_& m) {
   m.def("cuda_masses", &masses_call, py::arg("problem"), py::kw_only(), py::arg("state"),
         py::arg("plan"), py::arg("stream"));
   m.attr("cuda_architectures") = architectures();
+  m.attr("cuda_compiler") = compiler();
+  m.def(
+      "cuda_kernels",
+      [] {
+        py::list all;
+        for (const Kernel& k : all_kernels()) {
+          all.append(py::make_tuple(k.name, k.part, k.threads, k.shared_bytes));
+        }
+        return all;
+      },
+      "Name, binary, threads of a block and bytes of its shared memory for every kernel.");
   m.def(
       "cuda_binary", [](const std::string& part) { return py::bytes(std::string(binary_of(part))); },
       py::arg("part"), "The kernels compiled for GPUs: common, bf16_64, bf16_128, f16_64 or f16_128.");

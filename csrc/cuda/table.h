@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <vector>
 
 #include "../problem.h"
 
@@ -29,6 +30,8 @@ struct Kernels {
 };
 
 const CommonKernels& common_kernels();
+
+std::vector<Kernel> all_kernels();
 
 // Null where there are none.
 const Kernels* kernels_of(DType dtype, int64_t head_dim);
