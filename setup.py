@@ -49,8 +49,11 @@ CUDA_BINARIES = "csrc/cuda/binaries.cpp"
 # What kernels.cu is compiled for in one piece, so that several compilers share the work.
 CUDA_PARTS = ("common", "bf16_64", "bf16_128", "f16_64", "f16_128")
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
-# The oldest of CUDA 13: binaries run with its drivers and all later ones.
-NVCC_PACKAGE = "nvidia-cuda-nvcc==13.0.*"
+# The oldest of CUDA 13: binaries run with its drivers and all later ones. The packages do not say
+# that their versions must be the same.
+NVCC_PACKAGES = [
+    f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime")
+]
 
 
 def stop(message: str) -> NoReturn:
@@ -307,7 +310,7 @@ class BuildWithNinja(build_ext):
 
 
 # nvcc from PyPI comes with the other requirements of the build.
-packages = [NVCC_PACKAGE] if cuda_wanted() and find_nvcc() is None else []
+packages = NVCC_PACKAGES if cuda_wanted() and find_nvcc() is None else []
 setup(
     setup_requires=packages,
     ext_modules=[Extension("dream_kernels._native", SOURCES, depends=HEADERS, language="c++")],

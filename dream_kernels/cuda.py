@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -106,39 +108,46 @@ class _Call:
     """One problem in the extension's terms; it keeps alive what was copied for it."""
 
     def __init__(self, problem: Problem) -> None:
-        names = ("query", "key", "value", "prefix_key", "prefix_value")
-        tensors = {n: t for n in names if (t := getattr(problem, n)) is not None}
-        fields = {name: _rows(tensor) for name, tensor in tensors.items()}
-        fields |= {"spans": problem.spans.contiguous()}
-        if problem.mask is not None:
-            fields |= {"mask": problem.mask.contiguous()}
-        self.problem = problem
-        changed = {n: t for n, t in fields.items() if t is not getattr(problem, n)}
-        if changed:
-            self.problem = Problem(
-                *(changed.get(name, getattr(problem, name)) for name in Problem.__annotations__)
-            )
-        self.device = problem.query.device
-        self.native = native_problem(self.problem)
-        self.stream: int | None = None
-        if self.device.type == "cuda":
-            self.stream = torch.cuda.current_stream(self.device).cuda_stream
+        native = native_problem(problem)
+        if not _native.cuda_readable(native):
+            problem = _with_rows(problem)
+            native = native_problem(problem)
+        self.problem, self.native = problem, native
 
     def splits(self) -> int:
         p = self.problem
-        blocks = -(-p.query_heads // p.key_heads * p.rows // _BLOCK_ROWS) * p.key_heads * p.batch
-        wanted = 2 * processors(self.device) // blocks
-        return max(1, min(wanted, p.total_length // MIN_SPLIT_KEYS))
+        heads, batch, length = p.key_heads, p.batch, p.total_length
+        blocks = -(-p.query_heads // heads * p.rows // _BLOCK_ROWS) * heads * batch
+        wanted = 2 * processors(p.query.device) // blocks
+        return max(1, min(wanted, length // MIN_SPLIT_KEYS))
 
-    def __enter__(self) -> _Call:
-        self._current = torch.cuda.device(self.device) if self.stream is not None else None
-        if self._current is not None:
-            self._current.__enter__()
-        return self
 
-    def __exit__(self, *raised: object) -> None:
-        if self._current is not None:
-            self._current.__exit__(*raised)
+def _with_rows(problem: Problem) -> Problem:
+    """The same problem, with copies of what the kernels cannot read."""
+
+    def rows(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else _rows(tensor)
+
+    return replace(
+        problem,
+        query=_rows(problem.query),
+        key=_rows(problem.key),
+        value=_rows(problem.value),
+        prefix_key=rows(problem.prefix_key),
+        prefix_value=rows(problem.prefix_value),
+        spans=problem.spans.contiguous(),
+        mask=None if problem.mask is None else problem.mask.contiguous(),
+    )
+
+
+def _on(device: torch.device) -> tuple[AbstractContextManager[object], int | None]:
+    """What makes a GPU the current one, and its current stream; None in the emulator."""
+    if device.type != "cuda":
+        return nullcontext(), None
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if device.index == torch.cuda.current_device():
+        return nullcontext(), stream
+    return torch.cuda.device(device), stream
 
 
 class CudaImplementation:
@@ -170,10 +179,12 @@ class CudaImplementation:
             problem.output_shape, dtype=problem.query.dtype, device=problem.query.device
         )
         state, plan = saved = self.empty_saved(problem, needs)
-        with _Call(problem) as call:
-            splits, partial = call.splits(), None
-            if splits > 1:
-                partial = _bytes(_native.cuda_sizes(call.native, splits)[1], call.device)
+        call = _Call(problem)
+        splits, partial = call.splits(), None
+        if splits > 1:
+            partial = _bytes(_native.cuda_sizes(call.native, splits)[1], output.device)
+        device, stream = _on(output.device)
+        with device:
             _native.cuda_forward(
                 call.native,
                 output=array(output),
@@ -181,7 +192,7 @@ class CudaImplementation:
                 plan=array(plan),
                 partial=optional(partial),
                 splits=splits,
-                stream=call.stream,
+                stream=stream,
             )
         return output, saved
 
@@ -194,10 +205,12 @@ class CudaImplementation:
         needs: Needs,
     ) -> Gradients:
         state, plan = saved
+        call = _Call(problem)
+        memory = _bytes(_native.cuda_sizes(call.native, 1)[2], output.device)
+        gradients = _empty_gradients(problem, needs)
         grad_output = _rows(grad_output)
-        with _Call(problem) as call:
-            memory = _bytes(_native.cuda_sizes(call.native, 1)[2], call.device)
-            gradients = _empty_gradients(problem, needs)
+        device, stream = _on(output.device)
+        with device:
             _native.cuda_backward(
                 call.native,
                 state=array(state),
@@ -205,9 +218,11 @@ class CudaImplementation:
                 memory=array(memory),
                 output=array(_rows(output)),
                 grad_output=array(grad_output),
-                stream=call.stream,
+                stream=stream,
                 **_arrays(gradients),
             )
+        if gradients.prefix_key is None and gradients.prefix_value is None:
+            return gradients
         return Gradients(
             *(
                 None if gradient is None or tensor is None else gradient.to(tensor.dtype)
@@ -222,10 +237,10 @@ class CudaImplementation:
         # Nobody writes the slot of an absent document.
         state = torch.full(shape, -torch.inf, dtype=torch.float32, device=problem.query.device)
         plan = _bytes(_plan_bytes(problem), problem.query.device)
-        with _Call(problem) as call:
-            _native.cuda_masses(
-                call.native, state=array(state), plan=array(plan), stream=call.stream
-            )
+        call = _Call(problem)
+        device, stream = _on(problem.query.device)
+        with device:
+            _native.cuda_masses(call.native, state=array(state), plan=array(plan), stream=stream)
         # Of base 2.
         logs = state.transpose(2, 3) * torch.log(torch.tensor(2.0)).item()
         return safe_exp(logs[..., : problem.documents], logs[..., -1:]).contiguous()

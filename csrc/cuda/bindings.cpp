@@ -33,20 +33,39 @@ Problem checked_problem(const Problem& p) {
 }
 
 // Copies are of 16 bytes.
-void check_rows(const char* name, const Operand& operand) {
-  if (operand.data == nullptr) return;
+bool has_rows(const Operand& operand) {
+  if (operand.data == nullptr) return true;
   bool good = reinterpret_cast<uintptr_t>(operand.data) % 16 == 0;
   for (int i = 0; i < 4; ++i) {
-    if (operand.shape[i] == 0) return;
+    const int64_t stride = operand.strides[i];
+    if (operand.shape[i] == 0) return true;
     if (operand.shape[i] == 1) continue;
-    good &= i < 3 ? operand.strides[i] % 8 == 0 && operand.strides[i] >= 0
-                  : operand.strides[i] == 1;
-    good &= i != 2 || operand.strides[i] <= INT32_MAX;
+    good &= i < 3 ? stride % 8 == 0 && stride >= 0 : stride == 1;
+    good &= i != 2 || stride <= INT32_MAX;
   }
-  if (!good) {
-    fail(std::string(name) + " must be aligned to 16 bytes, with a last stride of 1 and others that "
-                             "are multiples of 8, that of rows below 2^31");
+  return good;
+}
+
+void check_rows(const char* name, const Operand& operand) {
+  if (has_rows(operand)) return;
+  fail(std::string(name) + " must be aligned to 16 bytes, with a last stride of 1 and others that "
+                           "are multiples of 8, that of rows below 2^31");
+}
+
+bool is_contiguous(const Operand& operand, int dimensions) {
+  int64_t expected = 1;
+  for (int i = dimensions - 1; i >= 0; expected *= operand.shape[i--]) {
+    if (operand.shape[i] > 1 && operand.strides[i] != expected) return false;
   }
+  return true;
+}
+
+// Whether the kernels read each input where it is.
+bool readable(const Problem& p) {
+  for (const Operand* x : {&p.query, &p.key, &p.value, &p.prefix_key, &p.prefix_value}) {
+    if (!has_rows(*x)) return false;
+  }
+  return is_contiguous(p.spans, 3) && is_contiguous(p.mask, 2);
 }
 
 void check_inputs(const Problem& p) {
@@ -55,14 +74,7 @@ void check_inputs(const Problem& p) {
   check_rows("value", p.value);
   check_rows("prefix_key", p.prefix_key);
   check_rows("prefix_value", p.prefix_value);
-  for (const Operand* each : {&p.spans, &p.mask}) {
-    if (each->data == nullptr) continue;
-    const int dimensions = each == &p.spans ? 3 : 2;
-    int64_t stride = 1;
-    for (int i = dimensions - 1; i >= 0; stride *= each->shape[i--]) {
-      if (each->shape[i] > 1 && each->strides[i] != stride) fail("spans and mask must be contiguous");
-    }
-  }
+  if (!readable(p)) fail("spans and mask must be contiguous");
 }
 
 Operand checked_rows(const char* name, const Array& array, const Problem& p) {
@@ -198,6 +210,8 @@ void masses_call(const Problem& given, const Array& state, const Array& plan, co
 }  // namespace
 
 void define_functions(py::module_& m) {
+  m.def("cuda_readable", &readable, py::arg("problem"),
+        "Whether the kernels read each input where it is: in rows that are aligned to 16 bytes.");
   m.def("cuda_sizes", &sizes, py::arg("problem"), py::arg("splits"),
         "Bytes of the plan, of what splits leave, and of the backward's memory.");
   m.def("cuda_forward", &forward_call, py::arg("problem"), py::kw_only(), py::arg("output"),
