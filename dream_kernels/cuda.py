@@ -22,7 +22,6 @@ MAX_HEADS = 256
 _DTYPES = (torch.float16, torch.bfloat16)
 # Of the third axis of a launch.
 _MAX_BATCH = 65_535
-_TILE_KEYS = {64: 64, 128: 32}
 # Slots of reweight's state that are no documents: the rest, all documents, all keys.
 _OTHER_SLOTS = 3
 # Arrays in a workspace begin at multiples of this.
@@ -94,7 +93,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _plan_bytes(problem: Problem) -> int:
     length, documents = problem.total_length, problem.documents
-    tiles = length // _TILE_KEYS[problem.head_dim] + documents
+    tiles = length // (64 if problem.head_dim == 64 else 32) + documents
     score_heads = problem.scores.shape[1]
     sizes = (length + 1) * 4, 3 * length * 4, tiles * 16, 16, score_heads * documents * 4
     return sum((problem.batch * size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT for size in sizes)

@@ -71,6 +71,21 @@ def test_triton_passes_the_same_checks() -> None:
     check_operators(inputs, "triton")
 
 
+def test_cuda_passes_the_same_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its emulator; with other lengths in the same graph."""
+    monkeypatch.setenv("DREAM_KERNELS_CUDA_EMULATE", "1")
+    case = Case(
+        "cuda", batch=1, query_heads=2, key_heads=1, rows=2, local=6, spans=((0, 3),), head_dim=64
+    )
+    inputs = make_inputs(case, torch.bfloat16).require_grad(("query", "scores"))
+    check_operators(inputs, "cuda")
+    function = compiled(dynamic=True)
+    for local in (6, 9):
+        inputs = make_inputs(replace(case, local=local), torch.bfloat16).require_grad()
+        expected = inputs.run(document_attention, impl="cuda")
+        assert_equal_results(inputs.run(function, impl="cuda"), expected)
+
+
 def test_inductor_compiles_the_code_around_it() -> None:
     inputs = make_inputs(CASES[0], torch.float32).require_grad()
 
