@@ -100,6 +100,7 @@ def cuda_backward(
     scores: _Array | None,
     prefix_key: _Array | None,
     prefix_value: _Array | None,
+    splits: int,
     stream: int | None,
 ) -> None: ...
 def cuda_masses(problem: Problem, *, state: _Array, plan: _Array, stream: int | None) -> None: ...

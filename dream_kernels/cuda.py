@@ -113,10 +113,11 @@ class _Call:
             native = native_problem(problem)
         self.problem, self.native = problem, native
 
-    def splits(self) -> int:
+    def splits(self, block_rows: int = _BLOCK_ROWS) -> int:
+        """How many parts the keys of so many rows are cut into, to fill the GPU."""
         p = self.problem
         heads, batch, length = p.key_heads, p.batch, p.total_length
-        blocks = -(-p.query_heads // heads * p.rows // _BLOCK_ROWS) * heads * batch
+        blocks = -(-p.query_heads // heads * p.rows // block_rows) * heads * batch
         wanted = 2 * processors(p.query.device) // blocks
         return max(1, min(wanted, length // MIN_SPLIT_KEYS))
 
@@ -205,7 +206,8 @@ class CudaImplementation:
     ) -> Gradients:
         state, plan = saved
         call = _Call(problem)
-        memory = _bytes(_native.cuda_sizes(call.native, 1)[2], output.device)
+        splits = call.splits(_BLOCK_ROWS if problem.head_dim == 64 else _BLOCK_ROWS // 2)
+        memory = _bytes(_native.cuda_sizes(call.native, splits)[2], output.device)
         gradients = _empty_gradients(problem, needs)
         grad_output = _rows(grad_output)
         device, stream = _on(output.device)
@@ -217,6 +219,7 @@ class CudaImplementation:
                 memory=array(memory),
                 output=array(_rows(output)),
                 grad_output=array(grad_output),
+                splits=splits,
                 stream=stream,
                 **_arrays(gradients),
             )

@@ -67,7 +67,7 @@ int64_t cut_partial(const Problem& p, int splits, const Workspace& workspace, Pa
   return cutter.used();
 }
 
-int64_t cut_backward(const Problem& p, const Workspace& workspace, Parameters* q) {
+int64_t cut_backward(const Problem& p, int splits, const Workspace& workspace, Parameters* q) {
   Cutter cutter(workspace);
   const int64_t rows = p.batch * p.query_heads * p.rows;
   q->means = cutter.take<float>(rows * p.documents);
@@ -76,6 +76,7 @@ int64_t cut_backward(const Problem& p, const Workspace& workspace, Parameters* q
                                      &numbers.rest_offset, &numbers.mass,      &numbers.mean,
                                      &numbers.delta};
   for (float** array : each) *array = cutter.take<float>(rows);
+  if (splits > 1) q->partial = cutter.take<float>(splits * rows * (2 * p.head_dim + 2));
   return cutter.used();
 }
 
@@ -143,6 +144,12 @@ void launch_over_rows(Launcher& launcher, const Kernel& kernel, int rows, const 
   launch(launcher, kernel, count * q.splits, q.key_heads, q.batch, q);
 }
 
+// A warp for each row.
+void launch_joining(Launcher& launcher, const Kernel& kernel, const Parameters& q) {
+  const int count = blocks(int64_t{q.group} * q.rows, kernel.threads / 32);
+  launch(launcher, kernel, count, q.key_heads, q.batch, q);
+}
+
 }  // namespace
 
 HostLauncher::HostLauncher(const Problem& p) {
@@ -192,9 +199,9 @@ int64_t partial_bytes(const Problem& p, int splits) {
   return cut_partial(p, splits, {}, &q);
 }
 
-int64_t backward_bytes(const Problem& p) {
+int64_t backward_bytes(const Problem& p, int splits) {
   Parameters q{};
-  return cut_backward(p, {}, &q);
+  return cut_backward(p, splits, {}, &q);
 }
 
 void forward(const Problem& p, const ForwardCall& call, Launcher& launcher) {
@@ -206,15 +213,13 @@ void forward(const Problem& p, const ForwardCall& call, Launcher& launcher) {
   const Kernels& own = kernels(p);
   launch(launcher, common_kernels().plan, q.batch, 1, 1, q);
   launch_over_rows(launcher, bias ? own.forward_bias : own.forward_reweight, own.forward_rows, q);
-  if (q.splits == 1) return;
-  const int rows_of_a_block = own.combine_bias.threads / 32;
-  const int count = blocks(int64_t{q.group} * q.rows, rows_of_a_block);
-  launch(launcher, bias ? own.combine_bias : own.combine_reweight, count, q.key_heads, q.batch, q);
+  if (q.splits > 1) launch_joining(launcher, bias ? own.combine_bias : own.combine_reweight, q);
 }
 
 void backward(const Problem& p, const BackwardCall& call, Launcher& launcher) {
   Parameters q = parameters_of(p, call.plan, call.state);
-  cut_backward(p, call.memory, &q);
+  cut_backward(p, call.splits, call.memory, &q);
+  q.splits = call.splits;
   q.output = rows_of(call.output);
   q.grad_output = rows_of(call.grad_output);
   const Gradients& gradients = call.gradients;
@@ -226,6 +231,7 @@ void backward(const Problem& p, const BackwardCall& call, Launcher& launcher) {
   const Kernel& over_rows = of_query ? (bias ? own.query_bias : own.query_reweight)
                                      : (bias ? own.rows_bias : own.rows_reweight);
   launch_over_rows(launcher, over_rows, own.gradient_rows, q);
+  if (q.splits > 1) launch_joining(launcher, bias ? own.join_bias : own.join_reweight, q);
   if (q.grad_scores != nullptr) {
     const Kernel& over_scores =
         bias ? common_kernels().scores_bias : common_kernels().scores_reweight;

@@ -42,7 +42,7 @@ int64_t state_slots(const Problem& problem);
 
 int64_t plan_bytes(const Problem& problem);
 int64_t partial_bytes(const Problem& problem, int splits);
-int64_t backward_bytes(const Problem& problem);
+int64_t backward_bytes(const Problem& problem, int splits);
 
 struct ForwardCall {
   Operand output;  // [B, Hq, M, D], the last stride 1
@@ -60,6 +60,7 @@ struct BackwardCall {
   float* state;
   Workspace plan;  // of the forward
   Workspace memory;
+  int splits;
   // Where the batch shares the prefix, its gradients are sums in float32, [1, Hkv, P, D] of zeros.
   Gradients gradients;
 };

@@ -77,6 +77,10 @@ void check_inputs(const Problem& p) {
   if (!readable(p)) fail("spans and mask must be contiguous");
 }
 
+void check_splits(int splits) {
+  if (splits < 1) fail("splits must be at least 1, got " + std::to_string(splits));
+}
+
 Operand checked_rows(const char* name, const Array& array, const Problem& p) {
   const Operand operand = checked_output(name, array, shape_of(p.query, 4), 2);
   check_rows(name, operand);
@@ -118,14 +122,14 @@ void run_on(const Problem& p, const Stream& stream, Allow allow, Run run) {
 
 py::tuple sizes(const Problem& given, int splits) {
   const Problem p = checked_problem(given);
-  return py::make_tuple(plan_bytes(p), partial_bytes(p, splits), backward_bytes(p));
+  return py::make_tuple(plan_bytes(p), partial_bytes(p, splits), backward_bytes(p, splits));
 }
 
 void forward_call(const Problem& given, const Array& output, const Array& state, const Array& plan,
                   const std::optional<Array>& partial, int splits, const Stream& stream) {
   const Problem p = checked_problem(given);
   check_inputs(p);
-  if (splits < 1) fail("splits must be at least 1, got " + std::to_string(splits));
+  check_splits(splits);
   if (splits > 1 && !partial) fail("partial must be given where there are splits");
   ForwardCall call{};
   call.output = checked_rows("output", output, p);
@@ -148,9 +152,10 @@ void backward_call(const Problem& given, const Array& state, const Array& plan, 
                    const Array& output, const Array& grad_output, const std::optional<Array>& query,
                    const std::optional<Array>& key, const std::optional<Array>& value,
                    const std::optional<Array>& scores, const std::optional<Array>& prefix_key,
-                   const std::optional<Array>& prefix_value, const Stream& stream) {
+                   const std::optional<Array>& prefix_value, int splits, const Stream& stream) {
   const Problem p = checked_problem(given);
   check_inputs(p);
+  check_splits(splits);
   const bool shared = p.prefix_key.data != nullptr && p.prefix_key.strides[0] == 0;
   BackwardCall call{};
   call.output = checked_rows("output", output, p);
@@ -158,7 +163,8 @@ void backward_call(const Problem& given, const Array& state, const Array& plan, 
   check_rows("grad_output", call.grad_output);
   call.state = checked_state(p, state, state_slots(p));
   call.plan = checked_workspace("plan", plan, plan_bytes(p));
-  call.memory = checked_workspace("memory", memory, backward_bytes(p));
+  call.memory = checked_workspace("memory", memory, backward_bytes(p, splits));
+  call.splits = splits;
   const size_t prefix_size = shared ? 4 : 2;
   call.gradients = checked_gradients(
       p, {query, key, value, scores, prefix_key, prefix_value, std::nullopt}, prefix_size);
@@ -220,7 +226,7 @@ void define_functions(py::module_& m) {
   m.def("cuda_backward", &backward_call, py::arg("problem"), py::kw_only(), py::arg("state"),
         py::arg("plan"), py::arg("memory"), py::arg("output"), py::arg("grad_output"),
         py::arg("query"), py::arg("key"), py::arg("value"), py::arg("scores"),
-        py::arg("prefix_key"), py::arg("prefix_value"), py::arg("stream"));
+        py::arg("prefix_key"), py::arg("prefix_value"), py::arg("splits"), py::arg("stream"));
   m.def("cuda_masses", &masses_call, py::arg("problem"), py::kw_only(), py::arg("state"),
         py::arg("plan"), py::arg("stream"));
   m.attr("cuda_architectures") = architectures();

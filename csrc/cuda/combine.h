@@ -1,7 +1,8 @@
-// Joins what splits of the forward left: a warp for each row walks over the splits in order.
+// Joins what splits left: a warp for each row walks over the splits in order.
 #pragma once
 
 #include "forward.h"
+#include "rows.h"
 
 namespace dream::cuda {
 
@@ -108,6 +109,48 @@ struct Combine {
       c.join_split(walk, split, one_segment);
     }
     c.finish(one_segment);
+  }
+};
+
+// The same of the backward, whose splits do not cut documents.
+template <typename T, int D, int KIND>
+struct Join {
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kShared = 0;
+  static constexpr int kOwn = D / kWarp;
+
+  static DREAM_DEVICE void run(const Parameters& p) {
+    const int64_t b = block_z();
+    const Counts counts = load(p.counts + b);
+    const Row row = row_of(p, block_y(), block_x() * kWarps + warp_index(), counts.first_scored);
+    if (!row.valid) return;
+    const bool by_document = row.scored && KIND == kReweight;
+    float query[kOwn] = {}, shares[kOwn] = {}, mean = 0.0f, rest_mean = 0.0f;
+    DREAM_ONCE for (int split = 0; split < p.splits; ++split) {
+      const float* from = gradient_partial<D>(p, b, row, split);
+      mean += load(from + 2 * D);
+      rest_mean += load(from + 2 * D + 1);
+      if (p.grad_query.data == nullptr) continue;
+      DREAM_UNROLL for (int i = 0; i < kOwn; ++i) {
+        query[i] += load(from + Combine<T, D, KIND>::column(i));
+        if (by_document) shares[i] += load(from + D + Combine<T, D, KIND>::column(i));
+      }
+    }
+    const int64_t at = slot_index(p, b, row, 1, 0);
+    if (lane_index() == 0 && by_document) {
+      store(p.numbers.mean + at, mean);
+      const float rest = load(p.numbers.mass + at) - 1.0f;
+      if (p.fixed_mass) store(p.numbers.rest_offset + at, rest * rest_mean);
+    }
+    if (p.grad_query.data == nullptr) return;
+    auto* target = row_address<uint16_t>(p.grad_query, b, row.head, row.m);
+    const float factor = by_document && !p.fixed_mass ? mean : 0.0f;
+    DREAM_UNROLL for (int i = 0; i < kOwn; i += 2) {
+      store(reinterpret_cast<uint32_t*>(target + Combine<T, D, KIND>::column(i)),
+            pack<T>((query[i] + factor * shares[i]) * p.scale,
+                    (query[i + 1] + factor * shares[i + 1]) * p.scale));
+    }
   }
 };
 

@@ -48,7 +48,7 @@ std::vector<Kernel> all_kernels() {
   std::vector<Kernel> all = {DREAM_COMMON};
   for (const Kernels* k : {&kBFloat64, &kBFloat128, &kHalf64, &kHalf128}) {
     all.insert(all.end(), {k->forward_reweight, k->forward_bias, k->forward_mass,
-                           k->combine_reweight, k->combine_bias, k->rows_reweight, k->rows_bias,
+                           k->combine_reweight, k->combine_bias, k->join_reweight, k->join_bias, k->rows_reweight, k->rows_bias,
                            k->query_reweight, k->query_bias, k->keys_reweight, k->keys_bias});
   }
   return all;

@@ -31,6 +31,8 @@ struct PlanKernel {
   X(forward_mass_##t##_##D, Forward<T, D, kMass>)                         \
   X(combine_reweight_##t##_##D, Combine<T, D, kReweight>)                 \
   X(combine_bias_##t##_##D, Combine<T, D, kBias>)                         \
+  X(join_reweight_##t##_##D, Join<T, D, kReweight>)                       \
+  X(join_bias_##t##_##D, Join<T, D, kBias>)                               \
   X(rows_reweight_##t##_##D, RowGradients<T, D, kReweight, false>)        \
   X(rows_bias_##t##_##D, RowGradients<T, D, kBias, false>)                \
   X(query_reweight_##t##_##D, RowGradients<T, D, kReweight, true>)        \

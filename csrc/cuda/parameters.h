@@ -79,7 +79,9 @@ struct Parameters {
   // [B, Hq, slots, M]. Reweight: log-sum-exp of each document, of the rest, of all documents (scored
   // rows), of all keys. Bias: of all keys, scores included.
   float* state;
-  float* partial;  // [splits, 3, B, Hq, M, D + 2]: what splits of the forward leave to be joined
+  // What splits leave to be joined: [splits, 3, B, Hq, M, D + 2], [splits, B, Hq, M, 2 D + 2] in
+  // the backward.
+  float* partial;
   // [B, Hq, C, M], scored rows. Reweight: mean of g in each document less delta. Bias: the sum of
   // the logits' gradients in it.
   float* means;

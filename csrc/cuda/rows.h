@@ -15,6 +15,13 @@
 
 namespace dream::cuda {
 
+// Of a row and split: dQ, E, the documents' mean and the rest's.
+template <int D>
+DREAM_DEVICE float* gradient_partial(const Parameters& p, int64_t b, const Row& row, int split) {
+  const int64_t rows_all = static_cast<int64_t>(p.batch) * p.query_heads * p.rows;
+  return p.partial + (split * rows_all + slot_index(p, b, row, 1, 0)) * (2 * D + 2);
+}
+
 template <typename T, int D, int KIND, bool QUERY>
 struct RowGradients {
   static constexpr int kWarps = D == 64 ? 4 : 2;
@@ -30,6 +37,7 @@ struct RowGradients {
   const Parameters& p;
   int b;
   int key_head;
+  int split;
   Row rows[2];
   float delta[2], all[2];
   Sums of_gradient, of_keys;  // A and B
@@ -186,7 +194,7 @@ struct RowGradients {
     }
     DREAM_UNROLL for (int half = 0; half < 2; ++half) {
       excess[half] = mass[half] = rest_mean[half] = 0.0f;
-      mean[half] = -delta[half];
+      mean[half] = split == 0 ? -delta[half] : 0.0f;
       centre[half] = delta[half];
       if (!rows[half].valid || rows[half].scored != scored || !scored || KIND != kReweight) continue;
       const float rest = load(state_of(p, b, rows[half], p.documents));
@@ -219,6 +227,7 @@ struct RowGradients {
     Walk walk = Walk::of(p, b, counts, scored, limit);
     // The rest matters to dQ, and to its own mean where the mass is fixed.
     if (!QUERY && !(by_document && p.fixed_mass)) walk.end = walk.document_tiles;
+    walk.take_documents(p, split, p.splits, by_document && p.fixed_mass);
     const bool active = warp_has(scored);
     begin(scored);
     walk_over<true>(p, b, key_head, walk, stages, [&](const Tile& tile, int stage, bool last) {
@@ -245,8 +254,30 @@ struct RowGradients {
     });
     if (!active) return;
     close_plain();
-    save_numbers(scored);
+    if (split == 0) save_numbers(scored);
+    if (p.splits > 1) return leave(scored);
     if constexpr (QUERY) store_gradient(scored);
+  }
+
+  // What splits leave to be joined: dQ and E, the means.
+  DREAM_DEVICE void leave(bool scored) {
+    DREAM_UNROLL for (int half = 0; half < 2; ++half) {
+      const bool own_row = rows[half].valid && rows[half].scored == scored;
+      float* target = gradient_partial<D>(p, opaque(b), rows[half], opaque(split));
+      if constexpr (QUERY) {
+        DREAM_UNROLL for (int n = 0; n < D / 8; ++n) {
+          DREAM_UNROLL for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            const int column = fragment_column(n, i);
+            if (own_row) store(target + column, *own(0, n, i));
+            if (own_row && KIND == kReweight) store(target + D + column, *own(1, n, i));
+            *own(0, n, i) = 0.0f;
+          }
+        }
+      }
+      if (!own_row || lane_index() % 4 != 0) continue;
+      store(target + 2 * D, mean[half]);
+      store(target + 2 * D + 1, rest_mean[half]);
+    }
   }
 
   DREAM_DEVICE void store_gradient(bool scored) {
@@ -276,9 +307,10 @@ struct RowGradients {
   }
 
   static DREAM_DEVICE void run(const Parameters& p) {
-    RowGradients r{p, block_z(), block_y(), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    const int block = block_x() / p.splits;
+    RowGradients r{p, block_z(), block_y(), block_x() - block * p.splits, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
     const Counts counts = load(p.counts + r.b);
-    const int first = block_x() * kRows;
+    const int first = block * kRows;
     const Shared queries = shared_address(shared_memory()), grads = queries + kRowTile;
     copy_rows<D, kRows, kThreads, true>(p, r.b, r.key_head, first, queries, grads);
     commit_copies();

@@ -23,6 +23,7 @@ struct CommonKernels {
 // Of one dtype and head size.
 struct Kernels {
   Kernel forward_reweight, forward_bias, forward_mass, combine_reweight, combine_bias;
+  Kernel join_reweight, join_bias;
   Kernel rows_reweight, rows_bias, query_reweight, query_bias, keys_reweight, keys_bias;
   int forward_rows;   // of a block of the forward
   int gradient_rows;  // of a block of the backward over rows

@@ -41,6 +41,20 @@ struct Walk {
     end = static_cast<int>(tiles * (split + 1) / splits);
   }
 
+  // The same where no document is cut, nor the rest if it is `whole`.
+  DREAM_DEVICE void take_documents(const Parameters& p, int split, int splits, bool whole) {
+    const int all = end;
+    take_split(split, splits);
+    begin = next_border(p, begin, all, whole);
+    end = next_border(p, end, all, whole);
+  }
+
+  // The first tile from i on where a split may begin.
+  DREAM_DEVICE int next_border(const Parameters& p, int i, int all, bool whole) const {
+    while (i < document_tiles && !(tile(p, i).ends & kOpens)) ++i;
+    return whole && i > document_tiles ? all : i;
+  }
+
   DREAM_DEVICE Tile tile(const Parameters& p, int i) const {
     if (i < document_tiles) return load(documents + i);
     const int first = (i - document_tiles) * p.tile_keys, left = keys - first;

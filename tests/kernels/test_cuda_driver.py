@@ -57,7 +57,7 @@ gradients = cuda._arrays(cuda._empty_gradients(problem, needs))
 _native.cuda_backward(
     native, state=cuda.array(state), plan=cuda.array(plan), output=cuda.array(output),
     memory=cuda.array(cuda._bytes(backward, output.device)), grad_output=cuda.array(output),
-    stream=stream, **gradients,
+    splits=splits, stream=stream, **gradients,
 )
 """
 
@@ -95,7 +95,8 @@ def test_a_call_is_these_launches(driver: Path) -> None:
         ("plan", 3, 1, 1),
         ("forward_reweight_bf16_128", 3 * 2, 2, 3),
         ("combine_reweight_bf16_128", 38, 2, 3),
-        ("query_reweight_bf16_128", 5, 2, 3),
+        ("query_reweight_bf16_128", 5 * 2, 2, 3),
+        ("join_reweight_bf16_128", 38, 2, 3),
         ("scores_reweight", 1, 1, 3),
         *[("keys_reweight_bf16_128", tiles, 2, 1)] * 3,
     ]

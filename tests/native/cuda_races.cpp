@@ -110,7 +110,8 @@ struct Case {
     call.grad_output = tensor(kBatch, kHeads, kRows, kDim);
     call.state = forward_call.state;
     call.plan = forward_call.plan;
-    call.memory = workspace(backward_bytes(p));
+    call.memory = workspace(backward_bytes(p, splits));
+    call.splits = splits;
     dream::Gradients& g = call.gradients;
     g.query = tensor(kBatch, kHeads, kRows, kDim);
     g.key = tensor(kBatch, kKeyHeads, kLocal, kDim);
