@@ -1,4 +1,7 @@
-"""The CUDA kernels in their emulator, which runs the source that nvcc compiles on the CPU."""
+"""The CUDA kernels: results on a GPU if there is one, else, as all else here, in their emulator.
+
+That runs the source that nvcc compiles on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ if cuda.native_import_error() is not None:
 
 from dream_kernels import _native
 
+ON_GPU = torch.cuda.is_available() and bool(_native.cuda_architectures)
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = (torch.bfloat16, torch.float16)
 MODES = pytest.mark.parametrize(
     "mode,mass", (("reweight", None), ("reweight", 0.6), ("bias", None)), ids=str
@@ -56,6 +61,7 @@ def run(inputs: Inputs, **overrides) -> dict[str, Tensor | None]:
 
 
 def check(inputs: Inputs, names: tuple[str, ...] = GRADIENTS) -> None:
+    inputs = inputs.to(DEVICE)
     Oracle.of(inputs, names).check(run(inputs.require_grad(names)))
 
 
