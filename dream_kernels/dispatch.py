@@ -14,8 +14,8 @@ from dream_kernels.reference import ReferenceImplementation
 from dream_kernels.triton.device import interpreted
 from dream_kernels.triton.implementation import TritonImplementation
 
-# Fastest first, as far as known: "auto" takes the first that can run the problem. Triton and CUDA C++
-# were never timed against each other on a GPU.
+# Fastest first, as far as known: "auto" takes the first that can run the problem. Triton and CUDA
+# C++ were never timed against each other on a GPU.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     implementation.name: implementation
     for implementation in (

@@ -1,13 +1,13 @@
 // Backward over rows: the mean of g = dO . v in each document, which the scores' gradient is made of,
 // and the query's gradient, in one pass.
 //
-// With p = softmax in a document, c a guess of the mean of g in it and m its mass, a document closes
-// with A = sum p (g - c) k, B = sum p k and mean = c + sum p (g - c):
+// With p = softmax in a document, m its mass and c the mean of g in it so far, a document's tiles add
+// up A = sum p (g - c) k and B = sum p k. As c moves to c', A becomes A + (c - c') B. It closes with
 //
-//   dQ += f (A - (mean - c) B),   E += m B,   and at last   dQ += (mean of all documents - delta) E.
+//   dQ += f A,   E += m B,   and at last   dQ += (mean of all documents - delta) E.
 //
-// c is the mean of g in the document's first tile, so that what is rounded is of the size of the
-// logits' gradients themselves. dQ and E are in shared memory, where each thread keeps its own
+// What is rounded is thus of the size of the logits' gradients themselves, in a document whose mass
+// is at one of its keys, too. dQ and E are in shared memory, where each thread keeps its own
 // elements: registers hold S, g, A and B.
 #pragma once
 
@@ -41,7 +41,9 @@ struct RowGradients {
   Row rows[2];
   float delta[2], all[2];
   Sums of_gradient, of_keys;  // A and B
-  float centre[2], excess[2];  // c, and this thread's part of sum p (g - c)
+  float centre[2];               // c
+  float weight[2], moment[2];    // this thread's part of sum p and of sum p g in the document
+  float excess[2];               // and of the sum of logits' gradients
   float mean[2];               // sum of w_d mean_d, less delta
   float mass[2];
   float rest_mean[2];          // of g in the rest, where the mass is fixed
@@ -83,7 +85,25 @@ struct RowGradients {
     return norm == -kInf ? kInf : norm;
   }
 
-  // Turns logits and g into p and p (g - c). Sums are added to `excess`.
+  // Of g in the document so far.
+  DREAM_DEVICE float mean_of(int half) const {
+    const float sum = quad_sum(weight[half]), sum_g = quad_sum(moment[half]);
+    return sum > 0.0f ? sum_g / sum : delta[half];
+  }
+
+  // A + (c - c') B is A with c' in the place of c.
+  DREAM_DEVICE void move_centre(int half, float to, bool holds_some) {
+    const float by = centre[half] - to;
+    centre[half] = to;
+    if (!holds_some) return;
+    DREAM_UNROLL for (int n = 0; n < D / 8; ++n) {
+      DREAM_UNROLL for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        of_gradient[n][i] += by * of_keys[n][i];
+      }
+    }
+  }
+
+  // Turns logits and g into p and p (g - c).
   DREAM_DEVICE void visit(float (&s)[N / 8][4], float (&g)[N / 8][4], const Tile& tile,
                           const int32_t* positions, bool scored, bool centred) {
     const bool causal = p.causal && (!scored || tile.document == p.documents) &&
@@ -112,10 +132,10 @@ struct RowGradients {
           sum_g += s[n][i] * g[n][i];
         }
       }
-      if (centred && (tile.ends & kOpens)) {
-        sum = quad_sum(sum);
-        sum_g = quad_sum(sum_g);
-        centre[half] = sum > 0.0f ? sum_g / sum : delta[half];
+      if (centred) {
+        weight[half] += sum;
+        moment[half] += sum_g;
+        if (QUERY) move_centre(half, mean_of(half), !(tile.ends & kOpens));
       }
       DREAM_UNROLL for (int n = 0; n < N / 8; ++n) {
         DREAM_UNROLL for (int i = 2 * half; i < 2 * half + 2; ++i) {
@@ -126,10 +146,10 @@ struct RowGradients {
     }
   }
 
-  DREAM_DEVICE void add(int which, int half, const Sums& x, float factor, const Sums& y, float other) {
+  DREAM_DEVICE void add(int which, int half, const Sums& x, float factor) {
     DREAM_UNROLL for (int n = 0; n < D / 8; ++n) {
       DREAM_UNROLL for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        *own(which, n, i) += factor * x[n][i] + other * y[n][i];
+        *own(which, n, i) += factor * x[n][i];
       }
     }
   }
@@ -138,28 +158,27 @@ struct RowGradients {
   DREAM_DEVICE void close(const Tile& tile) {
     const bool rest = tile.document == p.documents;
     DREAM_UNROLL for (int half = 0; half < 2; ++half) {
-      const float above = quad_sum(excess[half]);  // mean - c
-      excess[half] = 0.0f;
+      const float own_mean = mean_of(half);
+      weight[half] = moment[half] = 0.0f;
       const Row& row = rows[half];
       if (!row.scored) continue;
       float factor = 1.0f - mass[half], share = 0.0f;
       if (rest) {
-        rest_mean[half] = centre[half] + above;
+        rest_mean[half] = own_mean;
       } else {
         const float w = load(p.weights + score_index(p, b, row, tile.document));
         const float log = load(state_of(p, b, row, tile.document));
-        const float of_document = centre[half] + above;
         factor = mass[half] * w;
         share = all[half] == -kInf ? 0.0f : exp2(log - all[half]);
-        mean[half] += w * of_document;
+        mean[half] += w * own_mean;
         if (lane_index() % 4 == 0) {
           store(p.means + slot_index(p, b, row, p.documents, tile.document),
-                of_document - delta[half]);
+                own_mean - delta[half]);
         }
       }
       if constexpr (QUERY && KIND == kReweight) {
-        add(0, half, of_gradient, factor, of_keys, -factor * above);
-        if (!rest && !p.fixed_mass) add(1, half, of_keys, share, of_keys, 0.0f);
+        add(0, half, of_gradient, factor);
+        if (!rest && !p.fixed_mass) add(1, half, of_keys, share);
       }
     }
     if constexpr (QUERY) {
@@ -182,7 +201,7 @@ struct RowGradients {
   DREAM_DEVICE void close_plain() {
     if constexpr (QUERY) {
       DREAM_UNROLL for (int half = 0; half < 2; ++half) {
-        add(0, half, of_gradient, 1.0f, of_gradient, 0.0f);
+        add(0, half, of_gradient, 1.0f);
       }
     }
   }
@@ -193,7 +212,7 @@ struct RowGradients {
       clear(of_keys);
     }
     DREAM_UNROLL for (int half = 0; half < 2; ++half) {
-      excess[half] = mass[half] = rest_mean[half] = 0.0f;
+      weight[half] = moment[half] = excess[half] = mass[half] = rest_mean[half] = 0.0f;
       mean[half] = split == 0 ? -delta[half] : 0.0f;
       centre[half] = delta[half];
       if (!rows[half].valid || rows[half].scored != scored || !scored || KIND != kReweight) continue;
