@@ -224,6 +224,18 @@ def test_compiles_for_other_devices(resources: Callable[..., dict], target: str)
     assert INSTRUCTIONS[target] & row["tensor_cores"].keys()
 
 
+@same_triton
+def test_rows_of_any_multiple_of_16_bytes_are_loaded_as_wide_as_others(
+    resources: Callable[..., dict],
+) -> None:
+    """Triton knows by itself of strides that are multiples of 16 elements alone."""
+    (row,) = resources(HOPPER, 72, ("documents-reweight",)).values()
+    padded = KERNELS[f"{HOPPER}/128/documents-reweight"]
+    assert row["tile"] == padded["tile"]
+    loads = [[Loop(*values).loads for values in each["loops"]] for each in (row, padded)]
+    assert loads[0] == loads[1]
+
+
 def rare(target: str, *kernels: str, dtype: str = "bfloat16", slow: bool = False) -> Any:
     marks = [pytest.mark.slow] if slow else []
     name = f"{target}-{dtype}-{'more' if slow else kernels[0]}"
