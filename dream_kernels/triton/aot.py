@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dream_kernels.files import is_stream, write_text
-from dream_kernels.triton.call import OPTIONS
+from dream_kernels.triton.call import OPTIONS, unit
 from dream_kernels.triton.coefficients import coefficients_kernel
 from dream_kernels.triton.combine import combine_kernel, join_kernel
 from dream_kernels.triton.device import triton_version
@@ -195,9 +195,15 @@ def family_of_target(target: str) -> str:
 def compile_variant(
     variant: Variant, target: GPUTarget, dtype: torch.dtype, options: Collection[str] = ()
 ) -> Any:
-    """Compile as the launcher would for aligned, contiguous tensors, with some of ``OPTIONS``."""
-    config = variant.config
-    known = {**variant.flags, "BM": config.rows, "BN": config.keys, "SLOT": config.slot}
+    """Compile as the launcher would for aligned, contiguous tensors, with some of ``OPTIONS``.
+
+    Their strides are multiples of 16 only if the head size is.
+    """
+    config, head_dim = variant.config, variant.flags.get("D", 16)
+    known = {
+        **variant.flags, "BM": config.rows, "BN": config.keys, "SLOT": config.slot,
+        "UNIT": unit(head_dim, dtype.itemsize),
+    }  # fmt: skip
     kernel = variant.kernel
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -214,7 +220,7 @@ def compile_variant(
             kind = _POINTERS.get(name, "i32")
             signature[name] = _DTYPES[dtype] if kind == "data" else kind
             if signature[name][0] == "*" or (
-                name.startswith("s_") and not parameter.do_not_specialize
+                name.startswith("s_") and not parameter.do_not_specialize and head_dim % 16 == 0
             ):
                 aligned.append(i)
     source = ASTSource(kernel, *_source_arguments(signature, constants, aligned))

@@ -118,6 +118,15 @@ def fold_pass(i_pass, own, i_b, b_first, o_b, m_rows, B, FOLD: tl.constexpr):
 
 
 @triton.jit
+def in_units(s_b, s_h, s_n, UNIT: tl.constexpr):
+    """Strides that are multiples of ``UNIT`` elements, so that the compiler knows it.
+
+    The launch tells it of multiples of 16 only, and of other rows it loads few elements at a time.
+    """
+    return s_b // UNIT * UNIT, s_h // UNIT * UNIT, s_n // UNIT * UNIT
+
+
+@triton.jit
 def row_pointers(base, o_b, o_h, o_m, s_b, s_h, s_m):
     """``[BM]`` pointers to rows of a ``[B, Hq, M, D]`` tensor with any strides."""
     return base + (o_b.to(tl.int64) * s_b + o_h.to(tl.int64) * s_h + o_m.to(tl.int64) * s_m)

@@ -38,6 +38,16 @@ def _stride_names(of: str, dimensions: str) -> tuple[str, ...]:
     return tuple(f"s_{of}{dimension}" for dimension in dimensions)
 
 
+def unit(step: int, itemsize: int) -> int:
+    """The elements in 16 bytes, if strides are multiples of so many and of 16 are not all; else 1.
+
+    Args:
+        step: a common divisor of the strides.
+    """
+    elements = 16 // itemsize
+    return elements if step % 16 and step % elements == 0 else 1
+
+
 @cache
 def tile_arguments(config: Config) -> dict[str, int]:
     return {"BM": config.rows, "BN": config.keys, "SLOT": config.slot}
@@ -123,6 +133,9 @@ class _Form:
         long = self.prefix_length >= 2 * (self.length - self.prefix_length)
         self.reach = self.group * self.rows * (self.batch if shared and long else 1)
         self.any_head = any(problem.heads)
+        memory = strides("q", "bhmd", problem.query) | _strides_of_memory(problem)
+        # The greatest common divisor of all strides between rows.
+        self._step = math.gcd(*(memory[name] for name in memory if name[-1] != "d"))
         self._flags = {
             "D": self.head_dim,
             "BD": padded_head(self.head_dim),
@@ -135,7 +148,7 @@ class _Form:
             "BIAS": self.bias,
         }
         self.numbers = {
-            **strides("q", "bhmd", problem.query), **_strides_of_memory(problem),
+            **memory, "UNIT": unit(self._step, self.dtype.itemsize),
             "B": self.batch, "Hq": self.query_heads, "G": self.group, "M": self.rows,
             "T": self.length, "P": self.prefix_length, "C": self.documents,
             "document_mass": 1.0 if problem.document_mass is None else problem.document_mass,
@@ -150,6 +163,14 @@ class _Form:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
+
+    def gradient(self, grad_output: Tensor, *others: Tensor) -> dict[str, Any]:
+        """The arguments of a kernel that reads the output's gradient, and maybe ``others``."""
+        steps = [step for tensor in (grad_output, *others) for step in tensor.stride()[:-1]]
+        return {
+            "do": grad_output, **strides("o", "bhmd", grad_output),
+            "UNIT": unit(math.gcd(self._step, *steps), self.dtype.itemsize),
+        }  # fmt: skip
 
     def row_tensor(self, *leading: int, slots: int) -> Tensor:
         shape = (*leading, self.batch, self.query_heads, slots, self.rows)

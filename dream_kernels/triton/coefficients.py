@@ -14,6 +14,7 @@ from dream_kernels.triton.blocks import (
     MU,
     NORM,
     OFFSET,
+    in_units,
     load_rows,
     row_pointers,
 )
@@ -28,6 +29,7 @@ def coefficients_kernel(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
     PER_HEAD: tl.constexpr, BIAS: tl.constexpr, FIXED: tl.constexpr,
     DOCUMENTS: tl.constexpr, SCORES: tl.constexpr, LOGITS: tl.constexpr, FILL: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Fill ``columns`` ``[B, Hq, 5, M]``; grid ``(row blocks of one head, Hq, B)``.
 
@@ -42,6 +44,8 @@ def coefficients_kernel(
     ``[B, Hq, row blocks, C]``.
     """
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if UNIT > 1:
+        s_ob, s_oh, s_om = in_units(s_ob, s_oh, s_om, UNIT)
     o_m = i_m * BM + tl.arange(0, BM)
     m_m = o_m < M
     b_row = i_b.to(tl.int64) * Hq + i_h

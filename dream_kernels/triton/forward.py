@@ -10,6 +10,7 @@ from dream_kernels.triton.blocks import (
     block_and_split,
     fold_pass,
     fold_range,
+    in_units,
     load_query,
     locate_scored_rows,
     segment_bases,
@@ -39,7 +40,7 @@ def forward_kernel(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
     PER_HEAD: tl.constexpr, BIAS: tl.constexpr, FIXED: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr, NEGATE: tl.constexpr, KEEP: tl.constexpr,
-    FOLD: tl.constexpr, SPLIT: tl.constexpr, IP: tl.constexpr,
+    FOLD: tl.constexpr, SPLIT: tl.constexpr, IP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """``o`` ``[B, Hq, M, D]`` and ``state`` for one block of rows, or one split of its keys.
 
@@ -50,6 +51,12 @@ def forward_kernel(
     output of the rest alone.
     """
     i_x, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if UNIT > 1:
+        s_qb, s_qh, s_qm = in_units(s_qb, s_qh, s_qm, UNIT)
+        s_kb, s_kh, s_kn = in_units(s_kb, s_kh, s_kn, UNIT)
+        s_vb, s_vh, s_vn = in_units(s_vb, s_vh, s_vn, UNIT)
+        s_pkb, s_pkh, s_pkn = in_units(s_pkb, s_pkh, s_pkn, UNIT)
+        s_pvb, s_pvh, s_pvn = in_units(s_pvb, s_pvh, s_pvn, UNIT)
     i_m, i_s = block_and_split(i_x, S, SPLIT)
     m_r, o_b, o_h, o_m, m_scored = locate_scored_rows(
         i_m, i_h, i_b, table, n_scored, counts, B, M, G, BM, FOLD

@@ -34,7 +34,8 @@ def long_documents(
 ):  # fmt: skip
     """Visit the work list's tiles of long documents, up to ``n_tiles``, within ``begin .. end``."""
     b_zero = tl.zeros([BM], tl.float32)
-    # Reweight: the current document, its index or -1, weight, and whether it began in this split.
+    # Reweight: the current document, its index or -1, weight if all rows have the same, and whether
+    # it began in this split.
     b_part = tl.zeros([BM, BD], tl.float32)
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
@@ -67,12 +68,15 @@ def long_documents(
             if (flags & FIRST) != 0:
                 b_acc, b_all_m, b_all_l = _close_document(
                     b_acc, b_all_m, b_all_l, b_m, b_l, b_part, m_z, current,
-                    b_weight, begun, p_state, part_o, part_lse, p_part, n_rows, M, D, BD, SPLIT,
+                    b_weight, p_weights, begun, p_state, part_o, part_lse, p_part, n_rows, M,
+                    D, BD, SPLIT,
                 )  # fmt: skip
                 b_m = tl.full([BM], float("-inf"), tl.float32)
                 b_l = tl.zeros([BM], tl.float32)
                 b_part = tl.zeros([BM, BD], tl.float32)
-                b_weight, begun = tl.load(p_weights + doc), doc >= 0
+                begun = doc >= 0
+                if p_weights.shape[0] == 1:  # see _close_document
+                    b_weight = tl.load(p_weights + doc)
             current = doc
             b_m, b_l, b_part = online_step(b_s, b_v, b_m, b_l, b_part, b_zero, scale, IP)
     if not BIAS:
@@ -81,7 +85,7 @@ def long_documents(
             if (flags & LAST) != 0:
                 b_acc, b_all_m, b_all_l = _close_document(
                     b_acc, b_all_m, b_all_l, b_m, b_l, b_part, m_z, current, b_weight,
-                    begun, p_state, part_o, part_lse, p_part, n_rows, M, D, BD, SPLIT,
+                    p_weights, begun, p_state, part_o, part_lse, p_part, n_rows, M, D, BD, SPLIT,
                 )  # fmt: skip
             elif SPLIT:
                 store_part(part_o, part_lse, p_part + 2 * n_rows, b_m, b_l, b_part, m_z, D, BD)
@@ -90,7 +94,7 @@ def long_documents(
 
 @triton.jit
 def _close_document(
-    b_acc, b_all_m, b_all_l, b_m, b_l, b_part, m_rows, doc, b_weight, begun,
+    b_acc, b_all_m, b_all_l, b_m, b_l, b_part, m_rows, doc, b_weight, p_weights, begun,
     p_state, part_o, part_lse, p_part, n_rows, M,
     D: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -100,6 +104,10 @@ def _close_document(
     """
     b_lse = b_m + tl.log2(b_l)
     complete = doc >= 0
+    if p_weights.shape[0] > 1:
+        # Rows of different weights: carried from tile to tile they would change layout beside the
+        # products, which then wait for each other.
+        b_weight = tl.load(p_weights + tl.maximum(doc, 0))
     if SPLIT:
         if complete & (begun == 0):
             store_part(part_o, part_lse, p_part + n_rows, b_m, b_l, b_part, m_rows, D, BD)

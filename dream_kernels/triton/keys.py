@@ -13,6 +13,7 @@ from dream_kernels.triton.blocks import (
     MU,
     NORM,
     OFFSET,
+    in_units,
     load_rows,
     row_pointers,
     store_rows,
@@ -29,7 +30,7 @@ def keys_kernel(
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PER_HEAD: tl.constexpr, BIAS: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr,
     NEGATE: tl.constexpr, SHARED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    IP: tl.constexpr,
+    IP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """``dk`` and ``dv`` of one segment of memory, prefix or local, which begins at ``first_key``.
 
@@ -37,6 +38,11 @@ def keys_kernel(
     and each program loops over the batch.
     """
     i_n, i_h, i_z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if UNIT > 1:
+        s_qb, s_qh, s_qm = in_units(s_qb, s_qh, s_qm, UNIT)
+        s_kb, s_kh, s_kn = in_units(s_kb, s_kh, s_kn, UNIT)
+        s_vb, s_vh, s_vn = in_units(s_vb, s_vh, s_vn, UNIT)
+        s_ob, s_oh, s_om = in_units(s_ob, s_oh, s_om, UNIT)
     o_n = i_n * BN + tl.arange(0, BN)
     m_n = o_n < n_keys
     o_k = o_n.to(tl.int64)

@@ -186,7 +186,7 @@ def _launch_rows(
         )
     arguments = {
         **call.arguments, **work, **grid.arguments, **tile_arguments(config),
-        "do": grad_output, **strides("o", "bhmd", grad_output),
+        **call.gradient(grad_output),
         "state": state, "columns": columns, "parts": parts,
         "documents": columns if documents is None else documents,
         "dq": into, "dq_scale": call.problem.scale,
@@ -222,8 +222,7 @@ def _coefficients(
             dtype=torch.float32, device=call.device,
         )  # fmt: skip
     own = {
-        "o": output, "o_part": o_part,
-        "do": grad_output, **strides("o", "bhmd", grad_output),
+        "o": output, "o_part": o_part, **call.gradient(grad_output),
         "state": state, "columns": columns,
         "documents": columns if documents is None else documents,
         "partial": columns if by_rows is None else by_rows,
@@ -258,7 +257,7 @@ def _keys(
         return grad_key, grad_value
     own = {
         "k": key, **strides("k", "bhnd", key), "v": value, **strides("v", "bhnd", value),
-        "do": grad_output, **strides("o", "bhmd", grad_output),
+        **call.gradient(grad_output, key, value),
         "state": state, "columns": columns,
         "documents": columns if documents is None else documents,
         "dk": key if grad_key is None else grad_key,

@@ -11,6 +11,7 @@ from dream_kernels.triton.blocks import (
     LAST,
     N_REST,
     N_REST_PREFIX,
+    in_units,
     key_pointers,
     load_pack,
     load_query,
@@ -41,13 +42,17 @@ def mass_kernel(
     scale, window, cap, B, Hq, G, M, T, P, C, NT,
     D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLOT: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_MASK: tl.constexpr,
-    NEGATE: tl.constexpr, IP: tl.constexpr,
+    NEGATE: tl.constexpr, IP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """``state`` ``[B, Hq, C + 1, M]``: every present document, and last all keys together.
 
     Grid ``(row blocks, Hkv, B)``. Unlike in the forward, rows may be inside documents.
     """
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if UNIT > 1:
+        s_qb, s_qh, s_qm = in_units(s_qb, s_qh, s_qm, UNIT)
+        s_kb, s_kh, s_kn = in_units(s_kb, s_kh, s_kn, UNIT)
+        s_pkb, s_pkh, s_pkn = in_units(s_pkb, s_pkh, s_pkn, UNIT)
     m_r, _, _, o_h, o_m = locate_rows(i_m, i_h, i_b, table, B, M, G, BM, False)
     p_counts = counts + i_b * COUNTS
     b_pos = T - M + o_m

@@ -12,6 +12,7 @@ every case in every dtype, and every tile shape.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,8 @@ LONG = Case(
     "two_tiles_and_packs", batch=1, query_heads=3, key_heads=1, rows=20, prefix=250, local=20,
     spans=((0, 90), (95, 97), (97, 103), (110, 240), (249, 252)), head_dim=64,
 )  # fmt: skip
+# Rows of 9 times 16 bytes, and weights by row, which are loaded when a document is closed.
+NARROW = replace(LONG, name="head_size_72_and_scores_per_head", head_dim=72, per_head_scores=True)
 # Each walks other code: modes, padding, prefixes, splits of heads, and many documents.
 FEW = (
     "adjacent_and_separated_documents-bias", "absent_documents-mass_0.6", "few_heads_scored",
@@ -46,13 +49,13 @@ FEW = (
     "large_head_size",
     # Options, of which the kernels hold what a call has: caps, sinks, windows, wide values.
     "sinks-mass_0.6", "window_over_a_prefix", "prefix_with_padding-options",
-    "few_heads_scored-options-bias",
+    "few_heads_scored-options-bias", NARROW.name,
 )  # fmt: skip
 
 
 def grid() -> list:
     """The few cases in bfloat16 and one in each of the others; or all in all."""
-    cases = [*CASES, *OPTION_CASES]
+    cases = [*CASES, *OPTION_CASES, NARROW]
     by_name = {case.name: case for case in cases}
     few = [(by_name[name], torch.bfloat16) for name in FEW]
     few += [(by_name["prefix_shared"], torch.float16), (by_name["not_causal"], torch.float32)]

@@ -141,6 +141,29 @@ def test_strides_and_dtypes_are_part_of_the_form() -> None:
     assert len(keys) == 8
 
 
+@pytest.mark.parametrize("head_dim,dtype,unit", (
+    (64, torch.bfloat16, 1), (72, torch.bfloat16, 8), (68, torch.bfloat16, 1),
+    (8, torch.float16, 8), (72, torch.float32, 4), (68, torch.float32, 4),
+))  # fmt: skip
+def test_strides_are_multiples_of_16_bytes_only_if_all_are(
+    head_dim: int, dtype: torch.dtype, unit: int
+) -> None:
+    """Multiples of 16 elements need no unit: Triton is told of them."""
+    inputs = make_inputs(replace(CASE, head_dim=head_dim), dtype)
+    problem = inputs.call(problem_of)
+    known = call.Call(problem)
+    assert known.arguments["UNIT"] == known.gradient(inputs.grad_output)["UNIT"] == unit
+
+    def widened(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor, (0, 1))[..., :-1]
+
+    assert known.gradient(widened(inputs.grad_output))["UNIT"] == 1
+    assert known.gradient(inputs.grad_output, widened(problem.key))["UNIT"] == 1
+    for name in ("query", "key", "value", "prefix_key", "prefix_value"):
+        other = replace(problem, **{name: widened(getattr(problem, name))})
+        assert call.Call(other).arguments["UNIT"] == 1, name
+
+
 def test_a_form_holds_no_tensor_of_a_call() -> None:
     problem = problem_of_case()
     call.Call(problem)
