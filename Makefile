@@ -25,7 +25,7 @@ SANITIZER_RUN = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -pr
 SANITIZER_TESTS ?= tests/kernels
 
 .PHONY: install demo test test-shuffled test-slow soak test-old-transformers readers \
-  test-gpu-semantics test-sanitizers test-valgrind fuzz \
+  test-gpu-semantics test-compiled test-sanitizers test-valgrind fuzz \
   lint format clean check-system
 
 install: $(STAMP)
@@ -89,6 +89,11 @@ SEED := $(shell date +%s)
 endif
 test-shuffled: $(STAMP)
 	$(PYTEST) --random-order-bucket=module --random-order-seed=$(SEED)
+
+# What compiles for long: Triton's kernels against their record, CUDA's with ThreadSanitizer.
+test-compiled: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not soak" \
+	  tests/kernels/test_triton_aot.py tests/kernels/test_cuda_races.py
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -22,9 +22,10 @@ RACE = 66
 EMULATOR = ("csrc/cuda/emulator.cpp", "csrc/cuda/fibre.cpp")
 WATCHED = ("csrc/cuda/host_kernels.cpp", "csrc/cuda/attention.cpp", "tests/native/cuda_races.cpp")
 
-pytestmark = pytest.mark.skipif(
-    shutil.which(COMPILER[0]) is None, reason=f"{COMPILER[0]} is not installed"
-)
+pytestmark = [
+    pytest.mark.slow,  # compiling with the sanitizer takes most of the time
+    pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"{COMPILER[0]} is not installed"),
+]
 
 
 @pytest.fixture(scope="module")
