@@ -84,12 +84,21 @@ def _with_one_key_head(case: Case) -> Case:
 
 
 def _grid() -> list:
+    """The interpreter runs every case in one dtype or mode, or two; the others are slow."""
     return [
-        pytest.param(case, dtype, id=f"{case}-{str(dtype).removeprefix('torch.')}")
+        pytest.param(
+            case, dtype, id=f"{case}-{str(dtype).removeprefix('torch.')}",
+            marks=() if ON_GPU or _comes_first(i, dtype) else pytest.mark.slow,
+        )
         for dtype in DTYPES_ON_GPU
-        for case in (CASES if ON_GPU else _interpreter_cases(dtype))
+        for i, case in enumerate(CASES if ON_GPU else _interpreter_cases(dtype))
         if ON_GPU or dtype != torch.bfloat16
-    ]
+    ]  # fmt: skip
+
+
+def _comes_first(i: int, dtype: torch.dtype) -> bool:
+    """Every case in float32 with reweight; of its other forms every second one."""
+    return (dtype == torch.float32 and i < len(BASE_CASES)) or i % 2 == 1
 
 
 def _grid_with_options() -> list:

@@ -223,7 +223,9 @@ def test_every_tile_shape_is_as_recorded(kept_cache: Path, tmp_path: Path, head_
     assert found == {name: KERNELS[name] for name in found}
 
 
-@pytest.mark.parametrize("target", OTHERS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(t, marks=[pytest.mark.slow] if "sm" in t else []) for t in OTHERS]
+)
 def test_compiles_for_other_devices(resources: Callable[..., dict], target: str) -> None:
     (row,) = resources(target, 128, ("documents-reweight",)).values()
     assert row["shared"] <= SHARED_KB[target] * 1024
@@ -231,6 +233,7 @@ def test_compiles_for_other_devices(resources: Callable[..., dict], target: str)
 
 
 @same_triton
+@pytest.mark.slow
 def test_rows_of_any_multiple_of_16_bytes_are_loaded_as_wide_as_others(
     resources: Callable[..., dict],
 ) -> None:
@@ -251,7 +254,7 @@ def rare(target: str, *kernels: str, dtype: str = "bfloat16", slow: bool = False
 @pytest.mark.parametrize(
     "target,dtype,kernels",
     (
-        rare(HOPPER, "forward-reweight"),
+        rare(HOPPER, "forward-reweight", slow=True),
         rare(
             "sm_80", "query-reweight-fold", "documents-bias-split", "keys-reweight",
             "forward-reweight", "forward-bias-fold", "mass", "combine-reweight",

@@ -122,7 +122,7 @@ def test_dropout_draws_the_same_masks(run, tmp_path: Path, monkeypatch) -> None:
 
 
 def test_killed_runs_equal_an_uninterrupted_one(run, tmp_path: Path) -> None:
-    kills = 20 if SOAK else 4
+    kills = 20 if SOAK else 3
     config = run(
         max_steps=10, eval_steps=3, save_steps=2, document_store="memory", report_queries=2
     )
