@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,6 +11,7 @@ from torch import Tensor
 from dream_kernels.native import Array, array, native_import_error, native_problem, optional
 from dream_kernels.problem import Gradients, Needs, Problem
 from dream_kernels.reference import safe_exp
+from dream_kernels.triton import device as gpus
 
 if native_import_error() is None:
     import dream_kernels._native as _native
@@ -34,15 +33,12 @@ MIN_SPLIT_KEYS = 256
 
 def emulated() -> bool:
     """Whether CPU tensors run the kernels' build for the host: for tests, and to compare."""
-    return os.environ.get("DREAM_KERNELS_CUDA_EMULATE", "0").lower() in ("1", "true", "on", "yes")
+    return gpus.switched_on("DREAM_KERNELS_CUDA_EMULATE")
 
 
-@cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU, 0 in the emulator, which gains nothing from splits."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return gpus.processors(device) if device.type == "cuda" else 0
 
 
 def _device_refusal(device: torch.device) -> str | None:
@@ -60,10 +56,7 @@ def _device_refusal(device: torch.device) -> str | None:
             "its kernels were left out when the package was built without nvcc; "
             "build it again with DREAM_KERNELS_CUDA=1"
         )
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"it needs an NVIDIA GPU of compute capability 8.0 or newer, got {major}.{minor}"
-    return None
+    return gpus.device_refusal(device)
 
 
 def _option_refusal(problem: Problem) -> str | None:

@@ -39,6 +39,16 @@ DREAM_DEVICE Row row_of(const Parameters& p, int key_head, int r, int first_scor
   return row;
 }
 
+// Whether one of the warp's rows, of which each thread has two, is of this kind.
+DREAM_DEVICE bool warp_has(const Row (&rows)[2], bool scored) {
+  int has = 0;
+  DREAM_UNROLL for (int half = 0; half < 2; ++half) {
+    has |= rows[half].valid && rows[half].scored == scored;
+  }
+  for (int mask = 4; mask < kWarp; mask *= 2) has |= shuffle_xor(has, mask);
+  return has != 0;
+}
+
 // Whether the rows [first, end) of a key head have scored ones, and plain ones.
 struct Kinds {
   bool scored, plain;
@@ -68,6 +78,12 @@ DREAM_DEVICE int largest_limit(const Parameters& p, int first, int end) {
 // Index of a row in a tensor [B, Hq, slots, M].
 DREAM_DEVICE int64_t slot_index(const Parameters& p, int64_t b, const Row& row, int slots, int slot) {
   return ((b * p.query_heads + opaque(row.head)) * slots + slot) * p.rows + row.m;
+}
+
+// Index of a row in a tensor [parts, B, Hq, M].
+DREAM_DEVICE int64_t split_index(const Parameters& p, int64_t b, const Row& row, int part) {
+  const int64_t rows = static_cast<int64_t>(p.batch) * p.query_heads * p.rows;
+  return part * rows + slot_index(p, b, row, 1, 0);
 }
 
 DREAM_DEVICE float* state_of(const Parameters& p, int64_t b, const Row& row, int slot) {

@@ -22,8 +22,7 @@ struct Combine {
   static DREAM_DEVICE int column(int i) { return i / 2 * 64 + lane_index() * 2 + i % 2; }
 
   DREAM_DEVICE const float* partial(int split, int place) const {
-    const int64_t rows_all = static_cast<int64_t>(p.batch) * p.query_heads * p.rows;
-    return p.partial + ((split * 3 + place) * rows_all + slot_index(p, b, row, 1, 0)) * (D + 2);
+    return forward_partial<D>(p, b, row, split, place);
   }
 
   DREAM_DEVICE void open() {

@@ -24,7 +24,14 @@ DREAM_DEVICE Shares shares_of(const Parameters& p, float documents, float rest, 
 
 // Places in `partial`: documents that lie in a split, a segment from an earlier split, one that
 // continues in the next.
-constexpr int kWhole = 0, kEarlier = 1, kOpen = 2;
+constexpr int kWhole = 0, kEarlier = 1, kOpen = 2, kPlaces = 3;
+
+// Of a row, split and place: what is summed up, and two numbers.
+template <int D>
+DREAM_DEVICE float* forward_partial(const Parameters& p, int64_t b, const Row& row, int split,
+                                    int place) {
+  return p.partial + split_index(p, b, row, split * kPlaces + place) * (D + 2);
+}
 
 template <typename T, int D, int KIND>
 struct Forward {
@@ -142,9 +149,7 @@ struct Forward {
   }
 
   DREAM_DEVICE float* partial(int half, int place) const {
-    const int64_t rows_all = static_cast<int64_t>(p.batch) * p.query_heads * p.rows;
-    const int64_t row = slot_index(p, opaque(b), rows[half], 1, 0);
-    return p.partial + ((opaque(split) * 3 + place) * rows_all + row) * (D + 2);
+    return forward_partial<D>(p, opaque(b), rows[half], opaque(split), place);
   }
 
   DREAM_DEVICE void leave(int half, int place, const Sums& x, float first, float second) const {
@@ -201,7 +206,7 @@ struct Forward {
     Walk walk = Walk::of(p, b, counts, scored, limit);
     walk.take_split(split, p.splits);
     const bool one_segment = !scored || KIND == kBias;
-    const bool active = warp_has(scored);
+    const bool active = warp_has(rows, scored);
     open();
     if constexpr (KIND == kReweight) {
       DREAM_UNROLL for (int i = 0; i < D / 2; ++i) whole(i / 4, i % 4) = 0.0f;
@@ -234,14 +239,6 @@ struct Forward {
         if (rows[half].scored) leave(half, kWhole, o, documents[half], 0.0f);
       }
     }
-  }
-
-  // Whether one of the warp's rows is of this kind.
-  DREAM_DEVICE bool warp_has(bool scored) const {
-    int has = 0;
-    DREAM_UNROLL for (int half = 0; half < 2; ++half) has |= rows[half].valid && rows[half].scored == scored;
-    for (int mask = 4; mask < kWarp; mask *= 2) has |= shuffle_xor(has, mask);
-    return has != 0;
   }
 
   static DREAM_DEVICE void run(const Parameters& p) {

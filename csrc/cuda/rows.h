@@ -18,8 +18,7 @@ namespace dream::cuda {
 // Of a row and split: dQ, E, the documents' mean and the rest's.
 template <int D>
 DREAM_DEVICE float* gradient_partial(const Parameters& p, int64_t b, const Row& row, int split) {
-  const int64_t rows_all = static_cast<int64_t>(p.batch) * p.query_heads * p.rows;
-  return p.partial + (split * rows_all + slot_index(p, b, row, 1, 0)) * (2 * D + 2);
+  return p.partial + split_index(p, b, row, split) * (2 * D + 2);
 }
 
 template <typename T, int D, int KIND, bool QUERY>
@@ -247,7 +246,7 @@ struct RowGradients {
     // The rest matters to dQ, and to its own mean where the mass is fixed.
     if (!QUERY && !(by_document && p.fixed_mass)) walk.end = walk.document_tiles;
     walk.take_documents(p, split, p.splits, by_document && p.fixed_mass);
-    const bool active = warp_has(scored);
+    const bool active = warp_has(rows, scored);
     begin(scored);
     walk_over<true>(p, b, key_head, walk, stages, [&](const Tile& tile, int stage, bool last) {
       if (!active) return;
@@ -316,13 +315,6 @@ struct RowGradients {
       auto* target = row_address<uint16_t>(p.grad_query, opaque(b), rows[half].head, rows[half].m);
       store_row<T, D>(target, of_gradient, half, p.scale);
     }
-  }
-
-  DREAM_DEVICE bool warp_has(bool scored) const {
-    int has = 0;
-    DREAM_UNROLL for (int half = 0; half < 2; ++half) has |= rows[half].valid && rows[half].scored == scored;
-    for (int mask = 4; mask < kWarp; mask *= 2) has |= shuffle_xor(has, mask);
-    return has != 0;
   }
 
   static DREAM_DEVICE void run(const Parameters& p) {

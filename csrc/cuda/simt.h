@@ -225,24 +225,25 @@ DREAM_DEVICE void wait_copies() {
   emulator::wait_copies(N);
 }
 
+// What `exchange` makes of a number's bits and `other`, as a number.
 template <typename T>
-DREAM_DEVICE T shuffle_xor(T value, int mask) {
+DREAM_DEVICE T exchanged(T value, int other, uint32_t (*exchange)(uint32_t, int)) {
   static_assert(sizeof(T) == 4);
   uint32_t bits;
   __builtin_memcpy(&bits, &value, 4);
-  bits = emulator::shuffle_xor(bits, mask);
+  bits = exchange(bits, other);
   __builtin_memcpy(&value, &bits, 4);
   return value;
 }
 
 template <typename T>
+DREAM_DEVICE T shuffle_xor(T value, int mask) {
+  return exchanged(value, mask, emulator::shuffle_xor);
+}
+
+template <typename T>
 DREAM_DEVICE T shuffle_up(T value, int delta) {
-  static_assert(sizeof(T) == 4);
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  bits = emulator::shuffle_up(bits, delta);
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
+  return exchanged(value, delta, emulator::shuffle_up);
 }
 
 template <bool transposed>

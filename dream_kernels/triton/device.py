@@ -53,9 +53,14 @@ def triton_version() -> tuple[int, ...]:
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
+def switched_on(variable: str) -> bool:
+    """Whether a variable of the environment is set to a yes, as triton reads its own."""
+    return os.environ.get(variable, "0").lower() in ("1", "true", "on", "yes")
+
+
 def interpreted() -> bool:
     """Return whether triton's kernels run in its interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+    return switched_on("TRITON_INTERPRET")
 
 
 @asked_once
