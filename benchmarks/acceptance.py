@@ -23,7 +23,7 @@ import torch
 
 from .floors import H100, Peaks, floor_table
 from .records import Keeper
-from .stages import STAGES, SUITE, Order, Stage, check_record, command_of, keep
+from .stages import STAGES, SUITE, Order, Stage, check_record, command_of, keep, last_line
 from .targets import findings, unmeasured
 
 Record = dict[str, Any]
@@ -143,9 +143,8 @@ def run_stage(
                 f"stopped after {order.seconds:.0f} s; its records until then stay",
                 seconds,
             )
-        last = [x.strip() for x in errors.read_text(errors="replace").splitlines() if x.strip()]
         if not line:
-            line = f"exit status {code}: {last[-1][:200] if last else 'it said nothing'}"
+            line = f"exit status {code}: {last_line(errors.read_text(errors='replace'))}"
         refused = line.endswith("is not installed")
         return "refused" if refused else "failed", line, seconds
 

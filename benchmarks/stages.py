@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,19 @@ class Stage:
     run: Callable[[Order], str]
 
 
+@cache
+def _environment(device: torch.device) -> dict[str, Any]:
+    """Asked once for all records of a process: it takes the programs of the driver and of git."""
+    return provenance(device)
+
+
 def check_record(order: Order, name: str, status: str, said: str, seconds: float) -> Record:
     """The record of a check, which has no figures."""
     return {
         "schema": records.SCHEMA,
         "suite": "gpu tests",
         "quick": order.rehearse,
-        "environment": provenance(order.device),
+        "environment": _environment(order.device),
         "peer": name,
         "status": status,
         "reason": None if status == "ok" else said,
@@ -234,12 +241,17 @@ def _command(command: list[str], extra: dict[str, str]) -> str:
     done = subprocess.run(
         command, env={**os.environ, **extra}, capture_output=True, text=True, check=False
     )
-    text = done.stdout if done.returncode == 0 else done.stdout + done.stderr
-    lines = [x.strip() for x in text.splitlines() if x.strip()] or ["it said nothing"]
     if done.returncode:
-        print("\n".join(lines[-20:]), flush=True)
-        raise SystemExit(f"exit status {done.returncode}: {lines[-1][:200]}")
-    return lines[-1][:200]
+        text = done.stdout + done.stderr
+        print("\n".join(text.splitlines()[-20:]), flush=True)
+        raise SystemExit(f"exit status {done.returncode}: {last_line(text)}")
+    return last_line(done.stdout)
+
+
+def last_line(text: str) -> str:
+    """What a process said last, in at most 200 characters."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "it said nothing"
 
 
 def main_cases() -> list[Case]:
@@ -247,28 +259,35 @@ def main_cases() -> list[Case]:
     return [c for c in gpu_cases() if c.prefix and c.shared and c.gradients == ("query", "scores")]
 
 
-STAGES = {
-    stage.name: stage
-    for stage in (
+def _stages() -> tuple[Stage, ...]:
+    main = main_cases()
+    others = [case for case in gpu_cases() if case not in main]
+    return (
         Stage("correctness", "every dtype against the float64 reference", 90, 30, _correctness),
         Stage(
-            "shapes", "shared pools, against flash without scores", 180, 45,
-            _timed(main_cases(), (*OURS, *FLOORS, "sdpa, dense mask")),
+            "shapes",
+            "shared pools, against flash without scores",
+            180,
+            45,
+            _timed(main, (*OURS, *FLOORS, "sdpa, dense mask")),
         ),
         Stage(
-            "flex", "the same, against FlexAttention", 120, 45,
-            _timed(main_cases(), (*OURS, "flex_attention")),
+            "flex",
+            "the same, against FlexAttention",
+            120,
+            45,
+            _timed(main, (*OURS, "flex_attention")),
         ),
         Stage("step", "one training step, live and naive", 120, 40, _step),
         Stage("memcheck", "accesses out of bounds", 75, 30, _sanitizer("memcheck")),
         Stage("racecheck", "races in shared memory", 75, 30, _sanitizer("racecheck")),
         Stage("first call", "compiling, and its cache", 60, 25, _first_call),
-        Stage("rest", "the other shapes and gradients", 240, 30, _timed(
-            [c for c in gpu_cases() if c not in main_cases()], ALL_PEERS
-        )),
+        Stage("rest", "the other shapes and gradients", 240, 30, _timed(others, ALL_PEERS)),
         Stage("tests", "tests/kernels on the GPU", 600, 60, _tests),
     )
-}  # fmt: skip
+
+
+STAGES = {stage.name: stage for stage in _stages()}
 
 
 def command_of(stage: Stage, order: Order, said: Path) -> list[str]:
