@@ -26,6 +26,7 @@ from dream_training.config import (
     read_yaml,
 )
 from dream_training.console import make_table, show_on, shows_progress
+from dream_training.data.beir_folder import beir_file
 from dream_training.json_file import read_json, write_json
 from dream_training.training.output_folder import (
     BEST,
@@ -269,11 +270,8 @@ def _data_of(config: TrainConfig, comparison: Comparison) -> dict[str, str]:
     taught = [] if config.data.taught is None else Path(config.data.taught).glob("*/*.json")
     found = {"train_data": files_digest(config.data.train_data, *map(str, sorted(taught)))}
     for folder in comparison.folders:
-        parts = (
-            "corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz",
-            f"qrels/{config.evaluation.eval_split}.tsv",
-        )  # fmt: skip
-        found[folder] = files_digest(*(f"{folder}/{part}" for part in parts))
+        parts = ("corpus.jsonl", "queries.jsonl", f"qrels/{config.evaluation.eval_split}.tsv")
+        found[folder] = files_digest(*(str(beir_file(folder, part)) for part in parts))
     return found
 
 

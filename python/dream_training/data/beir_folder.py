@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +17,7 @@ from typing import Any, Protocol
 from dream_kernels.files import whole_folder
 from dream_kernels.parsing import parse_json, shortened, why_not_name, why_not_text
 from dream_training.console import tracked
-from dream_training.data.sources import MAX_LINE
+from dream_training.data.sources import BROKEN_GZIP, MAX_LINE
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +154,7 @@ def is_beir_folder(path: str | os.PathLike[str], queries: bool = False) -> bool:
 def beir_file(folder: str | os.PathLike[str], name: str) -> Path:
     """The file of a BEIR folder, compressed where only that one exists."""
     path = Path(folder) / name
-    packed = path.with_name(f"{name}.gz")
+    packed = path.with_name(f"{path.name}.gz")
     return packed if packed.is_file() and not path.is_file() else path
 
 
@@ -232,7 +231,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             where = f"{path}:{number}"
             try:
                 content = file.readline(MAX_LINE + 1)
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            except BROKEN_GZIP as error:
                 raise ValueError(f"{where}: cannot be decompressed: {error}") from None
             if not content:
                 return

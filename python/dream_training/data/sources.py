@@ -19,7 +19,8 @@ _LINES = (".jsonl", ".ndjson", ".json")
 MAX_LINE = 64 << 20
 # Characters searched for the first that is not white space: it tells a list from lines.
 _BEGINNING = 1 << 16
-_UNREADABLE = (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error)
+BROKEN_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
+_UNREADABLE = (UnicodeDecodeError, *BROKEN_GZIP)
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _FILE_SUFFIXES = (*_LINES, *_TABLES, ".gz", ".parquet", ".txt", ".md")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dream_kernels.files import whole_folder
 from dream_training.console import progress
+from dream_training.data.beir_folder import is_beir_folder
 
 _URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets/{name}.zip"
 NAMES = (
@@ -48,7 +49,7 @@ def fetch(name: str, cache_dir: Path | None = None) -> Path:
     check_name(name)
     cache = cache_dir or cache_root() / "beir"
     folder = cache / name
-    if (folder / "corpus.jsonl").is_file():
+    if is_beir_folder(folder):
         return folder
     url = _URL.format(name=name)
     make_cache(cache, "--cache-dir or DREAM_CACHE")
@@ -59,7 +60,7 @@ def fetch(name: str, cache_dir: Path | None = None) -> Path:
             tempfile.TemporaryDirectory(dir=content.parent) as unpacked,
         ):
             fetched = Path(util.download_and_unzip(url, unpacked))
-            if not (fetched / "corpus.jsonl").is_file():
+            if not is_beir_folder(fetched):
                 raise ValueError("the archive holds no corpus.jsonl")
             content.rmdir()
             fetched.rename(content)
