@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor
 
 GRADIENTS = ("query", "key", "value", "scores", "prefix_key", "prefix_value", "sinks")
+MODES = pytest.mark.parametrize(
+    "mode,mass", (("reweight", None), ("reweight", 0.6), ("bias", None)), ids=str
+)
 
 
 @dataclass(frozen=True)

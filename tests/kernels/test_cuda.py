@@ -15,7 +15,7 @@ from torch import Tensor
 import dream_kernels
 from dream_kernels import cuda, document_attention, document_mass, set_value_checks
 from helpers.agreement import Oracle, problem_of
-from helpers.cases import BASE_CASES, CASES, GRADIENTS, Case, Inputs, make_inputs
+from helpers.cases import BASE_CASES, CASES, GRADIENTS, MODES, Case, Inputs, make_inputs
 
 if cuda.native_import_error() is not None:
     pytest.skip(
@@ -28,9 +28,6 @@ from dream_kernels import _native
 ON_GPU = torch.cuda.is_available() and bool(_native.cuda_architectures)
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = (torch.bfloat16, torch.float16)
-MODES = pytest.mark.parametrize(
-    "mode,mass", (("reweight", None), ("reweight", 0.6), ("bias", None)), ids=str
-)
 
 
 @pytest.fixture(autouse=True)

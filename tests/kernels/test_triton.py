@@ -21,6 +21,7 @@ from helpers.cases import (
     BASE_CASES,
     CASES,
     GRADIENTS,
+    MODES,
     OPTION_CASES,
     Case,
     Inputs,
@@ -53,9 +54,6 @@ DTYPES = (
     ),
 )
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA or HIP device")
-MODES = pytest.mark.parametrize(
-    "mode,mass", (("reweight", None), ("reweight", 0.6), ("bias", None)), ids=str
-)
 
 
 def _interpreter_cases(dtype: torch.dtype) -> list[Case]:
